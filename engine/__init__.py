@@ -1,0 +1,1 @@
+"""Athanor: a kernel-centric training engine for reasoning language models."""
