@@ -1,0 +1,349 @@
+"""The recipe schema: every knob of a run with its unit and, where the paper has one, its symbol.
+
+A recipe (TOML) names models, tasks and stages; stages run in the order in which they are written.  `recipe_io` reads the files and the
+command line, this module only says what is valid.  Unknown keys are errors.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Config):
+    """A dense decoder; the names are HuggingFace's."""
+
+    architecture: Literal["llama", "qwen2", "qwen3"] = "qwen3"
+    """Family: llama (no biases), qwen2 (biases on q, k, v), qwen3 (RMS norm on q and k heads)."""
+    vocab_size: int = Field(0, ge=0)
+    """Vocabulary entries; 0 = taken from the tokenizer."""
+    hidden_size: int = Field(96, gt=0)
+    """Width D."""
+    num_hidden_layers: int = Field(3, gt=0)
+    """Decoder layers."""
+    num_attention_heads: int = Field(4, gt=0)
+    """Query heads H."""
+    num_key_value_heads: int = Field(2, gt=0)
+    """Key/value heads (GQA); must divide num_attention_heads."""
+    head_dim: int = Field(0, ge=0)
+    """Width of one head; 0 = hidden_size / num_attention_heads."""
+    intermediate_size: int = Field(192, gt=0)
+    """SwiGLU width F."""
+    rope_theta: float = Field(10000.0, gt=0)
+    """RoPE base."""
+    rope_scaling: dict | None = None
+    """HuggingFace rope_scaling; None or rope_type llama3."""
+    rms_norm_eps: float = Field(1e-6, gt=0)
+    """Epsilon of every RMS norm."""
+    tie_word_embeddings: bool = True
+    """Use the embedding as lm_head."""
+    max_position_embeddings: int = Field(4096, gt=0)
+    """Longest sequence in tokens."""
+    initializer_range: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights; matrices that write to the residual get it divided by sqrt(2 x layers)."""
+
+    @model_validator(mode="after")
+    def _heads(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads is {self.num_key_value_heads}, wanted a divisor of num_attention_heads = {self.num_attention_heads}")
+        if not self.head_dim and self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size is {self.hidden_size}, wanted a multiple of num_attention_heads = {self.num_attention_heads} (or set head_dim)")
+        if self.width_per_head % 2:
+            raise ValueError(f"head_dim is {self.width_per_head}, RoPE wants it even")
+        if self.rope_scaling and self.rope_scaling.get("rope_type", self.rope_scaling.get("type")) not in ("llama3", "default"):
+            raise ValueError(f"rope_scaling is {self.rope_scaling}, wanted rope_type llama3 or none")
+        return self
+
+    @property
+    def width_per_head(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+class OptimizerConfig(Config):
+    """One optimizer with schedule and clipping."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the matrices with AdamW for embeddings and norms."""
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW moment decay rates."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW epsilon."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Muon momentum."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, on matrices only."""
+    warmup_steps: int = Field(5, ge=0)
+    """Linear warm-up, optimizer steps."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Shape after the warm-up."""
+    final_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the end of a cosine, as a fraction of the peak."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 = no clipping."""
+
+
+class SamplingConfig(Config):
+    """How completions are drawn."""
+
+    temperature: float = Field(1.0, ge=0)
+    """Softmax temperature; 0 = greedy."""
+    top_k: int = Field(0, ge=0)
+    """Keep the k most likely tokens; 0 = all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Keep the smallest set of tokens with this probability."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Drop tokens below this fraction of the largest probability."""
+    max_tokens: int = Field(128, ge=1)
+    """Longest completion in tokens, the end token included."""
+
+
+class TokenizerConfig(Config):
+    """Where the tokens come from."""
+
+    kind: Literal["symbols", "file"] = "symbols"
+    """symbols: one token per character and listed word of the recipe's built-in tasks; file: a tokenizer.json."""
+    path: str = ""
+    """tokenizer.json, or a HuggingFace model folder that has one (kind = file)."""
+
+
+class TaskConfig(Config):
+    """One source of problems."""
+
+    kind: str
+    """arithmetic, courtesy, jsonl, or gym:<family> of reasoning-gym."""
+    settings: dict = Field(default_factory=dict)
+    """Settings of that kind; a wrong one is an error that lists the right ones."""
+
+
+class MixEntry(Config):
+    """A task and its share."""
+
+    task: str
+    """Key in [tasks]."""
+    weight: float = Field(1.0, gt=0)
+    """Share of prompts, relative to the other entries that are active."""
+    start: float = Field(0.0, ge=0, lt=1)
+    """Active from this fraction of the stage's steps on."""
+
+
+class RewardEntry(Config):
+    """A reward and where it applies."""
+
+    reward: str
+    """accuracy, format, language, repetition, overlong or preference (the stage's reward model)."""
+    weight: float = 1.0
+    """Factor in the total."""
+    domain: Literal["reasoning", "general", "any"] = "any"
+    """Which problems it judges."""
+    start: float = Field(0.0, ge=0, lt=1)
+    """Active from this fraction of the stage's steps on."""
+    settings: dict = Field(default_factory=dict)
+    """Settings of the reward."""
+
+
+class StageConfig(Config):
+    """What all stages share."""
+
+    label: str = ""
+    """One line for the report: what this stage is in R1's terms."""
+
+
+class TrainConfig(StageConfig):
+    """What all stages that train a model share."""
+
+    init: str = ""
+    """Stage whose checkpoint it starts from, or a HuggingFace model folder; empty = from scratch (pretrain only)."""
+    steps: int = Field(100, ge=1)
+    """Optimizer steps of supervised stages; rollout steps of grpo."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer, schedule and clipping."""
+    micro_batch_tokens: int = Field(4096, ge=16)
+    """Packed tokens in one forward; changes memory and speed, never the gradient."""
+    save_every: int = Field(10, ge=1)
+    """Steps between resumable states."""
+
+
+class GateConfig(Config):
+    """A check that a checkpoint must pass before others build on it."""
+
+    task: str
+    """Task that offers the check."""
+    threshold: float = Field(0.97, ge=0, le=1)
+    """Greedy accuracy on the validation split when the first reasoning step is given."""
+    num_problems: int = Field(256, ge=1)
+    """Validation problems."""
+    extra_steps: int = Field(300, ge=1)
+    """Steps to train on when the gate fails, with a fresh schedule at half the learning rate."""
+    max_rounds: int = Field(3, ge=0)
+    """Extra rounds before the run stops with an error."""
+
+
+class PretrainConfig(TrainConfig):
+    """Train a base model on the tasks' corpora."""
+
+    kind: Literal["pretrain"]
+    model: str = "main"
+    """Key in [models]."""
+    corpus: list[MixEntry]
+    """Tasks that write the documents."""
+    docs_per_step: int = Field(64, ge=1)
+    """Documents in one optimizer step."""
+    gate: GateConfig | None = None
+    """Competence wanted before the stage is done."""
+
+
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning on prompt/completion files, loss on the completion."""
+
+    kind: Literal["sft"]
+    data: list[str]
+    """Stages that write data, or JSONL files with prompt and completion."""
+    batch_size: int = Field(64, ge=1)
+    """Examples in one optimizer step."""
+
+
+class RejectionConfig(StageConfig):
+    """Sample from a checkpoint, keep what is correct and readable, write a JSONL set."""
+
+    kind: Literal["rejection"]
+    source: str = ""
+    """Stage or folder that is sampled; empty = no samples, only written examples."""
+    prompts: list[MixEntry] = []
+    """Tasks whose training prompts are sampled."""
+    num_prompts: int = Field(256, ge=1)
+    """Prompts to sample."""
+    samples_per_prompt: int = Field(4, ge=1)
+    """Completions per prompt."""
+    keep_per_prompt: int = Field(4, ge=1)
+    """Most completions kept per prompt."""
+    max_kept: int = Field(0, ge=0)
+    """Most samples kept in all; 0 = all."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How they are drawn."""
+    min_language_consistency: float = Field(1.0, ge=0, le=1)
+    """Share of words in the target language that a kept sample must reach."""
+    max_repetition: float = Field(0.5, ge=0, le=1)
+    """Largest share of repeated n-grams in a kept sample."""
+    written: list[MixEntry] = []
+    """Tasks that add written examples (templated long chains of thought, non-reasoning data)."""
+    num_written: int = Field(0, ge=0)
+    """Written examples to add."""
+
+
+class GRPOConfig(TrainConfig):
+    """Group-relative policy optimization (arXiv 2402.03300, eq. 3) and its relatives."""
+
+    kind: Literal["grpo"]
+    loss: str = "grpo"
+    """Preset: grpo, r1, dapo, dr_grpo, gspo, cispo, rloo, reinforce_pp."""
+    loss_overrides: dict = Field(default_factory=dict)
+    """Fields of the preset to change, such as clip_high or beta."""
+    prompts: list[MixEntry]
+    """Tasks whose training prompts are asked."""
+    rewards: list[RewardEntry]
+    """Rewards that are added up."""
+    prompts_per_step: int = Field(32, ge=1)
+    """Questions per rollout."""
+    group_size: int = Field(16, ge=2)
+    """Completions per question, G."""
+    updates_per_rollout: int = Field(2, ge=1)
+    """Optimizer steps that one rollout is split into (whole groups)."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How rollouts are drawn."""
+    reward_model: str = ""
+    """Stage that trained the reward model for the preference reward."""
+    reference_refresh_steps: int = Field(400, ge=1)
+    """Replace the reference policy by the current one every so many rollout steps (used when beta > 0)."""
+    max_logp_gap: float = Field(1e-3, gt=0)
+    """Stop the run when a sampled log-prob differs from the trainer's by more than this (nats)."""
+    control: Literal["none", "shuffle", "flip"] = "none"
+    """Negative control: shuffle the advantages inside the batch, or flip their sign."""
+
+
+class RewardModelConfig(TrainConfig):
+    """Train a scalar head on preference pairs (Bradley-Terry)."""
+
+    kind: Literal["reward_model"]
+    task: str
+    """Open-ended task that offers preference pairs."""
+    num_pairs: int = Field(512, ge=1)
+    """Preference pairs."""
+    batch_size: int = Field(64, ge=1)
+    """Pairs in one optimizer step."""
+
+
+class DistillConfig(TrainConfig):
+    """SFT of a student on the samples of a teacher."""
+
+    kind: Literal["distill"]
+    data: list[str]
+    """Rejection stages that sampled the teacher."""
+    batch_size: int = Field(64, ge=1)
+    """Examples in one optimizer step."""
+
+
+Stage = Annotated[
+    PretrainConfig | SFTConfig | RejectionConfig | GRPOConfig | RewardModelConfig | DistillConfig,
+    Field(discriminator="kind"),
+]
+
+
+class EvaluationConfig(Config):
+    """The final report's look at the test split."""
+
+    stages: list[str] = []
+    """Stages that are evaluated, in the order of the report."""
+    task: str = "chain"
+    """Reasoning task."""
+    general_task: str = ""
+    """Open-ended task, scored by the stage named in reward_model; empty = none."""
+    reward_model: str = ""
+    """Stage that trained the reward model."""
+    split: Literal["validation", "test"] = "test"
+    """test only for the final report; validation for tuning."""
+    num_problems: int = Field(128, ge=1)
+    """Problems."""
+    samples_per_problem: int = Field(16, ge=1)
+    """k of pass@1 and cons@k."""
+    sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
+    """The report's T = 0.6, top-p 0.95; pass@1_t1 always uses T = 1 without truncation."""
+
+
+class RecipeConfig(Config):
+    """A whole run."""
+
+    name: str = "run"
+    """Run folder under run_root."""
+    seed: int = Field(0, ge=0)
+    """Key of every random number of the run."""
+    run_root: str = "runs"
+    """Folder of all runs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where tensors live; auto = CUDA when there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Parameter and activation type."""
+    threads: int = Field(0, ge=0)
+    """CPU threads of one process; 0 = cores divided by the local ranks."""
+    max_rows: int = Field(512, ge=1)
+    """Sequences that decode at once."""
+    reuse: str = ""
+    """Another run folder: finished stages with the same settings, seed and inputs are copied from it."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """Tokenizer of all models."""
+    models: dict[str, ModelConfig] = {}
+    """Model shapes by name."""
+    tasks: dict[str, TaskConfig] = {}
+    """Problem sources by name."""
+    stages: dict[str, Stage] = {}
+    """Stages by name, in order."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """The test at the end."""
+    reflection_words: list[str] = []
+    """Words that count as reflection; empty = the report's list."""
+    report_notes: list[str] = []
+    """What the report should say plainly about this run's data."""

@@ -1,0 +1,1 @@
+"""Decoder definitions: one forward for training, prefill and decode."""

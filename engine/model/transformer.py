@@ -1,0 +1,128 @@
+"""A dense pre-norm decoder (Llama 3, Qwen2/2.5, Qwen3) whose one forward serves training, prefill, decode and scoring.
+
+The forward knows nothing of batches: tokens are packed, and `attend(layer, q, k, v)` is where the callers differ - packed causal attention
+in training (`PackedAttention`), a KV cache in generation (`kv_cache`).  So there is no second model to keep in step.
+
+T tokens, D hidden, H query heads, K key/value heads, d head width, F SwiGLU width, V vocabulary.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from athanor.config import ModelConfig
+from athanor.kernels import attention, rmsnorm, rope, swiglu
+
+
+class Attend(Protocol):
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Take rotated q (T, H, d), k and v (T, K, d) of one layer; return the attention output (T, H, d)."""
+
+
+class PackedAttention:
+    """Causal attention within each packed sequence."""
+
+    def __init__(self, cu_seqlens: Tensor):
+        self.cu_seqlens = cu_seqlens
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, self.cu_seqlens)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rmsnorm(x, self.weight, eps=self.eps)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and SwiGLU, q/k/v and gate/up fused into one matrix each (split again in HuggingFace files by `weights`)."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        D, d, F = config.hidden_size, config.width_per_head, config.intermediate_size
+        self.index = index
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, d
+        self.input_norm = RMSNorm(D, config.rms_norm_eps)
+        self.qkv_proj = nn.Linear(D, (self.num_heads + 2 * self.num_kv_heads) * d, bias=config.architecture == "qwen2")
+        if config.architecture == "qwen3":
+            self.q_norm, self.k_norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
+        self.o_proj = nn.Linear(self.num_heads * d, D, bias=False)
+        self.post_attention_norm = RMSNorm(D, config.rms_norm_eps)
+        self.gate_up_proj = nn.Linear(D, 2 * F, bias=False)
+        self.down_proj = nn.Linear(F, D, bias=False)
+        self.qk_norm = config.architecture == "qwen3"
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        T, H, K, d = x.shape[0], self.num_heads, self.num_kv_heads, self.head_dim
+        qkv = self.qkv_proj(self.input_norm(x)).view(T, H + 2 * K, d)
+        q, k, v = qkv.split((H, K, K), dim=1)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rope(q, k, cos, sin)
+        x = x + self.o_proj(attend(self.index, q, k, v).reshape(T, H * d))
+        return x + self.down_proj(swiglu(self.gate_up_proj(self.post_attention_norm(x))))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm; `lm_head_weight` is applied by the caller (`linear_logprob`, the sampler)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if not config.vocab_size:
+            raise ValueError("Decoder: vocab_size is 0; take it from the tokenizer first (config.model_copy)")
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """(V, D): the embedding itself when tied."""
+        return self.embed.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Return the normalised hidden states (T, D) of packed input_ids (T,) int64 at positions (T,) int64."""
+        x = self.embed(input_ids)
+        angles = positions.float()[:, None] * self.inv_freq[None]
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, attend)
+        return self.norm(x)
+
+    @torch.no_grad()
+    def initialize_(self, seed: int) -> "Decoder":
+        """Fill all weights from `seed`: normal(0, initializer_range), residual writers divided by sqrt(2 x layers), norms 1, biases 0."""
+        generator = torch.Generator().manual_seed(seed)
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            scale = std / math.sqrt(2 * len(self.layers)) if name.endswith(("o_proj.weight", "down_proj.weight")) else std
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        return self
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """(d/2,) fp32 angular frequencies theta^(-2i/d), with Llama 3.1's wavelength scaling when the config asks for it."""
+    d = config.width_per_head
+    inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d)
+    scaling = config.rope_scaling
+    if not scaling or scaling.get("rope_type", scaling.get("type")) == "default":
+        return inv_freq
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original = scaling["original_max_position_embeddings"]
+    # Long wavelengths are divided by `factor`, short ones kept, those between interpolated.
+    rotations = original * inv_freq / (2 * math.pi)
+    smooth = ((rotations - low) / (high - low)).clamp(0, 1)
+    return inv_freq * (smooth + (1 - smooth) / factor)
