@@ -1,10 +1,26 @@
-"""Map the folders of this repository to import names."""
+"""Map the folders of this repository to import names and build the C++ host module; everything else is in pyproject.toml.
 
-from setuptools import setup
+engine/ -> athanor, kernels/ -> athanor.kernels, csrc/host/ -> athanor._host.  A top-level package named `kernels` would shadow the HuggingFace
+package that transformers probes for, and `engine` is no name to import from another project.
+"""
+
+from glob import glob
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import find_packages, setup
+
+
+def mapped_packages(folder: str, name: str) -> list[str]:
+    return [name, *(f"{name}.{package}" for package in sorted(find_packages(folder)))]
+
 
 setup(
-    name="athanor",
-    version="0.1.0",
     package_dir={"athanor": "engine", "athanor.kernels": "kernels"},
-    packages=["athanor", "athanor.kernels"],
+    packages=mapped_packages("engine", "athanor") + mapped_packages("kernels", "athanor.kernels"),
+    package_data={"": ["*.toml", "*.html", "*.jinja"], "athanor": ["recipes/*"]},
+    ext_modules=[
+        Pybind11Extension(
+            "athanor._host", sorted(glob("csrc/host/*.cpp")), depends=sorted(glob("csrc/host/*.hpp")), cxx_std=17, extra_compile_args=["-Wall", "-Wextra"]
+        )
+    ],
 )
