@@ -1,0 +1,151 @@
+"""Evaluation metrics over k samples per problem: pass@k, pass^k, cons@k, and what the R1 report plots beside them.
+
+    pass@k = 1 - C(n-c, k) / C(n, k)          at least one of k right (HumanEval, arXiv 2107.03374)
+    pass^k = C(c, k) / C(n, k)                all k right
+    cons@k = P(the majority answer of k samples is right)
+
+over all k-subsets of n samples, c of them right.  cons@k: answers vote by equivalence class, a missing answer (None) does not vote, a tie is split evenly,
+nothing but missing answers counts 0.  Everything is exact: k < n sums over vote counts with a polynomial product, C(n, k) subsets are never listed.
+"""
+
+import re
+from collections.abc import Hashable, Sequence
+from math import comb
+
+import numpy as np
+
+from athanor.rewards.accuracy import Accuracy, extract_answer
+from athanor.rewards.answers import answer_key
+from athanor.rewards.language import language_consistency
+from athanor.rewards.response import parse_response
+from athanor.samples import Sample
+
+# the reflective words that the R1 report counts, and their Chinese counterparts
+REFLECTIVE_WORDS = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check",
+                    "等等", "等一下", "错误", "然而", "但是", "重试", "验证", "不对", "评估", "检查", "重新")  # fmt: skip
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that at least one of k of the n samples, c of them right, is right."""
+    _check_counts("pass_at_k", n, c, k)
+    return (comb(n, k) - comb(n - c, k)) / comb(n, k)
+
+
+def pass_hat_k(n: int, c: int, k: int) -> float:
+    """Probability that all k of the n samples, c of them right, are right (pass^k)."""
+    _check_counts("pass_hat_k", n, c, k)
+    return comb(c, k) / comb(n, k)
+
+
+def _check_counts(name: str, n: int, c: int, k: int) -> None:
+    if not 0 <= c <= n:
+        raise ValueError(f"{name}: c is {c}, wanted 0 to n ({n})")
+    if not 1 <= k <= n:
+        raise ValueError(f"{name}: k is {k}, wanted 1 to n ({n})")
+
+
+def cons_at_k(votes: Sequence[Hashable | None], correct: Sequence[bool | float], k: int | None = None) -> float:
+    """Probability that the majority class of k of the votes is right; k = None takes all of them.
+
+    votes: one key per sample, equal keys = equivalent answers (`answer_key`), None = no answer.  correct: per sample; a class whose samples
+    disagree (a verifier with partial credit) counts with their mean.  Exact; k < n costs about n * k^2 integer products.
+    """
+    n = len(votes)
+    k = n if k is None else k
+    if len(correct) != n:
+        raise ValueError(f"cons_at_k: {n} votes but {len(correct)} flags")
+    if not 1 <= k <= n:
+        raise ValueError(f"cons_at_k: k is {k}, wanted 1 to n ({n})")
+    classes: dict[Hashable, list[float]] = {}
+    for vote, flag in zip(votes, correct):
+        if vote is not None:
+            classes.setdefault(vote, []).append(float(flag))
+    sizes = [len(flags) for flags in classes.values()]
+    values = [sum(flags) / len(flags) for flags in classes.values()]
+    if not sizes:
+        return 0.0
+    if k == n:
+        winners = [value for size, value in zip(sizes, values) if size == max(sizes)]
+        return sum(winners) / len(winners)
+    total = 0.0
+    for i, (size, value) in enumerate(zip(sizes, values)):
+        if value:
+            total += value * _win_probability(size, sizes[:i] + sizes[i + 1 :], n - sum(sizes), k)
+    return total
+
+
+def _win_probability(size: int, rivals: list[int], missing: int, k: int) -> float:
+    """Probability over k-subsets that a class of `size` wins, a tie of r + 1 classes counting 1/(r + 1)."""
+    wins = 0.0
+    n = size + sum(rivals) + missing
+    for top in range(1, min(size, k) + 1):
+        # ways[r][d]: choices of d votes among the rivals, none above `top` votes and exactly r of them level with it
+        room = k - top
+        ways = [[1] + [0] * room]
+        for rival in rivals:
+            grown = [[0] * (room + 1) for _ in range(min(len(ways), room // top) + 1)]
+            for r, row in enumerate(ways):
+                for drawn, count in enumerate(row):
+                    if count == 0:
+                        continue
+                    for more in range(min(rival, top, room - drawn) + 1):
+                        grown[r + (more == top)][drawn + more] += count * comb(rival, more)
+            ways = grown
+        for r, row in enumerate(ways):
+            level = sum(count * comb(missing, room - drawn) for drawn, count in enumerate(row))
+            wins += comb(size, top) * level / comb(n, k) / (r + 1)
+    return wins
+
+
+def reflection_rate(texts: Sequence[str], words: Sequence[str] = REFLECTIVE_WORDS) -> float:
+    """Share of texts that contain a reflective word: whole words without regard to case, Han words anywhere.  0.0 for no texts."""
+    if not texts or not words:
+        return 0.0
+    pattern = re.compile("|".join(rf"\b{re.escape(w)}\b" if w.isascii() else re.escape(w) for w in words), re.IGNORECASE)
+    return sum(pattern.search(text) is not None for text in texts) / len(texts)
+
+
+def clustered_standard_error(groups: Sequence[Sequence[float]]) -> float | None:
+    """Standard error of the mean of per-problem means: samples of one problem are not independent.  None for fewer than two problems."""
+    means = [float(np.mean(group)) for group in groups]
+    if len(means) < 2:
+        return None
+    return float(np.std(means, ddof=1) / np.sqrt(len(means)))
+
+
+def evaluate_samples(groups: Sequence[Sequence[Sample]], *, accuracy: Accuracy | None = None, words: Sequence[str] = REFLECTIVE_WORDS) -> dict:
+    """Metrics of groups of samples, one group per problem, of any sizes.
+
+    Returns pass@1 and its problem-clustered standard error pass@1_se, cons@k for k = the smallest group, mean_tokens, reflection_rate, format_rate,
+    language_consistency, truncated_rate, num_problems, num_samples.  A right sample has accuracy 1 (partial credit is not right).  Problems without
+    gold answers do not enter pass@1 and cons@k; a metric with nothing to measure is None.
+    """
+    accuracy = Accuracy() if accuracy is None else accuracy
+    groups = [list(group) for group in groups if len(group)]
+    samples = [sample for group in groups for sample in group]
+    if not samples:
+        raise ValueError("evaluate_samples: no samples")
+    scored = []
+    for group in groups:
+        scores = accuracy(group)
+        if any(score is not None for score in scores):
+            scored.append((group, [float(score is not None and score >= 1.0) for score in scores]))
+    k = min((len(group) for group, _ in scored), default=min(len(group) for group in groups))
+    result = {"pass@1": None, "pass@1_se": None, f"cons@{k}": None}
+    if scored:
+        result["pass@1"] = float(np.mean([np.mean(right) for _, right in scored]))
+        result["pass@1_se"] = clustered_standard_error([right for _, right in scored])
+        result[f"cons@{k}"] = float(np.mean([cons_at_k([_vote(sample, accuracy) for sample in group], right, k) for group, right in scored]))
+    result["mean_tokens"] = float(np.mean([sample.num_tokens for sample in samples]))
+    result["reflection_rate"] = reflection_rate([sample.text for sample in samples], words)
+    result["format_rate"] = float(np.mean([parse_response(s.text, prompt=s.problem.prompt).well_formed for s in samples]))
+    result["language_consistency"] = float(np.mean([language_consistency(s.text, s.problem.language, prompt=s.problem.prompt) for s in samples]))
+    result["truncated_rate"] = float(np.mean([sample.finish == "length" for sample in samples]))
+    result["num_problems"] = len(groups)
+    result["num_samples"] = len(samples)
+    return result
+
+
+def _vote(sample: Sample, accuracy: Accuracy) -> Hashable | None:
+    answer = extract_answer(sample.text, prompt=sample.problem.prompt, extract=accuracy.extract)
+    return None if answer is None else answer_key(answer, ignore_case=accuracy.ignore_case)
