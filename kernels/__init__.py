@@ -1,1 +1,22 @@
-"""GPU kernels for reinforcement learning on language models, each with a PyTorch reference."""
+"""GPU kernels for reinforcement learning on language models, each with a PyTorch reference that is its specification and CPU path.
+
+Importing this needs torch and nothing else: Triton, CuPy and flash-attn are imported by the first call that runs on them.
+The public functions bear the names of their files, so `from athanor.kernels.rmsnorm import ...` reaches the file's other contents.
+"""
+
+from ._dispatch import use_backend
+from ._philox import philox_uniform
+from .attention import attention
+from .group_advantage import group_advantage
+from .grpo_loss import grpo_loss
+from .linear_logprob import LogProbs, linear_logprob, logprob
+from .policy_loss import LossVariant, policy_loss
+from .rmsnorm import rmsnorm
+from .rope import rope
+from .sample import Sampled, sample
+from .swiglu import swiglu
+
+__all__ = [
+    "LogProbs", "LossVariant", "Sampled", "attention", "group_advantage", "grpo_loss", "linear_logprob", "logprob", "philox_uniform",
+    "policy_loss", "rmsnorm", "rope", "sample", "swiglu", "use_backend",
+]  # fmt: skip

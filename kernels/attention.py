@@ -1,0 +1,165 @@
+"""Causal self-attention over packed sequences with grouped queries (Ainslie et al., arXiv 2305.13245):  softmax(q k^T scale + causal) v.
+
+A dispatcher, not our own flash attention: flash-attn if installed, then torch.nn.attention.varlen, then the reference.
+
+The reference sorts the sequences into a few buckets of similar length and pads on the right inside a bucket only: causality already hides
+the padding from every real token, so no mask is needed, and padded rows are dropped on the way back.  A token appears exactly once among the
+padded rows, so packing and unpacking are each other's gradient and both are plain row gathers.
+"""
+
+import importlib.util
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._dispatch import Backend, check, register
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
+    """Attend causally within each sequence of a packed batch.
+
+    q: (T, H, d).  k, v: (T, Hkv, d), query head h reads head h // (H / Hkv).  cu_seqlens: (S+1,) int32, from 0 to T, zero-length allowed.
+    scale: default 1/sqrt(d).  Returns (T, H, d) in q's dtype, differentiable in q, k, v.  Raises ValueError on a shape mismatch.
+    """
+    T, H, d = q.shape
+    check(k.shape == v.shape and k.ndim == 3 and k.shape[0] == T and k.shape[2] == d,
+          f"attention: q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; wanted k and v (T, Hkv, d)")  # fmt: skip
+    check(k.shape[1] > 0 and H % k.shape[1] == 0, f"attention: {H} query heads are not a multiple of {k.shape[1]} key heads")
+    check(cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 1, f"attention: cu_seqlens is {tuple(cu_seqlens.shape)}; wanted (S+1,)")
+    return op(backend, q=q, k=k, v=v, cu_seqlens=cu_seqlens, scale=d**-0.5 if scale is None else float(scale))
+
+
+BUCKET_COST = 512  # padded tokens that cost as much as one more bucket, measured on a 2-core CPU (see tests/kernels/test_attention.py)
+
+
+@lru_cache(maxsize=256)
+def bucket_plan(offsets: tuple[int, ...]) -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...]]:
+    """Rows to gather, where each token then lies, and (sequences, padded length) per bucket, for one tuple of cu_seqlens.
+
+    The buckets minimise padded rows + BUCKET_COST per bucket exactly, by dynamic programming over the distinct lengths.
+    """
+    cu = torch.tensor(offsets)
+    starts, lengths = cu[:-1], cu[1:] - cu[:-1]
+    order = torch.argsort(lengths, descending=True, stable=True)
+    order = order[lengths[order] > 0]
+    buckets = _split(lengths[order].tolist())
+    gather, inverse, base, first = [], torch.empty(offsets[-1], dtype=torch.int64), 0, 0
+    for count, length in buckets:
+        rows = order[first : first + count]
+        step = torch.arange(length)
+        index = starts[rows, None] + step
+        real = step < lengths[rows, None]
+        gather.append(torch.where(real, index, starts[rows, None]).flatten())
+        inverse[index[real]] = torch.arange(base, base + count * length).view(count, length)[real]
+        base, first = base + count * length, first + count
+    return (torch.cat(gather) if gather else torch.empty(0, dtype=torch.int64)), inverse, tuple(buckets)
+
+
+def _split(lengths: list[int]) -> list[tuple[int, int]]:
+    """(count, padded length) per bucket for lengths in descending order."""
+    ends = [i for i in range(1, len(lengths) + 1) if i == len(lengths) or lengths[i] != lengths[i - 1]]  # a bucket ends where the length changes
+    best = {0: (0, 0)}  # end -> (cost, start of its last bucket)
+    for end in ends:
+        best[end] = min((best[start][0] + (end - start) * lengths[start] + BUCKET_COST, start) for start in best)
+    cuts = [len(lengths)]
+    while cuts[-1]:
+        cuts.append(best[cuts[-1]][1])
+    return [(end - start, lengths[start]) for end, start in zip(cuts[-2::-1], cuts[:0:-1], strict=True)]
+
+
+class GatherRows(torch.autograd.Function):
+    """x[index], whose gradient is grad[inverse]: right because every row that inverse leaves out has gradient zero."""
+
+    @staticmethod
+    def forward(ctx, x, index, inverse):
+        ctx.save_for_backward(index, inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.saved_tensors[1]), None, None
+
+
+class ScatterRows(torch.autograd.Function):
+    """padded[inverse], whose gradient puts each row back and leaves zeros on the padding."""
+
+    @staticmethod
+    def forward(ctx, padded, inverse):
+        ctx.save_for_backward(inverse)
+        ctx.rows = padded.shape[0]
+        return padded.index_select(0, inverse)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        out = grad.new_zeros((ctx.rows, *grad.shape[1:]))
+        return out.index_copy_(0, inverse, grad), None
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    offsets = tuple(cu_seqlens.tolist())
+    check(offsets[0] == 0 and offsets[-1] == q.shape[0] and all(a <= b for a, b in zip(offsets, offsets[1:], strict=False)),
+          f"attention: cu_seqlens runs from {offsets[0]} to {offsets[-1]}; wanted non-decreasing from 0 to T = {q.shape[0]}")  # fmt: skip
+    if q.shape[0] == 0:
+        return q * 1
+    index, inverse, buckets = bucket_plan(offsets)
+    index, inverse = index.to(q.device), inverse.to(q.device)
+    q, k, v = (GatherRows.apply(x, index, inverse) for x in (q, k, v))
+    rows = [count * length for count, length in buckets]
+    outputs = []
+    for (count, length), bq, bk, bv in zip(buckets, q.split(rows), k.split(rows), v.split(rows), strict=True):
+        bq, bk, bv = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (bq, bk, bv))
+        out = F.scaled_dot_product_attention(bq, bk, bv, is_causal=True, scale=scale, enable_gqa=bq.shape[1] != bk.shape[1])
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return ScatterRows.apply(torch.cat(outputs), inverse)
+
+
+def _why_not_cuda(call: dict) -> str | None:
+    q = call["q"]
+    if not q.is_cuda:
+        return f"tensors are on {q.device.type}"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"flash attention takes bf16 or fp16, not {q.dtype}"
+    if _flash_attn_there():
+        return None
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return "neither flash-attn nor torch.nn.attention.varlen is installed"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _flash_attn_there() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def attention_cuda(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if cu_seqlens.numel() > 1 else 0
+    if longest == 0:
+        return q * 1
+    cu_seqlens = cu_seqlens.to(torch.int32)
+    if _flash_attn_there():
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True)
+    from torch.nn.attention.varlen import varlen_attn
+
+    repeat = q.shape[1] // k.shape[1]
+    if repeat > 1:
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    default = q.shape[2] ** -0.5
+    if scale != default:
+        q = q * (scale / default)  # varlen_attn has no scale argument in every release we support
+    return _varlen(varlen_attn, q, k, v, cu_seqlens, longest)
+
+
+def _varlen(varlen_attn, q, k, v, cu_seqlens, longest):
+    # torch 2.11 spells causality as window_size=(-1, 0), 2.10 as is_causal=True
+    import inspect
+
+    causal = {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **causal)
+
+
+op = register("attention", cuda=Backend(attention_cuda, _why_not_cuda), reference=Backend(attention_reference))

@@ -1,0 +1,224 @@
+"""Clipped policy-gradient losses of the GRPO family on packed log-probabilities, to be minimised.
+
+With d = logp - old (clamped to +-20), r = exp(d) per token or exp(mean d) per sequence, A the sequence's advantage, lo = 1 - clip_low,
+hi = 1 + clip_high, sg = stop gradient, the loss of one token is  c * surrogate + beta * KL, where surrogate is
+
+  clip       -min(r A, clip(r, lo, hi) A)                       PPO / GRPO (arXiv 2402.03300, eq. 3); DAPO with hi != 1 + (1 - lo)
+  dual_clip  the same, and at most -c A where A < 0              arXiv 1912.09729
+  two_sided  -min(min(r, delta) A, clip(r, lo, hi) A)            INTELLECT-2 (arXiv 2505.07291); equals dual_clip with delta = c
+  cispo      -sg(clip(r, lo, hi)) A logp                         MiniMax-M1 (arXiv 2506.13585); clip_low >= 1 means no lower bound
+  sapo       -(4 / tau) sigmoid(tau (r - 1)) A                   arXiv 2511.20347, tau by the sign of A
+  reinforce  -A logp                                             old_logps enter the statistics only
+
+ratio="sequence" is GSPO (arXiv 2507.18071): every token of the sequence bears the loss of r_s, and the gradient goes through the mean.
+ratio="sequence_token" has the value r_s with the gradient of the token itself: exp(logp - sg(logp) + sg(log r_s)).
+KL with e = ref - logp (clamped to +-20 where it is exponentiated):  k1 = -e,  k2 = e^2 / 2,  k3 = exp(e) - e - 1.
+Correction weight c for samples drawn from other numerics, with rho = exp(old - rollout), not differentiated:  tis = min(rho, high);
+token_mask = rho if low <= rho <= high else 0;  sequence_mask = R if low <= R <= high else 0, R = exp(sum over the sequence of log rho).
+At a clip bound the gradient is kept (r in [lo, hi] counts as inside), as torch.min and torch.clamp give it.
+
+Not here: VESPO, entropy bonus (needs logits), KL multiplied by the ratio.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._dispatch import Backend, accumulation_dtype, check, near_misses, register
+
+LOG_RATIO_LIMIT = 20.0  # exp(20) = 4.9e8: a token beyond has gradient 0 instead of an overflow
+
+_CHOICES = {
+    "ratio": ("token", "sequence", "sequence_token"),
+    "surrogate": ("clip", "dual_clip", "two_sided", "cispo", "sapo", "reinforce"),
+    "aggregation": ("token_mean", "sequence_mean", "constant"),
+    "kl": ("none", "k1", "k2", "k3"),
+    "correction": ("none", "tis", "token_mask", "sequence_mask"),
+}
+
+
+@dataclass(frozen=True)
+class LossVariant:
+    """One complete loss.  Checked when built: an option that the rest would ignore raises ValueError."""
+
+    ratio: str = "token"
+    surrogate: str = "clip"
+    clip_low: float = 0.2  # lower bound is 1 - clip_low; >= 1 means none, as r > 0
+    clip_high: float = 0.2  # upper bound is 1 + clip_high
+    dual_clip: float | None = None  # c of dual_clip, > 1; None = 3 for that surrogate
+    delta: float | None = None  # of two_sided, > 1 + clip_high
+    tau_positive: float = 1.0  # sapo temperature for A > 0
+    tau_negative: float = 1.05  # sapo temperature for A <= 0
+    aggregation: str = "token_mean"
+    max_tokens: int | None = None  # constant: sum / (num_sequences * max_tokens), Dr. GRPO
+    kl: str = "none"
+    beta: float = 0.0
+    correction: str = "none"
+    correction_low: float = 0.0  # of token_mask and sequence_mask
+    correction_high: float | None = None  # None = 2 for tis and token_mask, 3 for sequence_mask
+
+    def __post_init__(self):
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            check(value in known, f"LossVariant: {name} is {value!r}; {near_misses(value, known)}")
+        check(self.clip_low >= 0 and self.clip_high >= 0, f"LossVariant: clip_low {self.clip_low}, clip_high {self.clip_high}; wanted >= 0")
+        self._needs("dual_clip", self.surrogate == "dual_clip", "surrogate 'dual_clip'", default=3.0)
+        self._needs("delta", self.surrogate == "two_sided", "surrogate 'two_sided'")
+        self._needs("max_tokens", self.aggregation == "constant", "aggregation 'constant'")
+        self._needs("correction_high", self.correction != "none", "a correction", default=3.0 if self.correction == "sequence_mask" else 2.0)
+        check(self.dual_clip is None or self.dual_clip > 1, f"LossVariant: dual_clip is {self.dual_clip}; wanted > 1")
+        check(self.delta is None or self.delta > 1 + self.clip_high,
+              f"LossVariant: delta is {self.delta}; wanted > 1 + clip_high = {1 + self.clip_high}")  # fmt: skip
+        check(self.max_tokens is None or self.max_tokens > 0, f"LossVariant: max_tokens is {self.max_tokens}; wanted > 0")
+        check(self.tau_positive > 0 and self.tau_negative > 0, "LossVariant: tau_positive and tau_negative must be > 0")
+        check(self.beta >= 0, f"LossVariant: beta is {self.beta}; wanted >= 0")
+        check((self.kl == "none") == (self.beta == 0), f"LossVariant: kl {self.kl!r} with beta {self.beta}: give both or neither")
+        check(self.correction in ("token_mask", "sequence_mask") or self.correction_low == 0,
+              f"LossVariant: correction_low is {self.correction_low}, which correction {self.correction!r} ignores")  # fmt: skip
+        check(self.correction_high is None or self.correction_high > self.correction_low >= 0,
+              f"LossVariant: correction bounds are {self.correction_low} and {self.correction_high}; wanted 0 <= low < high")  # fmt: skip
+        check(self.surrogate not in ("cispo", "reinforce") or self.ratio == "token",
+              f"LossVariant: surrogate {self.surrogate!r} weighs each token's own log-prob: ratio {self.ratio!r} has no meaning")  # fmt: skip
+
+    def _needs(self, name: str, wanted: bool, by: str, default=None) -> None:
+        value = getattr(self, name)
+        check(wanted or value is None, f"LossVariant: {name} is {value}, but only {by} uses it")
+        if wanted and value is None:
+            check(default is not None, f"LossVariant: {by} needs {name}")
+            object.__setattr__(self, name, default)
+
+
+def policy_loss(logps: Tensor, old_logps: Tensor | None, advantages: Tensor, cu_seqlens: Tensor, *, ref_logps: Tensor | None = None,
+                rollout_logps: Tensor | None = None, mask: Tensor | None = None, variant: LossVariant = LossVariant(),
+                num_tokens: int | Tensor | None = None, num_sequences: int | Tensor | None = None,
+                backend: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Compute the loss of `variant` over the completion tokens of a packed batch.
+
+    logps, old_logps, ref_logps, rollout_logps: (N,) over completion tokens; only logps is differentiated.  old_logps None = logps, detached.
+    advantages: (S,), constant within a sequence.  cu_seqlens: (S+1,) over the N tokens.  mask: (N,) bool, False = as if the token were not there
+    (its log-probs may be anything, NaN included).  num_tokens, num_sequences: denominators of the whole optimizer step; None = the unmasked
+    tokens and the sequences with any, of this call.  Returns the loss, 0-d, and detached fp32 sums to be added over micro-batches and ranks (ratio_max: maximum):
+    num_tokens, num_sequences, ratio_sum, ratio_max, clip_low and clip_high (tokens whose gradient that bound cut), old_kl_sum (k3 of new from old),
+    ref_kl_sum (k3; 0 without ref_logps), rollout_kl_sum (k3 of old from rollout; 0 without rollout_logps), weight_sum, weight_sq_sum (correction).
+    Raises ValueError on a shape mismatch or when `variant` needs a tensor that is not given.
+    """
+    N = check_loss_tensors("policy_loss", logps, old_logps, ref_logps, rollout_logps, mask, cu_seqlens, variant)
+    check(advantages.shape == (cu_seqlens.numel() - 1,),
+          f"policy_loss: advantages is {tuple(advantages.shape)}; wanted ({cu_seqlens.numel() - 1},) for {N} tokens")  # fmt: skip
+    return op(backend, logps=logps, old_logps=old_logps, advantages=advantages.detach(), cu_seqlens=cu_seqlens, ref_logps=ref_logps,
+              rollout_logps=rollout_logps, mask=mask, variant=variant, num_tokens=num_tokens, num_sequences=num_sequences)  # fmt: skip
+
+
+def check_loss_tensors(where, logps, old_logps, ref_logps, rollout_logps, mask, cu_seqlens, variant) -> int:
+    check(isinstance(variant, LossVariant), f"{where}: variant is {type(variant).__name__}; wanted LossVariant (see athanor.losses for presets)")
+    check(logps.ndim == 1, f"{where}: logps is {tuple(logps.shape)}; wanted (N,)")
+    named = {"old_logps": old_logps, "ref_logps": ref_logps, "rollout_logps": rollout_logps, "mask": mask}
+    for name, value in named.items():
+        check(value is None or value.shape == logps.shape, f"{where}: {name} is {None if value is None else tuple(value.shape)}; wanted {tuple(logps.shape)}")
+    check(mask is None or mask.dtype == torch.bool, f"{where}: mask is {None if mask is None else mask.dtype}; wanted bool")
+    check(cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 1, f"{where}: cu_seqlens is {tuple(cu_seqlens.shape)}; wanted (S+1,)")
+    check(variant.kl == "none" or ref_logps is not None, f"{where}: kl {variant.kl!r} needs ref_logps")
+    check(variant.correction == "none" or rollout_logps is not None, f"{where}: correction {variant.correction!r} needs rollout_logps")
+    if cu_seqlens.device.type == "cpu":
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        check(first == 0 and last == logps.numel(), f"{where}: cu_seqlens runs from {first} to {last}; wanted 0 to {logps.numel()}")
+    return logps.numel()
+
+
+def policy_loss_reference(logps, old_logps, advantages, cu_seqlens, ref_logps, rollout_logps, mask, variant, num_tokens, num_sequences):
+    v = variant
+    dtype, N = accumulation_dtype(logps.dtype), logps.numel()
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=logps.device), lengths, output_size=N)
+    unmasked = torch.ones(N, dtype=torch.bool, device=logps.device) if mask is None else mask
+
+    def clean(x: Tensor) -> Tensor:  # masked tokens become 0 before any arithmetic: inf * 0 would be NaN
+        return x.to(dtype) if mask is None else torch.where(mask, x.to(dtype), 0.0)
+
+    def per_sequence(x: Tensor) -> Tensor:
+        return x.new_zeros(len(lengths)).index_add(0, sequence, x)
+
+    logps = clean(logps)
+    old = logps.detach() if old_logps is None else clean(old_logps.detach())
+    A = advantages.to(dtype)[sequence]
+    m = unmasked.to(dtype)
+    count = per_sequence(m)
+    num_tokens = count.sum() if num_tokens is None else torch.as_tensor(num_tokens, dtype=dtype, device=logps.device)
+    num_sequences = (count > 0).sum() if num_sequences is None else torch.as_tensor(num_sequences, dtype=dtype, device=logps.device)
+
+    log_ratio = logps - old
+    if v.ratio != "token":
+        mean = (per_sequence(log_ratio) / count.clamp_min(1))[sequence]
+        log_ratio = mean if v.ratio == "sequence" else logps - logps.detach() + mean.detach()
+    r = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    term, low, high = surrogate_reference(v, logps, r, A)
+
+    weight, rollout_kl = torch.ones_like(A), torch.zeros_like(A)
+    if rollout_logps is not None:
+        log_rho = old - clean(rollout_logps.detach())
+        rollout_kl = k3(-log_rho)
+    if v.correction != "none":
+        if v.correction == "sequence_mask":
+            log_rho = per_sequence(log_rho)[sequence]
+        rho = log_rho.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        inside = (rho >= v.correction_low) & (rho <= v.correction_high)
+        weight = rho.clamp_max(v.correction_high) if v.correction == "tis" else torch.where(inside, rho, 0.0)
+    loss = weight * term
+
+    ref_kl = torch.zeros_like(A)
+    if ref_logps is not None:
+        e = clean(ref_logps.detach()) - logps
+        ref_kl = k3(e.detach())
+        if v.kl != "none":
+            loss = loss + v.beta * {"k1": lambda: -e, "k2": lambda: e.square() / 2, "k3": lambda: k3(e)}[v.kl]()
+
+    loss = loss * m
+    if v.aggregation == "token_mean":
+        loss = loss.sum() / num_tokens.clamp_min(1)
+    elif v.aggregation == "sequence_mean":
+        loss = (per_sequence(loss) / count.clamp_min(1)).sum() / num_sequences.clamp_min(1)
+    else:
+        loss = loss.sum() / (num_sequences.clamp_min(1) * v.max_tokens)
+
+    with torch.no_grad():
+        sums = torch.stack([m, r, low, high, k3(log_ratio), ref_kl, rollout_kl, weight, weight.square()]).mul_(m).sum(1).float()
+        names = "num_tokens", "ratio_sum", "clip_low", "clip_high", "old_kl_sum", "ref_kl_sum", "rollout_kl_sum", "weight_sum", "weight_sq_sum"
+        stats = dict(zip(names, sums.unbind(), strict=True))
+        stats["ratio_max"] = (r * m).amax().float() if N else sums.new_zeros(())
+        stats["num_sequences"] = (count > 0).sum().float()
+    return loss, stats
+
+
+def k3(e: Tensor) -> Tensor:
+    """exp(e) - e - 1 >= 0 for e = log p(reference) - log p(sampler)  (Schulman 2020, "Approximating KL divergence")."""
+    e = e.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return e.expm1() - e
+
+
+def surrogate_reference(v: LossVariant, logps: Tensor, r: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss per token before correction and KL, and two 0/1 vectors: where the lower and where the upper bound cut the gradient."""
+    lo, hi = 1 - v.clip_low, 1 + v.clip_high
+    none = torch.zeros_like(A)
+    if v.surrogate == "reinforce":
+        return -A * logps, none, none
+    if v.surrogate == "sapo":
+        tau = torch.where(A > 0, v.tau_positive, v.tau_negative).to(A.dtype)
+        return -(4 / tau) * torch.sigmoid(tau * (r - 1)) * A, none, none
+    below, above = (r < lo).to(A.dtype), (r > hi).to(A.dtype)
+    if v.surrogate == "cispo":
+        return -r.detach().clamp(lo, hi) * A * logps, below, above
+    below, above = below * (A < 0), above * (A > 0)
+    inner = r
+    if v.surrogate != "clip":
+        ceiling = v.dual_clip if v.surrogate == "dual_clip" else v.delta
+        # for A < 0 the surrogate is max(-r A, -clip(r) A), so capping r at c there caps the loss at -c A
+        inner = torch.where(A < 0, r.clamp_max(ceiling), r)
+        above = above + (r > ceiling) * (A < 0)
+        if v.surrogate == "dual_clip" and ceiling < hi:
+            clipped = r.clamp(lo, ceiling)
+            return torch.where(A < 0, -torch.minimum(inner * A, clipped * A), -torch.minimum(r * A, r.clamp(lo, hi) * A)), below, above
+    return -torch.minimum(inner * A, r.clamp(lo, hi) * A), below, above
+
+
+op = register("policy_loss", reference=Backend(policy_loss_reference))
