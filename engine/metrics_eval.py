@@ -13,7 +13,6 @@ from collections.abc import Hashable, Sequence
 from math import comb
 
 import numpy as np
-
 from athanor.rewards.accuracy import Accuracy, extract_answer
 from athanor.rewards.answers import answer_key
 from athanor.rewards.language import language_consistency
@@ -22,7 +21,7 @@ from athanor.samples import Sample
 
 # the reflective words that the R1 report counts, and their Chinese counterparts
 REFLECTIVE_WORDS = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check",
-                    "等等", "等一下", "错误", "然而", "但是", "重试", "验证", "不对", "评估", "检查", "重新")  # fmt: skip
+                    "等", "等等", "等一下", "错误", "然而", "但是", "重试", "验证", "不对", "评估", "查", "检查", "重新")  # fmt: skip
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -98,10 +97,14 @@ def _win_probability(size: int, rivals: list[int], missing: int, k: int) -> floa
 
 
 def reflection_rate(texts: Sequence[str], words: Sequence[str] = REFLECTIVE_WORDS) -> float:
-    """Share of texts that contain a reflective word: whole words without regard to case, Han words anywhere.  0.0 for no texts."""
+    """Share of texts that contain a reflective word: whole words without regard to case.
+
+    Han words of two and more characters count anywhere, as text without spaces has no word boundaries; a single character only where it stands
+    alone (等 is "wait" but 等于 is "equals").  0.0 for no texts.
+    """
     if not texts or not words:
         return 0.0
-    pattern = re.compile("|".join(rf"\b{re.escape(w)}\b" if w.isascii() else re.escape(w) for w in words), re.IGNORECASE)
+    pattern = re.compile("|".join(rf"\b{re.escape(w)}\b" if w.isascii() or len(w) == 1 else re.escape(w) for w in words), re.IGNORECASE)
     return sum(pattern.search(text) is not None for text in texts) / len(texts)
 
 

@@ -1,7 +1,7 @@
 """The folder is the registry: one file per reward or task, built by name with keyword settings.  Floor 1.
 
-A file takes part when it defines `make(**settings)`, or `make(variant, **settings)` for names such as "gym:chain_sum" and
-"jsonl:questions.jsonl", whose part after the colon is the variant.  Adding a reward or a task is adding one file.
+A file takes part when it defines `make`, a function or class that takes the settings as keywords.  A positional-only first parameter,
+`make(variant, /, **settings)`, is what stands after the colon in names such as "gym:chain_sum" and "jsonl:questions.jsonl".
 """
 
 import difflib
@@ -13,8 +13,10 @@ from athanor.errors import UserError
 
 
 def near_misses(name: str, known: list[str]) -> str:
-    """Return "did you mean a, b? " or "", then the sorted list of what exists, for the end of an error message."""
+    """End of an error message: "did you mean a, b? Known: ..." (the whole list only where it is short or nothing is near)."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close and len(known) > 30:
+        return f"did you mean {', '.join(close)}?"
     hint = f"did you mean {', '.join(close)}? " if close else ""
     return f"{hint}Known: {', '.join(sorted(known))}"
 
@@ -34,20 +36,21 @@ def build(package: str, kind: str, full_name: str, settings: dict):
     """
     name, colon, variant = full_name.partition(":")
     files = [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__)]
-    make = getattr(importlib.import_module(f"{package}.{name}"), "make", None) if name in files else None
+    make = getattr(importlib.import_module(f"{package}.{name}"), "make", None) if name in files and not name.startswith("_") else None
     if make is None:
         raise UserError(f"unknown {kind} {full_name!r}: {near_misses(name, registered(package))}")
     parameters = inspect.signature(make).parameters.values()
-    takes_variant = any(p.kind is p.POSITIONAL_ONLY or p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
-    if takes_variant != bool(variant):
-        wanted = f'"{name}:<{next(iter(parameters)).name}>"' if takes_variant else f'"{name}" alone'
-        raise UserError(f"{kind} {full_name!r}: wanted {wanted}")
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    variants = [p for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    if variant and not variants:
+        raise UserError(f'{kind} {full_name!r}: {name} has no variants, wanted "{name}"')
+    if not variant and variants and variants[0].default is inspect.Parameter.empty:
+        raise UserError(f'{kind} {full_name!r}: wanted "{name}:<{variants[0].name}>"')
+    known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         for key in settings:
             if key not in known:
                 raise UserError(f"{kind} {full_name!r}: unknown setting {key!r}: {near_misses(key, known)}")
-    missing = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in settings]
+    missing = [p.name for p in parameters if p.name in known and p.default is p.empty and p.name not in settings]
     if missing:
         raise UserError(f"{kind} {full_name!r}: setting {missing[0]!r} is required")
-    return make(variant, **settings) if takes_variant else make(**settings)
+    return make(variant, **settings) if variant else make(**settings)

@@ -3,13 +3,12 @@
 Native:  reward(samples, problems=None), problems defaulting to each sample's own.
 TRL (GRPOTrainer, RLOOTrainer):  reward(prompts=, completions=, completion_ids=, **columns), prompts and completions being strings or chat lists
 ([{"role": ..., "content": ...}]).  The gold answer is the column `answer`, or `solution` where there is none; columns `domain`, `language`,
-`task` and `id` fill the problem's fields; every other column of the right length goes into its metadata.
+`task`, `split` and `id` fill the problem's fields; every other column of the right length goes into its metadata.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-
 from athanor.samples import Problem, Sample
 
 
@@ -39,6 +38,7 @@ def samples_from_columns(prompts, completions, completion_ids, columns: dict) ->
             task=row.pop("task", ""),
             domain=row.pop("domain", "reasoning"),
             language=row.pop("language", "en"),
+            split=row.pop("split", "train"),
             metadata=row,
         )
         ids = None if completion_ids is None else np.asarray(completion_ids[i], np.int64)

@@ -34,7 +34,21 @@ SCRIPTS = {  # language -> scripts its words are written in
 }
 _CHARS_PER_WORD = {"CJK": 2, "KANA": 2, "THAI": 4}
 _SCRIPT_OF_NAME = {"IDEOGRAPHIC": "CJK", "HIRAGANA": "KANA", "KATAKANA": "KANA", "KATAKANA-HIRAGANA": "KANA", "HALFWIDTH": "", "FULLWIDTH": ""}
-_NOT_SCRIPTS = {"MATHEMATICAL", "DOUBLE-STRUCK", "SCRIPT", "MODIFIER", "SUPERSCRIPT", "SUBSCRIPT", "MICRO", "KELVIN", "ANGSTROM", "OHM", "CIRCLED", "FEMININE", "MASCULINE"}
+_NOT_SCRIPTS = {
+    "MATHEMATICAL",
+    "DOUBLE-STRUCK",
+    "SCRIPT",
+    "MODIFIER",
+    "SUPERSCRIPT",
+    "SUBSCRIPT",
+    "MICRO",
+    "KELVIN",
+    "ANGSTROM",
+    "OHM",
+    "CIRCLED",
+    "FEMININE",
+    "MASCULINE",
+}
 _TOKENS = re.compile(r"\w+(?:['’]\w+)*")
 _OPENERS = re.compile(r"```|`|\$\$|\$|\\\[|\\\(|\\begin\{|\\[a-zA-Z]+|https?://\S+|</?(?:think|answer)>")
 _CLOSERS = {"```": "```", "`": "`", "$$": "$$", "$": "$", "\\[": "\\]", "\\(": "\\)", "\\begin{": "\\end{"}

@@ -1,8 +1,8 @@
 """Soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13), n = completion tokens, the end token included:
 
-    0                                  n <= max_tokens - buffer
-    (max_tokens - buffer - n)/buffer   up to max_tokens
-    -1                                 beyond
+0                                  n <= max_tokens - buffer
+(max_tokens - buffer - n)/buffer   up to max_tokens
+-1                                 beyond
 """
 
 from dataclasses import dataclass

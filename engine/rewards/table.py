@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-
 from athanor.errors import UserError
 from athanor.samples import Sample
 
@@ -67,7 +66,9 @@ class RewardTable:
         for i, a in enumerate(self.entries):
             for b in self.entries[:i]:
                 if a.reward.__name__ == b.reward.__name__ and _overlap(a, b):
-                    raise UserError(f"reward table: two lines of {a.reward.__name__!r} count for the same samples (domains {b.domain} and {a.domain})")
+                    raise UserError(
+                        f"reward table: two lines of {a.reward.__name__!r} count for the same samples (domains {b.domain} and {a.domain})"
+                    )
 
     @property
     def needs_answers(self) -> bool:

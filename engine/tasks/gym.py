@@ -1,0 +1,170 @@
+"""Procedural families of the reasoning-gym package by name:  make_task("gym:chain_sum", min_terms=3, max_terms=5).
+
+Settings that are not ours go to the family's configuration.  Answers are judged by the family's own scorer, which `make` registers for the accuracy
+reward under the task's name.  What is guarded, because those scorers read what a policy under training writes:
+- nine families execute the answer as Python: refused until a sandbox can run their scorers;
+- game_of_life_halting gives 1.0 to any text: refused;  composite can contain any of these: refused;
+- any exception of a scorer (prime_factorization raises on junk) is a score of 0, counted in `num_scorer_errors`;
+- scores below `junk_threshold` are 0, because fourteen families pay up to 0.125 for junk;
+- complex_arithmetic gives 1.0 to "nan", rubiks_cube unrolls "R999999999" in memory, polynomial_equations without real roots gives 1.0 to any text;
+- answers longer than 8,192 characters score 0.
+
+Splits are disjoint by the hash of the question: of 16 classes one is test, one validation, 14 train.  Validation and test do not depend on the seed.
+"""
+
+import dataclasses
+import hashlib
+import math
+import re
+from functools import lru_cache
+
+from athanor.errors import UserError
+from athanor.registry import near_misses
+from athanor.rewards.accuracy import scorers
+from athanor.samples import Problem
+from athanor.tasks._templates import check_template, render
+
+EXECUTING = frozenset(
+    "string_insertion binary_matrix spiral_matrix n_queens simple_integration intermediate_integration polynomial_multiplication countdown puzzle24".split()
+)
+_CHUNK = 256  # problems per dataset object: families that build all their problems at once stay cheap
+_MAX_DRAWS = 400  # a draw lands in the rarest split once in 16, so 400 misses mean that the family has next to no problems
+_MAX_ANSWER_CHARS = 8192
+
+
+class GymTask:
+    """One reasoning-gym family with its configuration."""
+
+    domain = "reasoning"
+
+    def __init__(self, family: str, config: dict, *, seed: int, name: str, template: str, system: str, language: str, junk_threshold: float):
+        self.name = name
+        self.family = family
+        self.seed = seed
+        self.junk_threshold = junk_threshold
+        self.num_scorer_errors = 0
+        self._config = config
+        self._template, self._system, self._language = template, system, language
+        self._dataset = lru_cache(maxsize=64)(self._build_dataset)
+        self._entry = lru_cache(maxsize=8192)(self._draw_entry)
+
+    def size(self, split: str) -> None:
+        """None: procedural, without end."""
+        self._check_split(split)
+        return None
+
+    def problem(self, split: str, index: int) -> Problem:
+        """Problem `index` of a split.  Its answer is None where the family has no single one; the scorer judges those too."""
+        entry = self._entry(split, index)
+        prompt, extra = render(entry["question"], self._template, system=self._system)
+        answer = None if entry["answer"] is None else str(entry["answer"])
+        return Problem(prompt, answer, index, self.name, self.domain, self._language, split, {"question": entry["question"], **extra})
+
+    def score(self, answer: str, problem: Problem) -> float:
+        """Score of an extracted answer in [0, 1] by the family's scorer, guarded as the module says."""
+        if len(answer) > _MAX_ANSWER_CHARS or not self._harmless(answer):
+            return 0.0
+        entry = self._entry(problem.split, problem.id)
+        try:
+            value = float(self._dataset(0, 0).score_answer(answer, entry))
+        except Exception:  # third-party code on hostile text: whatever it raises, the answer was not recognised as right
+            self.num_scorer_errors += 1
+            return 0.0
+        if not math.isfinite(value) or value < self.junk_threshold:
+            return 0.0
+        return min(value, 1.0)
+
+    def _harmless(self, answer: str) -> bool:
+        if self.family == "complex_arithmetic":
+            return "nan" not in "".join(answer.split()).lower()
+        if self.family == "rubiks_cube":
+            return re.search(r"[0-9]{3}", answer) is None and answer.isascii()
+        return True
+
+    def _draw_entry(self, split: str, index: int) -> dict:
+        self._check_split(split)
+        if index < 0:
+            raise IndexError(f"task {self.name}: index is {index}, wanted at least 0")
+        stream = self.seed if split == "train" else 0
+        chunk, row = divmod(index, _CHUNK)
+        for draw in range(_MAX_DRAWS):
+            entry = self._dataset(stream, chunk * _MAX_DRAWS + draw)[row]
+            # an empty gold answer is no solution at all, which scorers confuse with unreadable text
+            if _split_of(entry["question"]) == split and entry["answer"] != "":
+                return entry
+        raise UserError(
+            f"task {self.name}: no {split} problem in {_MAX_DRAWS} draws; this configuration has too few different problems for three splits"
+        )
+
+    def _build_dataset(self, stream: int, block: int):
+        import reasoning_gym
+
+        digest = hashlib.sha256(f"{self.family}/{stream}/{block}".encode()).digest()
+        return reasoning_gym.create_dataset(self.family, size=_CHUNK, seed=int.from_bytes(digest[:4], "big") >> 1, **self._config)
+
+    def _check_split(self, split: str) -> None:
+        if split not in ("train", "validation", "test"):
+            raise UserError(f"task {self.name}: unknown split {split!r}, wanted train, validation or test")
+
+
+def _split_of(question: str) -> str:
+    return {0: "test", 1: "validation"}.get(hashlib.sha256(question.encode()).digest()[0] % 16, "train")
+
+
+def families() -> list[str]:
+    """Families that can be made, sorted.  Raises UserError when reasoning-gym is not installed."""
+    return sorted(set(_datasets()) - EXECUTING - {"game_of_life_halting", "composite"})
+
+
+def _datasets() -> dict:
+    try:
+        import reasoning_gym  # noqa: F401  (fills the table)
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise UserError(f"task gym: the package reasoning-gym cannot be imported ({error}); pip install reasoning-gym") from error
+    return DATASETS
+
+
+def make(
+    family: str,
+    /,
+    *,
+    seed: int = 0,
+    template: str = "r1_zero",
+    system: str = "",
+    language: str = "en",
+    junk_threshold: float = 0.15,
+    name: str | None = None,
+    **config,
+) -> GymTask:
+    """Build the task of one family and register its scorer under `name` (default "gym:<family>").  config: the family's own settings."""
+    known = _datasets()
+    full_name = f"gym:{family}"
+    if family in EXECUTING:
+        raise UserError(
+            f"task {full_name}: its scorer executes the model's answer as Python, so it needs the sandbox, which does not serve tasks yet"
+        )
+    if family == "game_of_life_halting":
+        raise UserError(f"task {full_name}: its scorer gives 1.0 to any text, so nothing can be learnt from it")
+    if family == "composite":
+        raise UserError(f"task {full_name}: name its families one by one, so that each one is checked")
+    if family not in known:
+        raise UserError(f"unknown task {full_name!r}: {near_misses(family, families())}")
+    fields = [field.name for field in dataclasses.fields(known[family][1]) if field.name not in ("seed", "size")]
+    for key in config:
+        if key not in fields:
+            raise UserError(
+                f"task {full_name}: unknown setting {key!r}: {near_misses(key, [*fields, 'seed', 'template', 'system', 'language', 'name'])}"
+            )
+    if not 0 <= junk_threshold <= 1:
+        raise UserError(f"task {full_name}: junk_threshold is {junk_threshold}, wanted 0 to 1")
+    check_template(template)
+    task = GymTask(
+        family, config, seed=seed, name=name or full_name, template=template, system=system, language=language, junk_threshold=junk_threshold
+    )
+    try:
+        task._dataset(0, 0)
+    except Exception as error:  # the family's own checks are assertions and whatever its constructor raises
+        raise UserError(f"task {full_name}: configuration refused: {error or type(error).__name__}") from error
+    scorers[task.name] = task.score
+    return task
