@@ -85,6 +85,12 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)
 
+    def _apply(self, fn, recurse: bool = True) -> "Decoder":
+        # A cast to bf16 must not round the frequencies (angles reach max_position_embeddings), and to_empty must not lose them.
+        super()._apply(fn, recurse)
+        self.inv_freq = rope_frequencies(self.config).to(self.inv_freq.device)
+        return self
+
     @property
     def lm_head_weight(self) -> Tensor:
         """(V, D): the embedding itself when tied."""
