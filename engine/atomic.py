@@ -8,7 +8,7 @@ One writer per target is assumed: left-over hidden names of a dead writer are re
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from athanor.errors import UserError
@@ -74,7 +74,8 @@ def recover(path: str | Path) -> None:
     path = Path(path).resolve()
     old = path.with_name(f".{path.name}.old")
     if not path.exists() and old.is_dir():
-        os.rename(old, path)
+        with suppress(FileNotFoundError):  # another rank was quicker
+            os.rename(old, path)
 
 
 def remove_folder(path: str | Path) -> None:

@@ -11,6 +11,7 @@ import json
 import pickle
 import re
 import sys
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from athanor import atomic, tokenizer, weights
 from athanor.model.transformer import Decoder
+from athanor.tokenizer import Tokenizer
 
 NUM_KEPT = 2
 STATE_FILES = ("model.safetensors", "optimizer.pt", "extra.json")
@@ -53,7 +55,8 @@ def save_state(folder: str | Path, step: int, model: nn.Module, optimizer_state:
     with atomic.replace_folder(path) as tmp:
         tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
         safetensors.torch.save_file(tensors, tmp / "model.safetensors", metadata={"format": "pt"})
-        torch.save(optimizer_state, tmp / "optimizer.pt")
+        with open(tmp / "optimizer.pt", "wb") as file:  # a file of ours: a full disk is then an OSError
+            torch.save(optimizer_state, file)
         (tmp / "extra.json").write_text(json.dumps(extra, indent=1), encoding="utf-8")
         digests = {name: _sha256(tmp / name) for name in STATE_FILES}
         (tmp / "checksums.json").write_text(json.dumps({"step": step, "sha256": digests}, indent=1), encoding="utf-8")
@@ -88,12 +91,12 @@ def load_latest_state(folder: str | Path) -> State | None:
     return None
 
 
-def export_model(model: Decoder, text_tokenizer: "tokenizer.Tokenizer", folder: str | Path) -> None:
+def export_model(model: Decoder, tokens: Tokenizer, folder: str | Path) -> None:
     """Write weights and tokenizer as a HuggingFace folder that replaces `folder` at once; other files in it are kept."""
-    token_ids = {"bos_token_id": text_tokenizer.bos_id, "eos_token_id": text_tokenizer.eos_id, "pad_token_id": text_tokenizer.pad_id}
+    token_ids = {"bos_token_id": tokens.bos_id, "eos_token_id": tokens.eos_id, "pad_token_id": tokens.pad_id}
     with atomic.replace_folder(folder, carry=lambda name: not weights.is_model_file(name) and name not in tokenizer.FILES) as tmp:
         weights.write_model(model, tmp, token_ids=token_ids)
-        text_tokenizer.save(tmp)
+        tokens.save(tmp)
 
 
 def _steps(folder: Path) -> list[int]:
@@ -126,7 +129,7 @@ def _check_readable(value, where: str, *, tensors: bool) -> None:
     """Raise now what would otherwise be found at resume: torch.load(weights_only) and JSON read plain values only."""
     if value is None or type(value) in (bool, int, float, str) or (tensors and isinstance(value, Tensor)):
         return
-    if type(value) is dict:
+    if type(value) is dict or (tensors and type(value) is OrderedDict):
         for key, item in value.items():
             if not (type(key) is str or (tensors and type(key) is int)):
                 raise ValueError(f"save_state: {where} has the key {key!r}, wanted {'text or a whole number' if tensors else 'text'}")

@@ -128,7 +128,10 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
         return inv_freq
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     original = scaling["original_max_position_embeddings"]
-    # Long wavelengths are divided by `factor`, short ones kept, those between interpolated.
-    rotations = original * inv_freq / (2 * math.pi)
-    smooth = ((rotations - low) / (high - low)).clamp(0, 1)
-    return inv_freq * (smooth + (1 - smooth) / factor)
+    # Long wavelengths are divided by `factor`, short ones kept, those between interpolated.  The order of operations is the one that the models
+    # were trained with: an ulp of a frequency is a hundredth of a radian at position 100,000.
+    wavelength = 2 * math.pi / inv_freq
+    smooth = (original / wavelength - low) / (high - low)
+    between = (1 - smooth) * inv_freq / factor + smooth * inv_freq
+    scaled = torch.where(wavelength > original / low, inv_freq / factor, between)
+    return torch.where(wavelength < original / high, inv_freq, scaled)
