@@ -46,8 +46,8 @@ class LossVariant:
     surrogate: str = "clip"
     clip_low: float = 0.2  # lower bound is 1 - clip_low; >= 1 means none, as r > 0
     clip_high: float = 0.2  # upper bound is 1 + clip_high
-    dual_clip: float | None = None  # c of dual_clip, > 1; None = 3 for that surrogate
-    delta: float | None = None  # of two_sided, > 1 + clip_high
+    dual_clip: float | None = None  # c of dual_clip, >= 1 + clip_high; None = 3 for that surrogate
+    delta: float | None = None  # of two_sided, >= 1 + clip_high
     tau_positive: float = 1.0  # sapo temperature for A > 0
     tau_negative: float = 1.05  # sapo temperature for A <= 0
     aggregation: str = "token_mean"
@@ -67,9 +67,9 @@ class LossVariant:
         self._needs("delta", self.surrogate == "two_sided", "surrogate 'two_sided'")
         self._needs("max_tokens", self.aggregation == "constant", "aggregation 'constant'")
         self._needs("correction_high", self.correction != "none", "a correction", default=3.0 if self.correction == "sequence_mask" else 2.0)
-        check(self.dual_clip is None or self.dual_clip > 1, f"LossVariant: dual_clip is {self.dual_clip}; wanted > 1")
-        check(self.delta is None or self.delta > 1 + self.clip_high,
-              f"LossVariant: delta is {self.delta}; wanted > 1 + clip_high = {1 + self.clip_high}")  # fmt: skip
+        for name in ("dual_clip", "delta"):
+            value = getattr(self, name)
+            check(value is None or value >= 1 + self.clip_high, f"LossVariant: {name} is {value}; wanted >= 1 + clip_high = {1 + self.clip_high}")
         check(self.max_tokens is None or self.max_tokens > 0, f"LossVariant: max_tokens is {self.max_tokens}; wanted > 0")
         check(self.tau_positive > 0 and self.tau_negative > 0, "LossVariant: tau_positive and tau_negative must be > 0")
         check(self.beta >= 0, f"LossVariant: beta is {self.beta}; wanted >= 0")
@@ -215,9 +215,6 @@ def surrogate_reference(v: LossVariant, logps: Tensor, r: Tensor, A: Tensor) -> 
         # for A < 0 the surrogate is max(-r A, -clip(r) A), so capping r at c there caps the loss at -c A
         inner = torch.where(A < 0, r.clamp_max(ceiling), r)
         above = above + (r > ceiling) * (A < 0)
-        if v.surrogate == "dual_clip" and ceiling < hi:
-            clipped = r.clamp(lo, ceiling)
-            return torch.where(A < 0, -torch.minimum(inner * A, clipped * A), -torch.minimum(r * A, r.clamp(lo, hi) * A)), below, above
     return -torch.minimum(inner * A, r.clamp(lo, hi) * A), below, above
 
 

@@ -38,8 +38,10 @@ class SwigluFunction(torch.autograd.Function):
         gate, up = wide.chunk(2, dim=-1)
         out = torch.empty_like(wide, memory_format=torch.contiguous_format)
         dgate, dup = out.chunk(2, dim=-1)
-        torch.mul(dy, F.silu(gate), out=dup)
-        dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
+        torch.ops.aten.silu.out(gate, out=dup)
+        dup.mul_(dy)
+        torch.mul(dy, up, out=dgate)
+        torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
         return out.to(gate_up.dtype)
 
 
