@@ -4,8 +4,9 @@
     pass^k = C(c, k) / C(n, k)                all k right
     cons@k = P(the majority answer of k samples is right)
 
-over all k-subsets of n samples, c of them right.  cons@k: answers vote by equivalence class, a missing answer (None) does not vote, a tie is split evenly,
-nothing but missing answers counts 0.  Everything is exact: k < n sums over vote counts with a polynomial product, C(n, k) subsets are never listed.
+over all k-subsets of n samples, c of them right.  cons@k: answers vote by equivalence class, a missing answer (None) does not vote, a tie is split
+evenly, nothing but missing answers counts 0.  Everything is exact: k < n sums over vote counts with a polynomial product, the C(n, k) subsets are
+never listed.
 """
 
 import re
@@ -56,7 +57,7 @@ def cons_at_k(votes: Sequence[Hashable | None], correct: Sequence[bool | float],
     if not 1 <= k <= n:
         raise ValueError(f"cons_at_k: k is {k}, wanted 1 to n ({n})")
     classes: dict[Hashable, list[float]] = {}
-    for vote, flag in zip(votes, correct):
+    for vote, flag in zip(votes, correct, strict=True):
         if vote is not None:
             classes.setdefault(vote, []).append(float(flag))
     sizes = [len(flags) for flags in classes.values()]
@@ -64,10 +65,10 @@ def cons_at_k(votes: Sequence[Hashable | None], correct: Sequence[bool | float],
     if not sizes:
         return 0.0
     if k == n:
-        winners = [value for size, value in zip(sizes, values) if size == max(sizes)]
+        winners = [value for size, value in zip(sizes, values, strict=True) if size == max(sizes)]
         return sum(winners) / len(winners)
     total = 0.0
-    for i, (size, value) in enumerate(zip(sizes, values)):
+    for i, (size, value) in enumerate(zip(sizes, values, strict=True)):
         if value:
             total += value * _win_probability(size, sizes[:i] + sizes[i + 1 :], n - sum(sizes), k)
     return total

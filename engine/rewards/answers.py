@@ -2,10 +2,11 @@
 
 `answer_key(text)` maps an answer to a hashable key, so equal keys are an equivalence relation and voting (cons@k) can count them.
 
-Numbers, compared exactly as fractions.Fraction:  integers, decimals, a/b, mixed numbers "1 1/2", \\frac{a}{b}, thousands separators "1,234" (also LaTeX "1{,}234"),
-a percent sign (50% = 1/2), a small decimal exponent (1.5e3), a currency sign in front, one trailing full stop; a sign may be apart from its digits.
-Everything is bounded: longer than 80 characters is text, and powers, brackets and names are never computed ("9**9**9" is text).
-Text:  LaTeX spacing and sizing, \\text{} and enclosing $...$ or \\boxed{} removed, white space collapsed (dropped beside punctuation), letter case folded.
+Numbers, compared exactly as fractions.Fraction:  integers, decimals, a/b, mixed numbers "1 1/2", \\frac{a}{b}, thousands separators "1,234" (also
+LaTeX "1{,}234"), a percent sign (50% = 1/2), a small decimal exponent (1.5e3), a currency sign in front, one trailing full stop; a sign may be apart
+from its digits.  Everything is bounded: longer than 80 characters is text, and powers, brackets and names are never computed ("9**9**9" is text).
+Text:  LaTeX spacing and sizing, \\text{} and enclosing $...$ or \\boxed{} removed, white space collapsed (dropped beside punctuation), letter case
+folded.
 No algebra: "x+1" and "1+x" differ.
 """
 

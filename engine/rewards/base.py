@@ -66,4 +66,4 @@ class Reward:
             problems = [sample.problem for sample in samples]
         if len(problems) != len(samples):
             raise ValueError(f"reward {self.__name__}: {len(samples)} samples but {len(problems)} problems")
-        return [self.score(sample, problem) for sample, problem in zip(samples, problems)]
+        return [self.score(sample, problem) for sample, problem in zip(samples, problems, strict=True)]

@@ -1,6 +1,7 @@
 """Language consistency of R1 (arXiv 2501.12948 v2, eq. 7):  words in the target language / words, in the chain of thought.
 
-A word's language is told by its script, so English and French cannot be told apart, English and Chinese can.  Language identifiers miss mixing inside a sentence.
+A word's language is told by its script, so English and Chinese can be told apart, English and French cannot.  (Language identifiers miss mixing
+inside a sentence.)
 Counting, declared:
 - a word is a maximal run of letters of one script; apostrophes inside belong to it;
 - scripts written without spaces: a run of n Han, kana or Thai characters counts ceil(n / 2) words (Thai: n / 4), near the mean word length;
@@ -132,7 +133,7 @@ def _script_runs(token: str) -> list[tuple[str, int]]:
 
 
 def language_consistency(text: str, language: str, *, prompt: str = "", empty: float = 1.0) -> float:
-    """Share of the words of a response's chain of thought that are in `language` (an ISO 639-1 code), in [0, 1].  Raises UserError on an unknown code."""
+    """Share, in [0, 1], of the words of a response's chain of thought that are in `language` (an ISO 639-1 code; unknown raises UserError)."""
     if language not in SCRIPTS:
         raise UserError(f"language consistency: unknown language {language!r}: {near_misses(language, list(SCRIPTS))}")
     think = parse_response(text, prompt=prompt).think

@@ -18,7 +18,7 @@ def repetition_ratio(items: list, ngram_size: int) -> float:
     total = len(items) - ngram_size + 1
     if total <= 0:
         return 0.0
-    return 1.0 - len(set(zip(*(items[i:] for i in range(ngram_size))))) / total
+    return 1.0 - len(set(zip(*(items[i:] for i in range(ngram_size)), strict=False))) / total
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class RewardTable:
             values = entry.reward(chosen, [sample.problem for sample in chosen])
             if len(values) != len(rows):
                 raise ValueError(f"reward {name}: {len(values)} scores for {len(rows)} samples")
-            for i, value in zip(rows, values):
+            for i, value in zip(rows, values, strict=True):
                 if value is None:
                     continue
                 if not np.isfinite(value):
@@ -99,7 +99,7 @@ class RewardTable:
                 total[i] += entry.weight * float(value)
                 applied[i] = True
         accuracy = parts.get("accuracy", [None] * len(samples))
-        raw = np.array([t if a is None else a for a, t in zip(accuracy, total)], np.float64)
+        raw = np.array([t if a is None else a for a, t in zip(accuracy, total, strict=True)], np.float64)
         return RewardScores(total, parts, raw, applied)
 
 

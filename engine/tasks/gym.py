@@ -6,6 +6,7 @@ reward under the task's name.  What is guarded, because those scorers read what 
 - game_of_life_halting gives 1.0 to any text: refused;  composite can contain any of these: refused;
 - any exception of a scorer (prime_factorization raises on junk) is a score of 0, counted in `num_scorer_errors`;
 - scores below `junk_threshold` are 0, because fourteen families pay up to 0.125 for junk;
+- the package's default scorer pays for any text that contains the answer ("1 2 3" for 2): equality (rewards/answers.py) stands in for it;
 - complex_arithmetic gives 1.0 to "nan", rubiks_cube unrolls "R999999999" in memory, polynomial_equations without real roots gives 1.0 to any text;
 - answers longer than 8,192 characters score 0.
 
@@ -21,11 +22,13 @@ from functools import lru_cache
 from athanor.errors import UserError
 from athanor.registry import near_misses
 from athanor.rewards.accuracy import scorers
+from athanor.rewards.answers import same_answer
 from athanor.samples import Problem
 from athanor.tasks._templates import check_template, render
 
 EXECUTING = frozenset(
-    "string_insertion binary_matrix spiral_matrix n_queens simple_integration intermediate_integration polynomial_multiplication countdown puzzle24".split()
+    "string_insertion binary_matrix spiral_matrix n_queens simple_integration intermediate_integration polynomial_multiplication "
+    "countdown puzzle24".split()
 )
 _CHUNK = 256  # problems per dataset object: families that build all their problems at once stay cheap
 _MAX_DRAWS = 400  # a draw lands in the rarest split once in 16, so 400 misses mean that the family has next to no problems
@@ -46,6 +49,7 @@ class GymTask:
         self._config = config
         self._template, self._system, self._language = template, system, language
         self._dataset = lru_cache(maxsize=64)(self._build_dataset)
+        self._exact = _has_default_scorer(family)
         self._entry = lru_cache(maxsize=8192)(self._draw_entry)
 
     def size(self, split: str) -> None:
@@ -65,8 +69,11 @@ class GymTask:
         if len(answer) > _MAX_ANSWER_CHARS or not self._harmless(answer):
             return 0.0
         entry = self._entry(problem.split, problem.id)
+        dataset = self._dataset(0, 0)
+        if self._exact:
+            return float(same_answer(answer, entry["answer"]))
         try:
-            value = float(self._dataset(0, 0).score_answer(answer, entry))
+            value = float(dataset.score_answer(answer, entry))
         except Exception:  # third-party code on hostile text: whatever it raises, the answer was not recognised as right
             self.num_scorer_errors += 1
             return 0.0
@@ -109,6 +116,12 @@ class GymTask:
 
 def _split_of(question: str) -> str:
     return {0: "test", 1: "validation"}.get(hashlib.sha256(question.encode()).digest()[0] % 16, "train")
+
+
+def _has_default_scorer(family: str) -> bool:
+    from reasoning_gym.dataset import ProceduralDataset
+
+    return _datasets()[family][0].score_answer is ProceduralDataset.score_answer
 
 
 def families() -> list[str]:

@@ -64,7 +64,7 @@ class JsonlTask:
 
 
 def read_rows(path: str, settings: dict) -> Iterator[dict]:
-    """Yield checked rows {question, messages, answer, language, metadata, source} of one file.  Raises UserError naming file:line and what was wanted."""
+    """Yield checked rows {question, messages, answer, language, metadata, source}.  Raises UserError naming file:line and what was wanted."""
     try:
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
             found = False
@@ -157,8 +157,8 @@ def make(
 ) -> JsonlTask:
     """Build a task from JSONL files.  `path` is another way to say `train`; each split takes one path or a list.
 
-    prompt_field: None = the first present of prompt, question, problem, messages.  answer_after: the gold answer is what follows the last occurrence of this text
-    in the field.  template: raw, r1_zero, chat, or a text with {prompt}.  Shares apply to the splits without a file of their own.
+    prompt_field: None = the first present of prompt, question, problem, messages.  answer_after: the gold answer is what follows the last
+    occurrence of this text in the field.  template: raw, r1_zero, chat, or a text with {prompt}.  Shares apply to splits without files.
     """
     if path and train:
         raise UserError(f"task jsonl:{path}: got `train` ({train}) too, wanted one of them")
