@@ -5,7 +5,6 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-
 from athanor.errors import UserError
 from athanor.rewards import Entry, RewardTable, available_rewards, make_reward, make_table, parse_response
 from athanor.rewards.answers import answer_key, last_boxed, parse_number, same_answer
@@ -83,17 +82,21 @@ EQUAL = [
     ("1,000", "1000"), ("1,000.", "1000"), ("1{,}000", "1000"), ("12,345,678.90", "12345678.9"), ("72.0", "72"), (".5", "0.5"), ("5.", "5"),
     ("1/2", "0.5"), ("1 / 2", "0.5"), ("2/4", "1/2"), ("-1/2", "-0.5"), ("\\frac{1}{2}", "1/2"), ("\\dfrac{1}{2}", "0.5"), ("-\\frac{3}{4}", "-0.75"),
     ("\\frac12", "0.5"), ("1 1/2", "1.5"), ("-1 1/2", "-1.5"), ("1\\frac{1}{2}", "1.5"), ("50%", "0.5"), ("50 %", "1/2"), ("12.5\\%", "1/8"),
-    ("$18", "18"), ("-$18", "-18"), ("$-18", "-18"), ("$18$", "18"), ("$$18$$", "18"), ("\\(18\\)", "18"), ("\\[ 18 \\]", "18"), ("\\$18", "18"), ("€ 5", "5"),
+    ("$18", "18"), ("-$18", "-18"), ("$-18", "-18"), ("$18$", "18"), ("$$18$$", "18"), ("\\(18\\)", "18"), ("\\[ 18 \\]", "18"), ("\\$18", "18"),
+    ("€ 5", "5"),
     ("1e3", "1000"), ("1.5E-2", "0.015"), ("\\boxed{7}", "7"), ("$\\boxed{7}$", "7"), ("\\boxed{\\frac{1}{2}}", "0.5"), ("４２", "42"), ("0.1", "1/10"),
     ("0.30000000000000000000000000000001", "0.30000000000000000000000000000001"),
     ("Paris", "paris"), ("New  York", "New York"), ("True", "true"), ("\\text{Evelyn}", "Evelyn"), ("(1, 2)", "(1,2)"), ("( 1 , 2 )", "(1,2)"),
-    ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\frac{\\pi}{2})"), ("\\dfrac{\\pi}{2}", "\\frac{\\pi}{2}"), ("x + 1", "x+1"), ("a.", "a"), ("检查", "检查"),
+    ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\frac{\\pi}{2})"), ("\\dfrac{\\pi}{2}", "\\frac{\\pi}{2}"), ("x + 1", "x+1"), ("a.", "a"),
+    ("检查", "检查"),
 ]  # fmt: skip
 DIFFERENT = [
-    ("4", "5"), ("", "4"), ("4 5", "45"), ("1 000", "1000"), ("1,00", "100"), ("10,00,000", "1000000"), ("4", "-4"), ("4-", "4"), ("--4", "4"), ("+-4", "-4"),
+    ("4", "5"), ("", "4"), ("4 5", "45"), ("1 000", "1000"), ("1,00", "100"), ("10,00,000", "1000000"), ("4", "-4"), ("4-", "4"), ("--4", "4"),
+    ("+-4", "-4"),
     ("50%", "50"), ("0.333", "1/3"), ("0.30000000000000000000000000000001", "0.3"), ("1/0", "0"), ("1/0", "1"), ("9**9**9", "387420489"),
     ("2+2", "4"), ("2*2", "4"), ("10²", "102"), ("2½", "10.5"), ("2^2", "22"), ("1e9999", "1"), ("nan", "4"), ("inf", "1e999"), ("x+1", "1+x"),
-    ("four", "4"), ("4 apples", "4"), ("Paris", "London"), ("\\frac{1}{2", "1/2"), ("\\boxed{7", "7"), ("0x10", "16"), ("1_000", "1000"), ("a b", "ab"),
+    ("four", "4"), ("4 apples", "4"), ("Paris", "London"), ("\\frac{1}{2", "1/2"), ("\\boxed{7", "7"), ("0x10", "16"), ("1_000", "1000"),
+    ("a b", "ab"),
     ("__import__('os')", "4"), ("1 2/0", "1"), ("(1,2)", "(2,1)"), (".", "0"), ("-", "0"), ("%", "0"), ("$", "0"),
 ]  # fmt: skip
 
@@ -148,29 +151,40 @@ def test_accuracy_needs_an_answer_block_and_a_gold_answer():
     assert make_reward("accuracy", ignore_case=False)([sample("<answer>a</answer>", answer="A")]) == [0.0]
 
 
-HOSTILE = [
-    "9**9**9", "10**10**8", "(" * 100_000, "\\boxed{" * 100_000, "{" * 100_000, "\\frac{" * 50_000, "1" * 1_000_000, "1e999999999", "a" * 1_000_000,
-    "$" * 200_000, "`" * 200_001, "\\begin{a}" * 50_000, " " * 1_000_000 + "4", "\\[" * 200_000, "\x00\ud800\U0010ffff", "<think>" * 50_000, "<answer>" * 50_000,
-    "</answer>" * 50_000, "</think>" * 50_000, "-" * 100_000, "1," * 100_000, "$a " * 100_000, "\\text{" * 100_000, " ." * 300_000, "\\left" * 100_000, "̀" * 200_000,
-    "a'" * 200_000, "https://" * 100_000, "```" * 100_001, "字a" * 200_000,
-]  # fmt: skip
+REPEATED = [
+    "(",
+    "\\boxed{",
+    "{",
+    "\\frac{",
+    "1",
+    "a",
+    "$",
+    "`",
+    "\\begin{a}",
+    " ",
+    "\\[",
+    "<think>",
+    "<answer>",
+    "</answer>",
+    "</think>",
+    "-",
+    "1,",
+    "$a ",
+    "\\text{",
+]
+REPEATED += [" .", "\\left", "\u0300", "a'", "https://", "```", "字a", "检查", "1/", "\n", "\\"]
+HOSTILE = ["9**9**9", "10**10**8", "1e999999999", "\x00\ud800\U0010ffff", *(text * (60_000 // len(text)) for text in REPEATED)]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:12]))
 def test_hostile_text_costs_little_and_raises_nothing(text):
     rewards = [make_reward("accuracy"), make_reward("accuracy", extract="boxed"), make_reward("format"), make_reward("language")]
-    given = [
-        sample(text),
-        sample(f"<answer>{text}</answer>"),
-        sample(f"<think>{text}</think><answer>{text}</answer>"),
-        sample("<answer>4</answer>", answer=text),
-    ]
+    given = [sample(text), sample(f"<think>{text}</think><answer>{text}</answer>"), sample("<answer>4</answer>", answer=text)]
     start = time.process_time()
     for reward in rewards:
-        for value in reward(given):
-            assert 0.0 <= value <= 1.0
+        assert all(0.0 <= value <= 1.0 for value in reward(given))
     answer_key(text)
-    assert time.process_time() - start < 8  # quadratic behaviour would take minutes at these lengths
+    assert time.process_time() - start < 2  # quadratic behaviour would take minutes at this length
 
 
 # ---- language
@@ -187,7 +201,7 @@ T18 = [
     ("the value `变量` here", "en", 1.0),
     ("the value $\\text{变量} x$ here", "en", 1.0),
     ("因为 $\\frac{alpha}{beta}$ 所以 \\(gamma delta\\) 对 \\[epsilon\\] \\sqrt", "zh", 1.0),
-    ("it costs $5 and then $6 more 钱", "en", 6 / 7),
+    ("it costs $5 and then $6 more 钱", "en", 5 / 6),
     ("设 x 为 变量 n1 foo_bar α", "zh", 1.0),
     ("don't stop", "en", 1.0),
     ("3 + 1 - 2 = 2", "en", 1.0),

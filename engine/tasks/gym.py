@@ -5,16 +5,18 @@ reward under the task's name.  What is guarded, because those scorers read what 
 - nine families execute the answer as Python: refused until a sandbox can run their scorers;
 - game_of_life_halting gives 1.0 to any text: refused;  composite can contain any of these: refused;
 - any exception of a scorer (prime_factorization raises on junk) is a score of 0, counted in `num_scorer_errors`;
-- scores below `junk_threshold` are 0, because fourteen families pay up to 0.125 for junk;
+- scores below `junk_threshold` are 0, because fifteen families pay up to 0.25 for junk (1.0 = only right answers score);
 - the package's default scorer pays for any text that contains the answer ("1 2 3" for 2): equality (rewards/answers.py) stands in for it;
 - complex_arithmetic gives 1.0 to "nan", rubiks_cube unrolls "R999999999" in memory, polynomial_equations without real roots gives 1.0 to any text;
 - answers longer than 8,192 characters score 0.
 
-Splits are disjoint by the hash of the question: of 16 classes one is test, one validation, 14 train.  Validation and test do not depend on the seed.
+Splits are disjoint by the hash of the question: of 8 classes one is test, one validation, 6 train.  Validation and test do not depend on the seed.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import math
 import re
 from functools import lru_cache
@@ -30,8 +32,8 @@ EXECUTING = frozenset(
     "string_insertion binary_matrix spiral_matrix n_queens simple_integration intermediate_integration polynomial_multiplication "
     "countdown puzzle24".split()
 )
-_CHUNK = 256  # problems per dataset object: families that build all their problems at once stay cheap
-_MAX_DRAWS = 400  # a draw lands in the rarest split once in 16, so 400 misses mean that the family has next to no problems
+_CHUNK = 256  # size of a dataset object: what the families that build all their problems at once build
+_MAX_DRAWS = 300  # a draw lands in the rarest split once in 8, so 300 misses mean that the family has next to no problems
 _MAX_ANSWER_CHARS = 8192
 
 
@@ -49,6 +51,7 @@ class GymTask:
         self._config = config
         self._template, self._system, self._language = template, system, language
         self._dataset = lru_cache(maxsize=64)(self._build_dataset)
+        self._free_index = self._takes_any_index()
         self._exact = _has_default_scorer(family)
         self._entry = lru_cache(maxsize=8192)(self._draw_entry)
 
@@ -69,11 +72,10 @@ class GymTask:
         if len(answer) > _MAX_ANSWER_CHARS or not self._harmless(answer):
             return 0.0
         entry = self._entry(problem.split, problem.id)
-        dataset = self._dataset(0, 0)
         if self._exact:
             return float(same_answer(answer, entry["answer"]))
         try:
-            value = float(dataset.score_answer(answer, entry))
+            value = float(self._dataset(0).score_answer(answer, entry))
         except Exception:  # third-party code on hostile text: whatever it raises, the answer was not recognised as right
             self.num_scorer_errors += 1
             return 0.0
@@ -93,9 +95,8 @@ class GymTask:
         if index < 0:
             raise IndexError(f"task {self.name}: index is {index}, wanted at least 0")
         stream = self.seed if split == "train" else 0
-        chunk, row = divmod(index, _CHUNK)
         for draw in range(_MAX_DRAWS):
-            entry = self._dataset(stream, chunk * _MAX_DRAWS + draw)[row]
+            entry = self._item(stream, index, draw)
             # an empty gold answer is no solution at all, which scorers confuse with unreadable text
             if _split_of(entry["question"]) == split and entry["answer"] != "":
                 return entry
@@ -103,19 +104,38 @@ class GymTask:
             f"task {self.name}: no {split} problem in {_MAX_DRAWS} draws; this configuration has too few different problems for three splits"
         )
 
-    def _build_dataset(self, stream: int, block: int):
+    def _item(self, stream: int, index: int, draw: int) -> dict:
+        with contextlib.redirect_stdout(io.StringIO()):  # the family bf prints dots, and our last line of stdout is the result
+            if self._free_index:
+                return self._dataset(0)[_hash(f"{self.family}/{stream}/{index}/{draw}", 55)]
+            chunk, row = divmod(index, _CHUNK)
+            return self._dataset(_hash(f"{self.family}/{stream}/{chunk}/{draw}", 31))[row]
+
+    def _build_dataset(self, seed: int):
         import reasoning_gym
 
-        digest = hashlib.sha256(f"{self.family}/{stream}/{block}".encode()).digest()
-        return reasoning_gym.create_dataset(self.family, size=_CHUNK, seed=int.from_bytes(digest[:4], "big") >> 1, **self._config)
+        return reasoning_gym.create_dataset(self.family, size=_CHUNK, seed=seed, **self._config)
+
+    def _takes_any_index(self) -> bool:
+        # most families seed a generator with seed + index, a few look the index up in a list of `size` problems or hand it to numpy's 32 bits
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._dataset(0)[2**55 - 1]
+        except (IndexError, ValueError):
+            return False
+        return True
 
     def _check_split(self, split: str) -> None:
         if split not in ("train", "validation", "test"):
             raise UserError(f"task {self.name}: unknown split {split!r}, wanted train, validation or test")
 
 
+def _hash(text: str, bits: int) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> (64 - bits)
+
+
 def _split_of(question: str) -> str:
-    return {0: "test", 1: "validation"}.get(hashlib.sha256(question.encode()).digest()[0] % 16, "train")
+    return {0: "test", 1: "validation"}.get(_hash(question, 3), "train")
 
 
 def _has_default_scorer(family: str) -> bool:
@@ -146,7 +166,7 @@ def make(
     template: str = "r1_zero",
     system: str = "",
     language: str = "en",
-    junk_threshold: float = 0.15,
+    junk_threshold: float = 0.3,
     name: str | None = None,
     **config,
 ) -> GymTask:
@@ -172,12 +192,11 @@ def make(
     if not 0 <= junk_threshold <= 1:
         raise UserError(f"task {full_name}: junk_threshold is {junk_threshold}, wanted 0 to 1")
     check_template(template)
-    task = GymTask(
-        family, config, seed=seed, name=name or full_name, template=template, system=system, language=language, junk_threshold=junk_threshold
-    )
     try:
-        task._dataset(0, 0)
-    except Exception as error:  # the family's own checks are assertions and whatever its constructor raises
-        raise UserError(f"task {full_name}: configuration refused: {error or type(error).__name__}") from error
+        task = GymTask(
+            family, config, seed=seed, name=name or full_name, template=template, system=system, language=language, junk_threshold=junk_threshold
+        )
+    except Exception as error:  # the family's own checks are assertions, and whatever its constructor raises
+        raise UserError(f"task {full_name}: configuration refused: {str(error) or type(error).__name__}") from error
     scorers[task.name] = task.score
     return task
