@@ -20,7 +20,11 @@ setup(
     package_data={"": ["*.toml", "*.html", "*.jinja"], "athanor": ["recipes/*"]},
     ext_modules=[
         Pybind11Extension(
-            "athanor._host", sorted(glob("csrc/host/*.cpp")), depends=sorted(glob("csrc/host/*.hpp")), cxx_std=17, extra_compile_args=["-Wall", "-Wextra"]
+            "athanor._host",
+            sorted(glob("csrc/host/*.cpp")),
+            depends=sorted(glob("csrc/host/*.hpp")),
+            cxx_std=17,
+            extra_compile_args=["-Wall", "-Wextra"],
         )
     ],
 )
