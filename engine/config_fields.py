@@ -146,13 +146,14 @@ def type_name(annotation, info: FieldInfo | None = None) -> str:
     return " or ".join(dict.fromkeys(names)) + (" or null" if optional else "") + (f" {', '.join(bounds)}" if bounds else "")
 
 
-def _list_model(model: type[BaseModel], prefix: str, kind: str, seen: tuple) -> Iterator[Field]:
+def _list_model(model: type[BaseModel], prefix: str, kind: str, seen: tuple, instance: BaseModel | None = None) -> Iterator[Field]:
+    """instance: the default of the field that holds this model, whose values come before the class's own defaults."""
     for name, info in fields_of(model).items():
         path = f"{prefix}{name}"
-        default = default_of(info)
+        default = default_of(info) if instance is None else getattr(instance, name, default_of(info))
         nested = _models_below(info.annotation)
         if not nested or default is None or isinstance(default, list | tuple | dict):
-            shown = None if info.is_required() else _default_text(default)
+            shown = None if info.is_required() and instance is None else _default_text(default)
             yield Field(path, (info.annotation,), type_name(info.annotation, info), shown, info.description or "", kind)
         for below, models in nested:
             tag = tag_name(models)
@@ -160,7 +161,7 @@ def _list_model(model: type[BaseModel], prefix: str, kind: str, seen: tuple) -> 
                 if member in seen:  # a model that contains itself
                     continue
                 own = f"{tag} = {json.dumps(_literals(fields_of(member)[tag].annotation)[0])}" if tag else kind
-                yield from _list_model(member, f"{path}{below}.", own, (*seen, member))
+                yield from _list_model(member, f"{path}{below}.", own, (*seen, member), default if isinstance(default, member) else None)
 
 
 def _models_below(annotation, below: str = "") -> list[tuple[str, list]]:
@@ -200,4 +201,5 @@ def _member_name(member) -> str:
 def _default_text(default) -> str:
     if isinstance(default, Enum):
         default = default.value
-    return json.dumps(default, ensure_ascii=False, default=lambda value: value.model_dump() if isinstance(value, BaseModel) else str(value))
+    text = json.dumps(default, ensure_ascii=False, default=lambda value: value.model_dump() if isinstance(value, BaseModel) else str(value))
+    return text.replace("Infinity", "inf")

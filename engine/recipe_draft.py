@@ -109,6 +109,7 @@ class Draft:
         raise UserError(f"unknown key {f'{where}.' if where else ''}{key} ({place}){hint}")
 
     def _place(self, path: tuple) -> str:
+        path = tuple(map(str, path))
         return next((self._places[path[:depth]] for depth in range(len(path), -1, -1) if path[:depth] in self._places), "default")
 
     def _explain(self, error: ValidationError) -> str:
@@ -120,7 +121,7 @@ class Draft:
             what = f"got {show(value)}, {what}"
         more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
         # what is absent has no place of its own: name what last wrote beside it
-        beside = [place for known, place in self._places.items() if absent and known[: len(path) - 1] == tuple(path[:-1])]
+        beside = [place for known, place in self._places.items() if absent and known[: len(path) - 1] == tuple(map(str, path[:-1]))]
         return f"{'.'.join(map(str, path)) or 'the recipe'} ({beside[-1] if beside else self._place(tuple(path))}): {what}{more}"
 
 
