@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+
 from athanor.errors import UserError
 from athanor.rewards import Entry, RewardTable, available_rewards, make_reward, make_table, parse_response
 from athanor.rewards.answers import answer_key, last_boxed, parse_number, same_answer
@@ -84,7 +85,8 @@ EQUAL = [
     ("\\frac12", "0.5"), ("1 1/2", "1.5"), ("-1 1/2", "-1.5"), ("1\\frac{1}{2}", "1.5"), ("50%", "0.5"), ("50 %", "1/2"), ("12.5\\%", "1/8"),
     ("$18", "18"), ("-$18", "-18"), ("$-18", "-18"), ("$18$", "18"), ("$$18$$", "18"), ("\\(18\\)", "18"), ("\\[ 18 \\]", "18"), ("\\$18", "18"),
     ("€ 5", "5"),
-    ("1e3", "1000"), ("1.5E-2", "0.015"), ("\\boxed{7}", "7"), ("$\\boxed{7}$", "7"), ("\\boxed{\\frac{1}{2}}", "0.5"), ("４２", "42"), ("0.1", "1/10"),
+    ("1e3", "1000"), ("1.5E-2", "0.015"), ("\\boxed{7}", "7"), ("$\\boxed{7}$", "7"),
+    ("\\boxed{\\frac{1}{2}}", "0.5"), ("４２", "42"), ("0.1", "1/10"),
     ("0.30000000000000000000000000000001", "0.30000000000000000000000000000001"),
     ("Paris", "paris"), ("New  York", "New York"), ("True", "true"), ("\\text{Evelyn}", "Evelyn"), ("(1, 2)", "(1,2)"), ("( 1 , 2 )", "(1,2)"),
     ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\frac{\\pi}{2})"), ("\\dfrac{\\pi}{2}", "\\frac{\\pi}{2}"), ("x + 1", "x+1"), ("a.", "a"),
