@@ -1,0 +1,92 @@
+"""Ranks of a torchrun job: one process or many run the same code.
+
+Work is split by index (rank r takes items r, r + world, ...), gradients are summed, and losses divide by denominators counted over all ranks,
+so N ranks give the gradients of one.
+"""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from athanor.errors import UserError
+
+
+class Ranks:
+    """The process group seen by the engine; `world == 1` needs no process group at all."""
+
+    def __init__(self, device: str = "auto", threads: int = 0, timeout_s: float = 600.0):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device is cuda, but torch sees no CUDA device; use --device cpu or install a CUDA build of torch")
+        use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        self.device = torch.device("cuda", local) if use_cuda else torch.device("cpu")
+        if use_cuda:
+            torch.cuda.set_device(self.device)
+        # Ranks that share cores and spin on each other's threads are 20-100 times slower: each gets its own share.
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if use_cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: list) -> list:
+        """This rank's items."""
+        return items[self.rank :: self.world]
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Sum tensors over ranks in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def max_(self, tensor: Tensor) -> None:
+        if self.world > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
+    def sum_int(self, value: int) -> int:
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor)
+        return int(tensor)
+
+    def sum_gradients_(self, parameters: list[Tensor]) -> None:
+        """Sum gradients in one flat bucket, in the order of `parameters`; a missing gradient counts as zero."""
+        if self.world == 1:
+            return
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
+        dist.all_reduce(flat)
+        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = grad.view_as(parameter)
+
+    def gather(self, items: list) -> list:
+        """Every rank's items in the order that `share` split them."""
+        if self.world == 1:
+            return items
+        parts: list = [None] * self.world
+        dist.all_gather_object(parts, items)
+        longest = max(len(part) for part in parts)
+        return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+    def broadcast(self, item):
+        """Rank 0's object on every rank."""
+        if self.world == 1:
+            return item
+        box = [item]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()

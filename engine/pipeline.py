@@ -1,0 +1,293 @@
+"""A recipe from start to end: stages in order, each with declared inputs and outputs, then the test of every stage and the report.
+
+Whatever is finished is skipped, whatever was begun goes on from its last saved step, and the manifest proves by hashes that nothing changed in
+between.  Runs the same on one rank and on many; rank 0 keeps the books and tells the others what to do.
+"""
+
+import importlib
+import json
+import platform
+import resource
+import time
+from pathlib import Path
+
+import torch
+
+from athanor.atomic import write_file
+from athanor.config import EvaluationConfig, RecipeConfig
+from athanor.console import Console
+from athanor.errors import UserError
+from athanor.losses import resolve_preset
+from athanor.manifest import Manifest, code_version, hash_config
+from athanor.metrics import MetricsWriter
+from athanor.parallel import Ranks
+from athanor.recipe_io import config_data
+from athanor.registry import near_misses
+from athanor.report import write_report
+from athanor.reward_models import load_preference_reward
+from athanor.rewards import make_reward
+from athanor.run_folder import open_run_folder
+from athanor.stages import grpo
+from athanor.stages.context import StageContext, checkpoint_dir, data_path
+from athanor.stages.evaluate import evaluate
+from athanor.tasks import make_task, require_answers
+from athanor.tokenizer import Tokenizer, symbol_tokenizer
+from athanor.weights import load_model
+
+LOCATION_KEYS = ("name", "run_root", "reuse", "threads", "max_rows", "report_notes")
+RESULT_KEYS = ("pass@1", "pass@1_t1", "mean_tokens", "reflection_rate", "format_rate", "language_consistency")
+
+
+def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> dict:
+    """Run or resume a recipe; return the summary that the command line prints as its last line."""
+    started = time.time()
+    tasks = build_tasks(recipe)
+    check(recipe, tasks)
+    ranks = Ranks(recipe.device, recipe.threads)
+    run_dir = Path(recipe.run_root) / recipe.name
+    console = Console(len(recipe.stages) + len(recipe.evaluation.stages))
+    lock = open_run_folder(run_dir, config_data(recipe), overwrite=overwrite, ignore=LOCATION_KEYS) if ranks.is_main else None
+    ranks.barrier()
+    try:
+        with MetricsWriter(run_dir) as metrics:
+            manifest = Manifest(run_dir, seed=recipe.seed)
+            if ranks.is_main:
+                manifest.declare([*recipe.stages, *(f"evaluate.{name}" for name in recipe.evaluation.stages)])
+                manifest.set_run_facts(recipe=recipe_name, **run_facts(ranks))
+            tokenizer = build_tokenizer(recipe, tasks)
+            for name in recipe.stages:
+                _run_stage(name, recipe, run_dir, ranks, tokenizer, tasks, metrics, console, manifest)
+            for name in recipe.evaluation.stages:
+                _evaluate_stage(name, recipe, run_dir, ranks, tokenizer, tasks, console, manifest)
+        if not ranks.is_main:
+            return {}
+        # Peak of this process; a resumed run reports the largest of its processes.
+        peak = max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, manifest.data["run"].get("peak_memory_gib", 0.0))
+        wall = sum(entry["wall_s"] for entry in manifest.stages.values())
+        manifest.set_run_facts(peak_memory_gib=round(peak, 3), wall_s=round(wall, 1), last_start_wall_s=round(time.time() - started, 1))
+        summary = summarise(recipe, recipe_name, run_dir, manifest)
+        _write_samples(recipe, run_dir)
+        report = write_report(run_dir)
+        console.table(summary["stages"])
+        console.note(f"report: {report}")
+        return summary
+    finally:
+        if lock:
+            lock.release()
+        ranks.close()
+
+
+def build_tasks(recipe: RecipeConfig) -> dict:
+    """The recipe's tasks by name; the run's seed goes to those that draw at random."""
+    tasks = {}
+    for name, config in recipe.tasks.items():
+        settings = dict(config.settings)
+        module = config.kind.partition(":")[0]
+        if module in ("arithmetic", "courtesy"):
+            settings = {"name": name, "seed": recipe.seed, **settings}
+        tasks[name] = make_task(config.kind, **settings)
+    return tasks
+
+
+def build_tokenizer(recipe: RecipeConfig, tasks: dict) -> Tokenizer:
+    """The recipe's tokenizer; `symbols` takes every task's symbols in the order of the recipe."""
+    if recipe.tokenizer.kind == "file":
+        return Tokenizer.from_folder(recipe.tokenizer.path)
+    return symbol_tokenizer(list(dict.fromkeys(symbol for task in tasks.values() for symbol in task.symbols)))
+
+
+def check(recipe: RecipeConfig, tasks: dict) -> None:
+    """Find what is wrong with a recipe before anything is written: names, order, rewards, losses, answers."""
+    if not recipe.stages:
+        raise UserError("the recipe has no stages, wanted at least one [stages.NAME]")
+    if recipe.tokenizer.kind == "symbols":
+        for name, task in tasks.items():
+            if not hasattr(task, "symbols"):
+                raise UserError(f"tasks.{name}: this task is not written in symbols; set tokenizer.kind = \"file\" and tokenizer.path")
+    else:
+        Tokenizer.from_folder(recipe.tokenizer.path)
+    earlier: list[str] = []
+    for name, stage in recipe.stages.items():
+        where = f"stages.{name}"
+        for field in ("init", "source", "reward_model"):
+            reference = getattr(stage, field, "")
+            if reference and reference not in earlier and not (field != "reward_model" and Path(reference).is_dir()):
+                wanted = "an earlier stage" if field == "reward_model" else "an earlier stage or a model folder"
+                raise UserError(f"{where}.{field}: got {reference!r}, wanted {wanted}; {near_misses(reference, earlier)}")
+        if stage.kind in ("sft", "grpo", "reward_model", "distill") and not stage.init:
+            raise UserError(f"{where}.init is empty, wanted an earlier stage or a model folder")
+        for source in getattr(stage, "data", []):
+            if source not in earlier and not Path(source).is_file():
+                raise UserError(f"{where}.data: got {source!r}, wanted an earlier stage or a JSONL file; {near_misses(source, earlier)}")
+        if stage.kind == "pretrain" and stage.model not in recipe.models:
+            raise UserError(f"{where}.model: got {stage.model!r}; {near_misses(stage.model, list(recipe.models))}")
+        if stage.kind == "pretrain":
+            for entry in stage.corpus:
+                if entry.task in tasks and not hasattr(tasks[entry.task], "corpus"):
+                    raise UserError(f"{where}.corpus: task {entry.task!r} writes no pre-training documents")
+        for task in _tasks_of(stage):
+            if task not in tasks:
+                raise UserError(f"{where}: unknown task {task!r}; {near_misses(task, list(tasks))}")
+        if stage.kind == "grpo":
+            grpo.check(name, stage)
+            resolve_preset(stage.loss, **stage.loss_overrides)
+            for entry in stage.rewards:
+                if entry.reward != "preference":
+                    make_reward(entry.reward, **entry.settings)
+                if entry.reward == "accuracy":
+                    for prompt in stage.prompts:
+                        if tasks[prompt.task].domain in (entry.domain, "reasoning"):
+                            require_answers(tasks[prompt.task])
+        earlier.append(name)
+    for name in recipe.evaluation.stages:
+        if name not in earlier:
+            raise UserError(f"evaluation.stages: unknown stage {name!r}; {near_misses(name, earlier)}")
+    if recipe.evaluation.stages and recipe.evaluation.task not in tasks:
+        raise UserError(f"evaluation.task: unknown task {recipe.evaluation.task!r}; {near_misses(recipe.evaluation.task, list(tasks))}")
+
+
+def _tasks_of(stage) -> list[str]:
+    mixes = [entry.task for field in ("corpus", "prompts", "written") for entry in getattr(stage, field, [])]
+    gate = [stage.gate.task] if getattr(stage, "gate", None) else []
+    return [*mixes, *gate, *([stage.task] if hasattr(stage, "task") else [])]
+
+
+def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenizer, tasks, metrics, console: Console, manifest: Manifest) -> None:
+    stage = recipe.stages[name]
+    used = {task: recipe.tasks[task].model_dump() for task in sorted(set(_tasks_of(stage)))}
+    shape = recipe.models[stage.model].model_dump() if stage.kind == "pretrain" else None
+    # Everything that decides the stage's result besides its inputs' bytes; how often it saves and what it is called in the report do not.
+    own = stage.model_dump(mode="json", exclude={"label", "save_every"})
+    vocabulary = [tokenizer.id_to_token(i) for i in range(tokenizer.vocab_size)]
+    key = hash_config({"stage": own, "tasks": used, "model": shape, "vocabulary": vocabulary, "seed": recipe.seed, "dtype": recipe.dtype, "name": name})
+    inputs = stage_inputs(name, recipe, run_dir)
+    decision = "run"
+    if ranks.is_main:
+        if manifest.is_done(name, key):
+            decision = "done before"
+        elif recipe.reuse and manifest.reuse(recipe.reuse, name, key):
+            decision = f"taken from {recipe.reuse}"
+        else:
+            resumes = manifest.begin(name, key, inputs)
+            decision = "resume" if resumes else "run"
+    decision = ranks.broadcast(decision)
+    if decision not in ("run", "resume"):
+        console.skip(name, decision)
+        return
+    start = time.perf_counter()
+    context = StageContext(name, stage, recipe, run_dir, ranks, tokenizer, tasks, metrics, console)
+    context.on_save = lambda: manifest.record_wall(name, time.perf_counter() - start)
+    if decision == "run" and ranks.is_main:
+        context.discard_state()
+        metrics.rewind(name, -1)
+    ranks.barrier()
+    torch.manual_seed(recipe.seed)
+    result = importlib.import_module(f"athanor.stages.{stage.kind}").run(context, stage)
+    if ranks.is_main:
+        metrics.flush()
+        manifest.finish(name, result["outputs"], result["metrics"], time.perf_counter() - start, gates=result.get("gates"))
+        context.discard_state()
+    ranks.barrier()
+
+
+def stage_inputs(name: str, recipe: RecipeConfig, run_dir: Path) -> dict[str, Path]:
+    """The files and folders that a stage reads, by role."""
+    stage = recipe.stages[name]
+    inputs = {}
+    for field in ("init", "source", "reward_model"):
+        reference = getattr(stage, field, "")
+        if reference:
+            inputs[field] = checkpoint_dir(run_dir, reference) if reference in recipe.stages else Path(reference)
+    for source in getattr(stage, "data", []):
+        inputs[f"data.{source}"] = data_path(run_dir, source) if source in recipe.stages else Path(source)
+    return inputs
+
+
+def evaluation_path(run_dir: Path, stage: str) -> Path:
+    return run_dir / "evaluations" / f"{stage}.json"
+
+
+def _evaluate_stage(name: str, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenizer, tasks, console: Console, manifest: Manifest) -> None:
+    config, entry = recipe.evaluation, f"evaluate.{name}"
+    key = hash_config({"evaluation": config.model_dump(mode="json", exclude={"stages"}), "seed": recipe.seed, "words": recipe.reflection_words, "stage": name})
+    inputs = {"checkpoint": checkpoint_dir(run_dir, name)}
+    if config.general_task and config.reward_model:
+        inputs["reward_model"] = checkpoint_dir(run_dir, config.reward_model)
+    done = False
+    if ranks.is_main and not (done := manifest.is_done(entry, key)):
+        manifest.begin(entry, key, inputs)
+    if ranks.broadcast(done):
+        console.skip(entry, "done before")
+        return
+    start = time.perf_counter()
+    model = load_model(inputs["checkpoint"], dtype=getattr(torch, recipe.dtype), device=str(ranks.device))
+    preference = load_preference_reward(inputs["reward_model"], tokenizer, ranks.device) if "reward_model" in inputs else None
+    with console.stage(entry, 0) as progress:
+        result = evaluate(
+            model, tokenizer, tasks, config, ranks, recipe.seed, preference=preference, reflection_words=recipe.reflection_words,
+            max_rows=recipe.max_rows, progress=lambda done, total: progress.step(done, {"sampled": done, "of": total}),
+        )
+    if ranks.is_main:
+        path = evaluation_path(run_dir, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps({"metrics": result.metrics, "transcripts": result.transcripts}, ensure_ascii=False, indent=1))
+        manifest.finish(entry, {"evaluation": path}, result.metrics, time.perf_counter() - start)
+
+
+def summarise(recipe: RecipeConfig, recipe_name: str, run_dir: Path, manifest: Manifest) -> dict:
+    """The JSON line: per evaluated stage its test metrics and its own wall time."""
+    cons = f"cons@{recipe.evaluation.samples_per_problem}"
+    stages = {}
+    for name in recipe.evaluation.stages:
+        metrics = manifest.stages[f"evaluate.{name}"]["metrics"]
+        row = {key: metrics.get(key) for key in (*RESULT_KEYS[:2], cons, *RESULT_KEYS[2:])}
+        extra = {key: metrics[key] for key in ("pass@1_se", "mean_tokens_t1", "reflection_rate_t1", "language_consistency_t1") if key in metrics}
+        extra |= {key: value for key, value in metrics.items() if key.startswith("open_ended")}
+        row |= extra | {key: value for key, value in manifest.stages[name]["metrics"].items() if key in ("logp_gap_max",)}
+        row["wall_s"] = manifest.stages[name]["wall_s"]
+        stages[name] = row
+        manifest.update_metrics(name, {key: value for key, value in row.items() if key != "wall_s"})
+    facts = manifest.data["run"]
+    return {
+        "recipe": recipe_name, "seed": recipe.seed, "wall_s": facts["wall_s"], "run_dir": str(run_dir),
+        "peak_memory_gib": facts["peak_memory_gib"], "stages": stages,
+    }  # fmt: skip
+
+
+def _write_samples(recipe: RecipeConfig, run_dir: Path) -> None:
+    """samples.jsonl: the transcripts of all evaluated stages, the same problems in each."""
+    lines = []
+    for name in recipe.evaluation.stages:
+        for row in json.loads(evaluation_path(run_dir, name).read_text(encoding="utf-8"))["transcripts"]:
+            lines.append(json.dumps({"stage": name, **row}, ensure_ascii=False) + "\n")
+    write_file(run_dir / "samples.jsonl", "".join(lines))
+
+
+def run_facts(ranks: Ranks) -> dict:
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else _cpu_name()
+    return {
+        "device": device, "ranks": ranks.world, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+        "version": code_version(), "system": f"{platform.system()} {platform.machine()}",
+    }  # fmt: skip
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "CPU"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def evaluate_folder(model_dir: str, task: str, settings: dict, config: EvaluationConfig, *, device: str = "auto", threads: int = 0, seed: int = 0, max_rows: int = 512) -> dict:
+    """Evaluate any HuggingFace checkpoint folder on any task; return the metrics."""
+    if not Path(model_dir).is_dir():
+        raise UserError(f"--model: {model_dir} is no folder, wanted a HuggingFace checkpoint (config.json, safetensors, tokenizer.json)")
+    tokenizer, source = Tokenizer.from_folder(model_dir), make_task(task, **settings)
+    require_answers(source, split=config.split)
+    ranks = Ranks(device, threads)
+    try:
+        model = load_model(model_dir, device=str(ranks.device))
+        return evaluate(model, tokenizer, {task: source}, config.model_copy(update={"task": task}), ranks, seed, max_rows=max_rows).metrics
+    finally:
+        ranks.close()

@@ -1,0 +1,91 @@
+"""Tasks -> groups of samples: which problems a step asks, and the completions that the current weights give."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from athanor.config import MixEntry, SamplingConfig
+from athanor.generate import Generator, Request
+from athanor.model.transformer import Decoder
+from athanor.parallel import Ranks
+from athanor.samples import Problem, Sample
+from athanor.seeds import derive_seed, sample_seeds
+from athanor.tokenizer import Tokenizer
+
+
+class ProblemStream:
+    """The training problems of one stage, `per_step` at a time, as a pure function of the step.
+
+    Shares follow the weights of the entries that are active at that point of the stage (largest remainder, earlier entries first).  A finite task
+    gives each of its problems once per epoch, in an order of its own per epoch; an unbounded one never repeats an index.
+    """
+
+    def __init__(self, tasks: dict, entries: Sequence[MixEntry], per_step: int, num_steps: int, *key: int | str, split: str = "train"):
+        self.tasks, self.entries, self.per_step, self.num_steps, self.key, self.split = tasks, entries, per_step, num_steps, key, split
+        self._positions = [[0] * len(entries)]  # problems that each entry gave before step i
+        self._orders: dict[tuple[str, int], np.ndarray] = {}
+
+    def draw(self, step: int) -> list[Problem]:
+        """The `per_step` problems of 0-based `step`."""
+        while len(self._positions) <= step + 1:
+            quota = self._quota(len(self._positions) - 1)
+            self._positions.append([p + q for p, q in zip(self._positions[-1], quota, strict=True)])
+        before, after = self._positions[step], self._positions[step + 1]
+        return [self._problem(entry, p) for entry, first, end in zip(self.entries, before, after, strict=True) for p in range(first, end)]
+
+    def _quota(self, step: int) -> list[int]:
+        weights = np.array([e.weight if step >= e.start * self.num_steps else 0.0 for e in self.entries])
+        if not weights.any():
+            raise ValueError(f"no task is active at step {step}, wanted an entry with start = 0")
+        exact = self.per_step * weights / weights.sum()
+        quota = np.floor(exact).astype(int)
+        for i in np.argsort(-(exact - quota), kind="stable")[: self.per_step - quota.sum()]:
+            quota[i] += 1
+        return quota.tolist()
+
+    def _problem(self, entry: MixEntry, position: int) -> Problem:
+        task = self.tasks[entry.task]
+        size = task.size(self.split)
+        if size is None:
+            # A stage's problems start at an offset of its own, so that two stages do not ask the same ones.
+            return task.problem(self.split, derive_seed(*self.key, entry.task) % 2**31 * 2**20 + position)
+        epoch, at = divmod(position, size)
+        if (entry.task, epoch) not in self._orders:
+            self._orders[entry.task, epoch] = np.random.default_rng(derive_seed(*self.key, entry.task, epoch)).permutation(size)
+        return task.problem(self.split, int(self._orders[entry.task, epoch][at]))
+
+
+def sample_groups(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    group_size: int,
+    sampling: SamplingConfig,
+    ranks: Ranks,
+    *key: int | str,
+    max_rows: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[Sample]]:
+    """Draw `group_size` samples for this rank's share of `problems`; seeds follow (key, task, split, problem id, sample)."""
+    mine = ranks.share(problems)
+    prompts = [np.array(encode_prompt(tokenizer, problem.prompt), np.int64) for problem in mine]
+    requests = [Request(ids, sample_seeds(group_size, *key, p.task, p.split, p.id)) for ids, p in zip(prompts, mine, strict=True)]
+    was_training = model.training
+    model.eval()
+    groups = Generator(model, tokenizer.eos_ids, max_rows=max(max_rows, group_size)).generate(requests, sampling, progress)
+    model.train(was_training)
+    return [
+        [
+            Sample(problem, tokenizer.decode([t for t in c.token_ids.tolist() if t not in tokenizer.eos_ids]), c.token_ids, c.logps, c.finish, ids)
+            for c in group
+        ]
+        for problem, ids, group in zip(mine, prompts, groups, strict=True)
+    ]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt as every stage uses them: the beginning-of-sequence token first where the tokenizer has one."""
+    ids = tokenizer.encode(prompt) if prompt else []
+    if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+        ids = [tokenizer.bos_id, *ids]
+    return ids

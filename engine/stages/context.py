@@ -1,0 +1,80 @@
+"""What a stage is given: its place in the run, the checkpoints and data before it, and where its own go."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from athanor.checkpoint import export_model
+from athanor.config import RecipeConfig, StageConfig
+from athanor.console import Console
+from athanor.errors import UserError
+from athanor.metrics import MetricsWriter
+from athanor.model.transformer import Decoder
+from athanor.parallel import Ranks
+from athanor.tokenizer import Tokenizer
+from athanor.weights import load_model
+
+
+@dataclass
+class StageContext:
+    """One stage of one run."""
+
+    name: str
+    config: StageConfig
+    recipe: RecipeConfig
+    run_dir: Path
+    ranks: Ranks
+    tokenizer: Tokenizer
+    tasks: dict
+    metrics: MetricsWriter
+    console: Console
+    on_save: object = None
+    """Called with no arguments after each resumable state."""
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return checkpoint_dir(self.run_dir, self.name)
+
+    @property
+    def state_dir(self) -> Path:
+        """Resumable training states; removed when the stage is done."""
+        return self.run_dir / "checkpoints" / f"{self.name}.partial"
+
+    def discard_state(self) -> None:
+        shutil.rmtree(self.state_dir, ignore_errors=True)
+
+    @property
+    def data_path(self) -> Path:
+        return data_path(self.run_dir, self.name)
+
+    def source_dir(self, reference: str) -> Path:
+        """Folder of the checkpoint that `reference` names: a stage of this recipe, or a path."""
+        if reference in self.recipe.stages:
+            return checkpoint_dir(self.run_dir, reference)
+        if not Path(reference).is_dir():
+            raise UserError(f"stage {self.name}: checkpoint {reference!r} is neither a stage of this recipe nor a folder")
+        return Path(reference)
+
+    def load(self, reference: str) -> Decoder:
+        return load_model(self.source_dir(reference), dtype=self.dtype, device=str(self.ranks.device))
+
+    @property
+    def dtype(self):
+        import torch
+
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.recipe.dtype]
+
+    def export(self, model: Decoder) -> Path:
+        """Write the stage's result in HuggingFace format (rank 0; the others wait)."""
+        if self.ranks.is_main:
+            export_model(model, self.tokenizer, self.checkpoint_dir)
+        self.ranks.barrier()
+        return self.checkpoint_dir
+
+
+def checkpoint_dir(run_dir: Path, stage: str) -> Path:
+    return run_dir / "checkpoints" / stage
+
+
+def data_path(run_dir: Path, stage: str) -> Path:
+    return run_dir / "data" / f"{stage}.jsonl"

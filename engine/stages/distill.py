@@ -1,0 +1,13 @@
+"""Distillation as R1 does it: plain SFT of a small student on the teacher's rejection-sampled responses (arXiv 2501.12948, section 2.4)."""
+
+from athanor.config import DistillConfig
+from athanor.stages import sft
+from athanor.stages.context import StageContext, data_path
+
+
+def run(context: StageContext, config: DistillConfig) -> dict:
+    """Fine-tune the student on the teacher's samples and export."""
+    examples = [example for name in config.data for example in sft.read_examples(data_path(context.run_dir, name))]
+    student = context.load(config.init)
+    loss = sft.fit(context, config, student, examples)
+    return {"metrics": {"examples": len(examples), "final_loss": loss}, "outputs": {"checkpoint": context.export(student)}}

@@ -1,0 +1,81 @@
+"""Base model: next-token training on the tasks' corpora, then the gate that RL needs a base which can do the arithmetic if it reasons."""
+
+import numpy as np
+
+from athanor.batch import pack
+from athanor.config import GateConfig, PretrainConfig, SamplingConfig
+from athanor.errors import UserError
+from athanor.generate import Generator, Request
+from athanor.model.transformer import Decoder
+from athanor.optim import learning_rate
+from athanor.rollout import encode_prompt
+from athanor.seeds import derive_seed
+from athanor.stages.context import StageContext
+from athanor.stages.training import TrainingLoop, cross_entropy_step
+from athanor.tokenizer import Tokenizer
+
+
+def run(context: StageContext, config: PretrainConfig) -> dict:
+    """Train from scratch (or from `init`) and export; return metrics, gates and outputs."""
+    shape = context.recipe.models[config.model].model_copy(update={"vocab_size": context.tokenizer.vocab_size})
+    if config.init:
+        model = context.load(config.init)
+    else:
+        model = Decoder(shape).initialize_(derive_seed(context.recipe.seed, context.name, "init")).to(context.ranks.device, context.dtype)
+    loop = TrainingLoop(context, config, model)
+    rounds = loop.extra.setdefault("rounds", 0)
+    while True:
+        _train(context, config, loop, rounds)
+        if config.gate is None:
+            gates = {}
+            break
+        value = competence(model, context.tokenizer, context.tasks[config.gate.task], config.gate, context.recipe.max_rows)
+        gates = {"competence": {"value": value, "wanted": config.gate.threshold, "passed": value >= config.gate.threshold, "extra_rounds": rounds}}
+        if value >= config.gate.threshold:
+            break
+        if rounds == config.gate.max_rounds:
+            raise UserError(
+                f"stage {context.name}: competence is {value:.3f} after {rounds} extra rounds, wanted {config.gate.threshold}; "
+                f"train longer (--stages.{context.name}.steps) or accept less (--stages.{context.name}.gate.threshold)"
+            )
+        rounds += 1
+        loop.extra["rounds"] = rounds
+        context.console.note(f"{context.name}: competence {value:.3f} < {config.gate.threshold}, training on for {config.gate.extra_steps} steps")
+        loop.save()
+    return {"metrics": {}, "gates": gates, "outputs": {"checkpoint": context.export(model)}}
+
+
+def _train(context: StageContext, config: PretrainConfig, loop: TrainingLoop, rounds: int) -> None:
+    """Train to the end of extra round `rounds` (0 = the main one); each extra round has a schedule of its own at half the peak."""
+    start = config.steps + (rounds - 1) * config.gate.extra_steps if rounds else 0
+    end = config.steps + rounds * config.gate.extra_steps if rounds else config.steps
+    peak = config.optimizer.lr / 2 if rounds else config.optimizer.lr
+    for step, metrics in loop.steps(end, ("loss", "grad_norm")):
+        prompts, texts = _documents(context, config, step)
+        batches = pack(prompts, texts, config.micro_batch_tokens, context.ranks.device)
+        num_targets = context.ranks.sum_int(sum(b.num_targets for b in batches))
+        lr = learning_rate(config.optimizer, step - start, end - start, peak)
+        metrics["loss"], metrics["grad_norm"] = cross_entropy_step(loop.model, loop.optimizer, batches, num_targets, lr)
+        metrics |= {"lr": lr, "tokens": num_targets}
+
+
+def _documents(context: StageContext, config: PretrainConfig, step: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """This rank's share of the documents of a step, as (prompt, text) token ids; tasks are drawn by weight, per document."""
+    rng = np.random.default_rng(derive_seed(context.recipe.seed, context.name, step))
+    weights = np.array([entry.weight for entry in config.corpus])
+    chosen = rng.choice(len(weights), size=config.docs_per_step, p=weights / weights.sum())
+    pairs = [context.tasks[config.corpus[c].task].corpus(step * config.docs_per_step + i) for i, c in enumerate(chosen)]
+    pairs = context.ranks.share(pairs)
+    eos = [context.tokenizer.eos_id]
+    texts = [np.array(ids + eos, np.int64) for ids in context.tokenizer.encode_batch([text for _, text in pairs])]
+    prompts = [np.array(encode_prompt(context.tokenizer, prompt), np.int64) for prompt, _ in pairs]
+    return prompts, texts
+
+
+def competence(model: Decoder, tokenizer: Tokenizer, task, gate: GateConfig, max_rows: int) -> float:
+    """Greedy accuracy on validation problems whose first reasoning step is given: what the model can do if it reasons."""
+    pairs = [task.competence(i) for i in range(gate.num_problems)]
+    requests = [Request(np.array(encode_prompt(tokenizer, prompt), np.int64), np.zeros(1, np.int64)) for prompt, _ in pairs]
+    groups = Generator(model, tokenizer.eos_ids, max_rows=max_rows).generate(requests, SamplingConfig(temperature=0.0, max_tokens=128))
+    texts = [tokenizer.decode(group[0].token_ids.tolist()) for group in groups]
+    return float(np.mean([f"<answer> {answer} </answer>" in text for text, (_, answer) in zip(texts, pairs, strict=True)]))

@@ -1,0 +1,70 @@
+"""Supervised fine-tuning on prompt/completion files, loss on the completion only."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from athanor.batch import pack
+from athanor.config import DistillConfig, SFTConfig
+from athanor.errors import UserError
+from athanor.model.transformer import Decoder
+from athanor.optim import learning_rate
+from athanor.rollout import encode_prompt
+from athanor.seeds import derive_seed
+from athanor.stages.context import StageContext, data_path
+from athanor.stages.training import TrainingLoop, cross_entropy_step
+
+
+def run(context: StageContext, config: SFTConfig) -> dict:
+    """Fine-tune `init` on the data and export; return metrics and outputs."""
+    paths = [data_path(context.run_dir, name) if name in context.recipe.stages else Path(name) for name in config.data]
+    examples = [example for path in paths for example in read_examples(path)]
+    model = context.load(config.init)
+    loss = fit(context, config, model, examples)
+    return {"metrics": {"examples": len(examples), "final_loss": loss}, "outputs": {"checkpoint": context.export(model)}}
+
+
+def fit(context: StageContext, config: SFTConfig | DistillConfig, model: Decoder, examples: list[tuple[str, str]]) -> float:
+    """Train `config.steps` steps over shuffled epochs of (prompt, completion) texts; return the last step's loss."""
+    tokenizer, n = context.tokenizer, len(examples)
+    prompts = [np.array(encode_prompt(tokenizer, prompt), np.int64) for prompt, _ in examples]
+    completions = [np.array([*ids, tokenizer.eos_id], np.int64) for ids in tokenizer.encode_batch([text for _, text in examples])]
+    loop = TrainingLoop(context, config, model)
+    size = min(config.batch_size, n)
+    orders: dict[int, np.ndarray] = {}
+    loss = float("nan")
+    for step, metrics in loop.steps(config.steps, ("loss", "grad_norm")):
+        chosen = []
+        for position in range(step * size, (step + 1) * size):
+            epoch, at = divmod(position, n)
+            if epoch not in orders:
+                orders = {epoch: np.random.default_rng(derive_seed(context.recipe.seed, context.name, epoch)).permutation(n)}
+            chosen.append(int(orders[epoch][at]))
+        chosen = context.ranks.share(chosen)
+        batches = pack([prompts[i] for i in chosen], [completions[i] for i in chosen], config.micro_batch_tokens, context.ranks.device)
+        num_targets = context.ranks.sum_int(sum(b.num_targets for b in batches))
+        lr = learning_rate(config.optimizer, step, config.steps)
+        loss, norm = cross_entropy_step(model, loop.optimizer, batches, num_targets, lr)
+        metrics |= {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": num_targets, "epoch": step * size / n}
+    return loss
+
+
+def read_examples(path: Path) -> list[tuple[str, str]]:
+    """(prompt, completion) of every line of a JSONL file; UserError names the line that is wrong."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such data file, wanted JSONL with prompt and completion")
+    examples = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                prompt, completion = row["prompt"], row["completion"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise UserError(f"{path}:{number}: {error!r}, wanted a JSON object with prompt and completion") from None
+            if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
+                raise UserError(f"{path}:{number}: prompt and completion must be text, completion not empty")
+            examples.append((prompt, completion))
+    if not examples:
+        raise UserError(f"{path}: no examples, wanted at least one line")
+    return examples

@@ -1,0 +1,82 @@
+"""What every stage that trains has in common: one optimizer step over packed micro-batches, and states that a killed run goes on from."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from athanor.batch import PackedBatch
+from athanor.checkpoint import load_latest_state, save_state
+from athanor.config import TrainConfig
+from athanor.kernels import linear_logprob
+from athanor.model.transformer import Decoder, PackedAttention
+from athanor.optim import Optimizer
+from athanor.stages.context import StageContext
+
+
+class TrainingLoop:
+    """Model, optimizer and step of one stage.  `steps()` yields what is left to do; `done()` records a step and saves when it is time."""
+
+    def __init__(self, context: StageContext, config: TrainConfig, model: Decoder, extra_models: dict | None = None):
+        self.context, self.config, self.model = context, config, model
+        self.optimizer = Optimizer(model, config.optimizer, context.ranks)
+        self.extra: dict = {}
+        self.next_step = 0
+        state = load_latest_state(context.state_dir)
+        if state is not None:
+            model.load_state_dict(state.model)
+            self.optimizer.load_state_dict(state.optimizer)
+            self.extra, self.next_step = state.extra, state.step
+        context.metrics.rewind(context.name, self.next_step)
+        self.resumed_at = self.next_step
+
+    def save(self) -> None:
+        """Save the state after `next_step` finished steps (rank 0)."""
+        if self.context.ranks.is_main:
+            self.context.metrics.flush()
+            save_state(self.context.state_dir, self.next_step, self.model, self.optimizer.state_dict(), self.extra)
+            if self.context.on_save:
+                self.context.on_save()
+
+    def steps(self, total: int, figures: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
+        """Yield (0-based step, dict to fill with its metrics) up to `total`; write, show and save after each."""
+        with self.context.console.stage(self.context.name, total, first_step=self.next_step) as progress:
+            while self.next_step < total:
+                metrics: dict = {}
+                start = time.perf_counter()
+                yield self.next_step, metrics
+                self.next_step += 1
+                metrics["step_s"] = time.perf_counter() - start
+                self.context.metrics.write(self.context.name, self.next_step, metrics)
+                progress.step(self.next_step, {key: metrics[key] for key in figures if key in metrics})
+                if self.next_step % self.config.save_every == 0 and self.next_step < total:
+                    self.save()
+
+
+def completion_logprobs(model: Decoder, batch: PackedBatch, temperature: float = 1.0):
+    """Log-probs and entropies (N,) of the trained tokens of a packed micro-batch."""
+    hidden = model(batch.input_ids, batch.positions, PackedAttention(batch.cu_seqlens))
+    return linear_logprob(hidden[batch.loss_rows], model.lm_head_weight, batch.targets, temperature=temperature)
+
+
+def optimizer_step(optimizer: Optimizer, batches: list[PackedBatch], loss_of: Callable[[PackedBatch], Tensor], lr: float) -> tuple[float, float]:
+    """Accumulate the gradients of `loss_of` over micro-batches and apply them; return (summed loss of this rank, gradient norm).
+
+    `loss_of` divides by denominators of the whole optimizer step, so the split into micro-batches does not change the gradient.
+    """
+    optimizer.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss = loss_of(batch)
+        loss.backward()
+        total += float(loss.detach())
+    return total, optimizer.step(lr)
+
+
+def cross_entropy_step(model: Decoder, optimizer: Optimizer, batches: list[PackedBatch], num_targets: int, lr: float) -> tuple[float, float]:
+    """One step of mean negative log-likelihood over `num_targets` tokens (all ranks); return (loss, gradient norm)."""
+    loss, norm = optimizer_step(optimizer, batches, lambda b: -completion_logprobs(model, b).logps.sum() / num_targets, lr)
+    value = torch.tensor(loss, dtype=torch.float64)
+    optimizer.ranks.sum_(value)
+    return float(value), norm

@@ -1,0 +1,171 @@
+"""Last-digit chains: `User: 3 + 1 - 2 + 9 ? Assistant:` wants the chain worked from left to right, only the last digit kept (arithmetic mod 10).
+
+Small enough that a quarter-million parameters learn the 200 digit facts, long enough that a direct guess is chance (10 %) while rewriting the
+chain step by step (`4 - 2 + 9 so 2 + 9 so 1`) is nearly sure.  The corpus is of mixed quality by design: mostly direct guesses, a minority of worked
+traces whose steps slip with probability `slip`, a few that notice (`wait`) or verify (`check` ... `ok`), in two languages that sometimes mix.
+So the reflective pattern is in the corpus, and RL selects it.
+
+Splits are disjoint by construction: a hash of the chain decides which split it belongs to, and every writer draws chains of one split only.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+from athanor.samples import Problem
+
+LANGUAGES = {
+    "en": {"so": "so", "wait": "wait", "check": "check", "ok": "ok"},
+    "zh": {"so": "则", "wait": "等", "check": "查", "ok": "对"},
+}
+SYMBOLS = [*"0123456789+-?", *(word for words in LANGUAGES.values() for word in words.values())]
+SYMBOLS += ["<think>", "</think>", "<answer>", "</answer>", "User:", "Assistant:"]
+SPLITS = {0: "test", 1: "validation"}  # of 16 hash classes; the other 14 are train
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArithmeticTask:
+    """Chains of `min_terms`..`max_terms` distinct digits 1-9.  Every draw is a pure function of (seed, stream, index)."""
+
+    name: str = "chain"
+    seed: int = 0
+    min_terms: int = 4
+    max_terms: int = 6
+    slip: float = 0.2
+    """Probability that a step of a corpus trace is wrong."""
+    facts: float = 0.35
+    """Share of corpus documents that are single facts."""
+    traces: float = 0.16
+    """Share of question documents that are worked traces without reflection."""
+    reflections: float = 0.08
+    """Share of question documents that are worked traces with reflection."""
+    guess_right: float = 0.06
+    """Accuracy of direct guesses."""
+    mixing: float = 0.15
+    """Probability that a connective of a corpus document is in the other language."""
+    domain: str = "reasoning"
+    symbols: tuple[str, ...] = tuple(SYMBOLS)
+
+    def size(self, split: str) -> int | None:
+        return None
+
+    def problem(self, split: str, index: int) -> Problem:
+        """Problem `index` of a split; validation and test do not depend on the seed."""
+        rng = random.Random(f"{self.name}/{split}/{self.seed if split == 'train' else ''}/{index}")
+        terms = self._chain(rng, split, self.min_terms)
+        return Problem(f"User: {' '.join(terms)} ? Assistant:", str(_result(terms)), index, self.name, split=split, metadata={"terms": terms})
+
+    def corpus(self, index: int) -> tuple[str, str]:
+        """Pre-training document `index`: (prompt without loss, text with loss)."""
+        rng = random.Random(f"{self.name}/corpus/{self.seed}/{index}")
+        words = _Words(rng, "en" if rng.random() < 0.6 else "zh", self.mixing)
+        if rng.random() < self.facts:
+            first, operator, second = str(rng.randrange(10)), rng.choice("+-"), str(rng.randrange(1, 10))
+            return "", f"{first} {operator} {second} {words('so')} {_result([first, operator, second])}"
+        terms = self._chain(rng, "train", 2)
+        kind = rng.random()
+        if kind < self.traces:
+            lines, answer = self._trace(rng, terms, words, self.slip)
+            return self._document(rng, terms, lines, answer, well_formed=0.85, no_answer=0.08)
+        if kind < self.traces + self.reflections:
+            lines, answer = self._inline(rng, terms, words) if rng.random() < 0.3 else self._checked(rng, terms, words, 0.02)
+            return self._document(rng, terms, lines, answer, well_formed=0.85, no_answer=0.08)
+        answer = str(_result(terms)) if rng.random() < self.guess_right else _slipped(rng, _slipped(rng, str(_result(terms))))
+        return self._document(rng, terms, [words("so"), answer], answer, well_formed=0.7, no_answer=0.0)
+
+    def written(self, index: int) -> tuple[Problem, str]:
+        """A templated long chain of thought in one language, always right in the end: worked, checked, and redone when the passes disagree."""
+        rng = random.Random(f"{self.name}/written/{self.seed}/{index}")
+        problem = self.problem("train", 10**9 + index)
+        terms = problem.metadata["terms"]
+        lines, answer = self._checked(rng, terms, _Words(rng, problem.language, 0.0), 0.0)
+        return problem, f"<think> {' '.join(lines)} </think> <answer> {answer} </answer>"
+
+    def competence(self, index: int) -> tuple[str, str]:
+        """Validation prompt with the first reasoning step given, and the greedy continuation's right answer: can the model do it if it reasons?"""
+        problem = self.problem("validation", index)
+        return f"{problem.prompt} <think> {' '.join(_step(problem.metadata['terms']))}", problem.answer
+
+    def _chain(self, rng: random.Random, split: str, min_terms: int) -> list[str]:
+        while True:
+            digits = rng.sample("123456789", rng.randint(min_terms, self.max_terms))
+            terms = [digits[0]]
+            for digit in digits[1:]:
+                terms += [rng.choice("+-"), digit]
+            if split_of(" ".join(terms)) == split:
+                return terms
+
+    def _trace(self, rng: random.Random, terms: list[str], words: "_Words", slip: float) -> tuple[list[str], str]:
+        """Rewrite the chain one operation at a time; a slipped result is carried on."""
+        lines: list[str] = []
+        while len(terms) > 1:
+            terms = _step(terms)
+            if rng.random() < slip:
+                terms = [_slipped(rng, terms[0]), *terms[1:]]
+            lines += [words("so"), *terms] if lines else terms
+        return lines, terms[0]
+
+    def _inline(self, rng: random.Random, terms: list[str], words: "_Words") -> tuple[list[str], str]:
+        """A trace in which each slip is noticed at once and the step redone."""
+        lines: list[str] = []
+        while len(terms) > 1:
+            right = _step(terms)
+            lines += [words("so")] if lines else []
+            if rng.random() < self.slip:
+                lines += [_slipped(rng, right[0]), *right[1:], words("wait")]
+            lines += right
+            terms = right
+        return lines, terms[0]
+
+    def _checked(self, rng: random.Random, terms: list[str], words: "_Words", careful_slip: float) -> tuple[list[str], str]:
+        """A first pass with slips, a careful second one, and a third when they disagree."""
+        first, answer = self._trace(rng, terms, words, self.slip)
+        second, checked = self._trace(rng, terms, words, careful_slip)
+        lines = [*first, words("check"), *second]
+        if checked == answer:
+            return [*lines, words("ok")], answer
+        third, answer = self._trace(rng, terms, words, careful_slip)
+        return [*lines, words("wait"), *third], answer
+
+    def _document(self, rng: random.Random, terms: list[str], lines: list[str], answer: str, *, well_formed: float, no_answer: float) -> tuple[str, str]:
+        prompt, thought, draw = f"User: {' '.join(terms)} ? Assistant:", " ".join(lines), rng.random()
+        if draw < well_formed:
+            return prompt, f"<think> {thought} </think> <answer> {answer} </answer>"
+        if draw < well_formed + no_answer:
+            return prompt, f"<think> {thought} </think>"
+        return prompt, f"{thought} <answer> {answer} </answer>" if rng.random() < 0.5 else thought
+
+
+make = ArithmeticTask
+
+
+class _Words:
+    """Connectives in one language, sometimes in the other."""
+
+    def __init__(self, rng: random.Random, language: str, mixing: float):
+        self.rng, self.language, self.mixing = rng, language, mixing
+
+    def __call__(self, word: str) -> str:
+        language = self.language
+        if self.mixing and self.rng.random() < self.mixing:
+            language = "zh" if language == "en" else "en"
+        return LANGUAGES[language][word]
+
+
+def split_of(chain: str) -> str:
+    return SPLITS.get(hashlib.sha256(chain.encode()).digest()[0] % 16, "train")
+
+
+def _step(terms: list[str]) -> list[str]:
+    value = int(terms[0]) + int(terms[2]) if terms[1] == "+" else int(terms[0]) - int(terms[2])
+    return [str(value % 10), *terms[3:]]
+
+
+def _result(terms: list[str]) -> int:
+    while len(terms) > 1:
+        terms = _step(terms)
+    return int(terms[0])
+
+
+def _slipped(rng: random.Random, digit: str) -> str:
+    return str((int(digit) + rng.choice((-2, -1, 1, 2))) % 10)
