@@ -133,6 +133,8 @@ def model_config_from_hf(config: dict) -> ModelConfig:
     if architectures != [CLASSES[family]]:
         raise UserError(f"config.json: architectures is {architectures}, wanted ['{CLASSES[family]}']")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"config.json: rope_scaling is {rope!r}, wanted an object")
     for name, only in _ONLY.items():
         value = rope.get(name, config.get(name, only))
         if value is not None and value != only:
