@@ -11,9 +11,11 @@ never listed.
 
 import re
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from math import comb
 
 import numpy as np
+
 from athanor.rewards.accuracy import Accuracy, extract_answer
 from athanor.rewards.answers import answer_key
 from athanor.rewards.language import language_consistency
@@ -105,8 +107,13 @@ def reflection_rate(texts: Sequence[str], words: Sequence[str] = REFLECTIVE_WORD
     """
     if not texts or not words:
         return 0.0
-    pattern = re.compile("|".join(rf"\b{re.escape(w)}\b" if w.isascii() or len(w) == 1 else re.escape(w) for w in words), re.IGNORECASE)
+    pattern = _word_pattern(tuple(words))
     return sum(pattern.search(text) is not None for text in texts) / len(texts)
+
+
+@lru_cache
+def _word_pattern(words: tuple[str, ...]) -> re.Pattern:
+    return re.compile("|".join(rf"\b{re.escape(w)}\b" if w.isascii() or len(w) == 1 else re.escape(w) for w in words), re.IGNORECASE)
 
 
 def clustered_standard_error(groups: Sequence[Sequence[float]]) -> float | None:

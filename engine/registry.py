@@ -31,15 +31,15 @@ def registered(package: str) -> list[str]:
 def build(package: str, kind: str, full_name: str, settings: dict):
     """Call `make` of the file that `full_name` ("name" or "name:variant") means.
 
-    kind: "reward" or "task", for messages.  Raises UserError on an unknown name, a missing or superfluous variant, and an unknown or
-    missing setting, with near misses.
+    kind: "reward" or "task", for messages.  Raises UserError on an unknown name, a missing or superfluous variant, and an unknown,
+    missing or mistyped setting, with near misses.
     """
-    name, colon, variant = full_name.partition(":")
+    name, _, variant = full_name.partition(":")
     files = [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__)]
     make = getattr(importlib.import_module(f"{package}.{name}"), "make", None) if name in files and not name.startswith("_") else None
     if make is None:
         raise UserError(f"unknown {kind} {full_name!r}: {near_misses(name, registered(package))}")
-    parameters = inspect.signature(make).parameters.values()
+    parameters = inspect.signature(make, eval_str=True).parameters.values()
     variants = [p for p in parameters if p.kind is p.POSITIONAL_ONLY]
     if variant and not variants:
         raise UserError(f'{kind} {full_name!r}: {name} has no variants, wanted "{name}"')
@@ -53,4 +53,17 @@ def build(package: str, kind: str, full_name: str, settings: dict):
     missing = [p.name for p in parameters if p.name in known and p.default is p.empty and p.name not in settings]
     if missing:
         raise UserError(f"{kind} {full_name!r}: setting {missing[0]!r} is required")
-    return make(variant, **settings) if variant else make(**settings)
+    types = {p.name: p.annotation for p in parameters if p.name in known and p.annotation is not p.empty}
+    checked = dict(settings)
+    for key in types.keys() & settings.keys():
+        checked[key] = _checked(f"{kind} {full_name!r}: setting {key!r}", settings[key], types[key])
+    return make(variant, **checked) if variant else make(**checked)
+
+
+def _checked(where: str, value, annotation):
+    import pydantic  # a tenth of a second that only building needs
+
+    try:
+        return pydantic.TypeAdapter(annotation).validate_python(value)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{where} is {value!r}: {error.errors()[0]['msg']}") from error

@@ -285,6 +285,8 @@ def test_every_file_is_a_reward_and_has_its_name():
         ("accuracy", {"extract": "last"}, "extract is 'last'"),
         ("accuracy", {"extract": "boxed", "require_format": True}, "cannot go with"),
         ("format:x", {}, "no variants"),
+        ("overlong", {"max_tokens": "many", "buffer": 1}, "setting 'max_tokens' is 'many': Input should be a valid integer"),
+        ("accuracy", {"require_format": 7}, "setting 'require_format' is 7"),
     ],
 )
 def test_wrong_rewards_are_one_clear_line(name, settings, message):

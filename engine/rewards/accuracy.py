@@ -32,7 +32,9 @@ class Accuracy(Reward):
 
     __name__ = "accuracy"
     extract: str = "answer"
+    """"answer" or "boxed"."""
     require_format: bool = False
+    """0 for whatever the format reward rejects."""
     ignore_case: bool = True
 
     def __post_init__(self):
@@ -60,6 +62,4 @@ class Accuracy(Reward):
         return float(same_answer(answer, problem.answer, ignore_case=self.ignore_case))
 
 
-def make(*, extract: str = "answer", require_format: bool = False, ignore_case: bool = True) -> Accuracy:
-    """Build the accuracy reward.  extract: "answer" or "boxed"; require_format: 0 for whatever the format reward rejects."""
-    return Accuracy(extract, require_format, ignore_case)
+make = Accuracy

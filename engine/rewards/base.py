@@ -9,6 +9,7 @@ TRL (GRPOTrainer, RLOOTrainer):  reward(prompts=, completions=, completion_ids=,
 from dataclasses import dataclass
 
 import numpy as np
+
 from athanor.samples import Problem, Sample
 
 

@@ -20,6 +20,4 @@ class Format(Reward):
         return float(parse_response(sample.text, prompt=problem.prompt).well_formed)
 
 
-def make() -> Format:
-    """Build the format reward; it has no settings."""
-    return Format()
+make = Format

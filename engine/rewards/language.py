@@ -51,6 +51,7 @@ _NOT_SCRIPTS = {
     "MASCULINE",
 }
 _TOKENS = re.compile(r"\w+(?:['’]\w+)*")
+_IDENTIFIER = re.compile(r"[\d_]")
 _OPENERS = re.compile(r"```|`|\$\$|\$|\\\[|\\\(|\\begin\{|\\[a-zA-Z]+|https?://\S+|</?(?:think|answer)>")
 _CLOSERS = {"```": "```", "`": "`", "$$": "$$", "$": "$", "\\[": "\\]", "\\(": "\\)", "\\begin{": "\\end{"}
 
@@ -104,11 +105,11 @@ def count_words(text: str) -> dict[str, int]:
     """Words of a text by script (see the module for what counts)."""
     counts: dict[str, int] = {}
     for token in _TOKENS.findall(prose(text)):
-        if token.isascii() and token.isalpha():
-            runs = [("LATIN", len(token))]
+        is_identifier = _IDENTIFIER.search(token) is not None
+        if token.isascii():  # most tokens of most texts: Latin letters, digits, underscores, apostrophes
+            runs = [] if is_identifier else [("LATIN", len(token))]
         else:
             runs = _script_runs(token)
-        is_identifier = any(c.isdigit() or c == "_" for c in token)
         for name, length in runs:
             if name in ("LATIN", "GREEK") and (length == 1 or is_identifier):
                 continue
@@ -150,7 +151,9 @@ class Language(Reward):
 
     __name__ = "language"
     target: str | None = None
+    """ISO 639-1 code; None = each problem's own language."""
     empty: float = 1.0
+    """Value for a chain of thought without words."""
 
     def __post_init__(self):
         if self.target is not None and self.target not in SCRIPTS:
@@ -160,6 +163,4 @@ class Language(Reward):
         return language_consistency(sample.text, self.target or problem.language, prompt=problem.prompt, empty=self.empty)
 
 
-def make(*, target: str | None = None, empty: float = 1.0) -> Language:
-    """Build the language-consistency reward.  target: ISO 639-1 code, None = each problem's own; empty: value for a text without words."""
-    return Language(target, empty)
+make = Language

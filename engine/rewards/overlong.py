@@ -18,7 +18,9 @@ class Overlong(Reward):
 
     __name__ = "overlong"
     max_tokens: int
+    """Generation limit, in tokens."""
     buffer: int
+    """Tokens before the limit over which the punishment grows."""
 
     def __post_init__(self):
         if self.max_tokens < 1:
@@ -33,6 +35,4 @@ class Overlong(Reward):
         return -min(max(over, 0) / self.buffer, 1.0) + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
-def make(*, max_tokens: int, buffer: int) -> Overlong:
-    """Build the overlong penalty for completions of at most `max_tokens` tokens."""
-    return Overlong(max_tokens, buffer)
+make = Overlong

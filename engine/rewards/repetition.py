@@ -28,7 +28,9 @@ class Repetition(Reward):
     __name__ = "repetition"
     ngram_size: int = 3
     max_penalty: float = 1.0
+    """Largest magnitude of the penalty, >= 0."""
     unit: str = "tokens"
+    """"tokens" or "words"."""
 
     def __post_init__(self):
         if self.ngram_size < 1:
@@ -48,6 +50,4 @@ class Repetition(Reward):
         return -self.max_penalty * repetition_ratio(items, self.ngram_size) + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
-def make(*, ngram_size: int = 3, max_penalty: float = 1.0, unit: str = "tokens") -> Repetition:
-    """Build the repetition penalty.  max_penalty is its largest magnitude; unit is "tokens" or "words"."""
-    return Repetition(ngram_size, max_penalty, unit)
+make = Repetition

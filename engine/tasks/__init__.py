@@ -30,7 +30,7 @@ class Task(Protocol):
         """Problem `index` (from 0) of a split, the same at every call."""
 
 
-def make_task(name: str, **settings) -> Task:
+def make_task(name: str, /, **settings) -> Task:
     """Build a task from "name" or "name:variant".  Raises UserError on an unknown name or setting, with near misses."""
     return build(__name__, "task", name, settings)
 
