@@ -18,8 +18,9 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, num_rows: int, max_length: int, dtype: torch.dtype, device: torch.device):
         shape = (num_rows, config.num_key_value_heads, max_length, config.width_per_head)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        # Zeros, not empty: a masked slot has weight 0, and 0 x NaN would be NaN.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.row_index = torch.arange(num_rows, device=device)
         self.slots = torch.arange(max_length, device=device)
 

@@ -35,11 +35,11 @@ class ArithmeticTask:
     """Probability that a step of a corpus trace is wrong."""
     facts: float = 0.35
     """Share of corpus documents that are single facts."""
-    traces: float = 0.16
+    traces: float = 0.135
     """Share of question documents that are worked traces without reflection."""
-    reflections: float = 0.08
+    reflections: float = 0.075
     """Share of question documents that are worked traces with reflection."""
-    guess_right: float = 0.06
+    guess_right: float = 0.1
     """Accuracy of direct guesses."""
     mixing: float = 0.15
     """Probability that a connective of a corpus document is in the other language."""
@@ -70,7 +70,8 @@ class ArithmeticTask:
         if kind < self.traces + self.reflections:
             lines, answer = self._inline(rng, terms, words) if rng.random() < 0.3 else self._checked(rng, terms, words, 0.02)
             return self._document(rng, terms, lines, answer, well_formed=0.85, no_answer=0.08)
-        answer = str(_result(terms)) if rng.random() < self.guess_right else _slipped(rng, _slipped(rng, str(_result(terms))))
+        offset = 0 if rng.random() < self.guess_right else rng.choice((-3, -2, -1, 1, 2, 3))
+        answer = str((_result(terms) + offset) % 10)
         return self._document(rng, terms, [words("so"), answer], answer, well_formed=0.7, no_answer=0.0)
 
     def written(self, index: int) -> tuple[Problem, str]:

@@ -1,0 +1,101 @@
+"""The default task: its arithmetic against Python's, its splits, and what its corpus promises."""
+
+import collections
+import re
+
+import pytest
+
+from athanor.rewards import make_reward, parse_response
+from athanor.samples import Sample
+from athanor.tasks import make_task
+from athanor.tasks.arithmetic import ArithmeticTask, split_of
+from athanor.tokenizer import symbol_tokenizer
+
+CHAIN = re.compile(r"User: (\d( [+-] \d)+) \? Assistant:")
+
+
+def worked(chain: str) -> int:
+    total, sign = 0, 1
+    for symbol in chain.split():
+        if symbol in "+-":
+            sign = 1 if symbol == "+" else -1
+        else:
+            total += sign * int(symbol)
+    return total % 10
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_answers_are_right_and_chains_belong_to_the_split(split):
+    task = ArithmeticTask(seed=3)
+    for i in range(300):
+        problem = task.problem(split, i)
+        chain = CHAIN.fullmatch(problem.prompt).group(1)
+        assert problem.answer == str(worked(chain)) and split_of(chain) == split
+        assert 4 <= len(chain.split()[::2]) <= 6 and len(set(chain.split()[::2])) == len(chain.split()[::2])
+
+
+def test_held_out_problems_do_not_depend_on_the_seed_but_training_does():
+    a, b = ArithmeticTask(seed=0), ArithmeticTask(seed=1)
+    assert [a.problem("test", i) for i in range(50)] == [b.problem("test", i) for i in range(50)]
+    assert [a.problem("train", i).prompt for i in range(50)] != [b.problem("train", i).prompt for i in range(50)]
+
+
+def test_no_held_out_chain_appears_in_corpus_or_written_examples():
+    task = ArithmeticTask()
+    held_out = {task.problem(split, i).prompt for split in ("validation", "test") for i in range(2000)}
+    assert not held_out & ({task.corpus(i)[0] for i in range(5000)} | {task.written(i)[0].prompt for i in range(500)})
+
+
+def test_corpus_is_of_the_mixed_quality_that_it_promises():
+    task = ArithmeticTask()
+    kinds, right = collections.Counter(), collections.defaultdict(list)
+    for i in range(20_000):
+        prompt, text = task.corpus(i)
+        if not prompt:
+            kinds["fact"] += 1
+            left, right_side = re.split(" so | 则 ", text)
+            assert worked(left) == int(right_side)
+            continue
+        words = text.split()
+        reflective = bool(set(words) & {"wait", "check", "等", "查"})
+        kind = "reflection" if reflective else "trace" if set(words) & {"+", "-"} else "guess"
+        kinds[kind] += 1
+        answer = parse_response(text).answer
+        if answer is not None:
+            right[kind].append(int(answer) == worked(CHAIN.fullmatch(prompt).group(1)))
+    questions = 20_000 - kinds["fact"] - kinds["short"]
+    accuracy = {kind: sum(v) / len(v) for kind, v in right.items()}
+    # Binomial deviations at these counts stay below 0.02; a third of the inline traces have no slip and so show no reflection.
+    assert kinds["fact"] / 20_000 == pytest.approx(task.facts, abs=0.02)
+    assert kinds["reflection"] / questions == pytest.approx(task.reflections * (0.7 + 0.3 * 0.6), abs=0.02)
+    assert kinds["guess"] / questions > 0.7
+    assert accuracy["guess"] < 0.12 < 0.4 < accuracy["trace"] < 0.75 < accuracy["reflection"]
+
+
+def test_written_examples_are_correct_well_formed_and_in_one_language():
+    task = ArithmeticTask()
+    accuracy, form, language = (make_reward(name) for name in ("accuracy", "format", "language"))
+    waits = 0
+    for i in range(300):
+        problem, text = task.written(i)
+        sample = Sample(problem, text, [], [])
+        assert accuracy([sample], [problem]) == form([sample], [problem]) == language([sample], [problem]) == [1.0]
+        assert " check " in text
+        waits += " wait " in text
+    assert 0.2 < waits / 300 < 0.8  # the first pass slips now and then, and only then the verdict is wait
+
+
+def test_the_competence_prompt_gives_one_right_step():
+    task = ArithmeticTask()
+    for i in range(100):
+        prompt, answer = task.competence(i)
+        chain, step = re.fullmatch(r"User: (.*) \? Assistant: <think> (.*)", prompt).groups()
+        assert worked(step) == worked(chain) == int(answer) and len(step.split()) == len(chain.split()) - 2
+
+
+def test_everything_it_writes_is_in_its_symbols():
+    task = make_task("arithmetic", seed=5)
+    tokenizer = symbol_tokenizer(list(task.symbols))
+    for i in range(500):
+        for text in (*task.corpus(i), task.written(i)[1], task.problem("train", i).prompt):
+            assert tokenizer.decode(tokenizer.encode(text)) == text

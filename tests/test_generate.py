@@ -1,0 +1,104 @@
+"""The generator against the trainer's own forward: same log-probs, same tokens whatever the neighbours."""
+
+import numpy as np
+import pytest
+import torch
+
+from athanor.config import ModelConfig, SamplingConfig
+from athanor.generate import Generator, Request
+from athanor.kernels import logprob
+from athanor.model.transformer import Decoder, PackedAttention
+
+EOS = 1
+
+
+def make_model(architecture="qwen3", seed=0):
+    config = ModelConfig(architecture=architecture, vocab_size=19, hidden_size=32, num_hidden_layers=2, intermediate_size=48, initializer_range=0.3)
+    return Decoder(config).initialize_(seed)
+
+
+def requests(num=5, samples=3, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Request(rng.integers(2, 19, size=rng.integers(1, 9)), rng.integers(0, 2**62, size=samples)) for _ in range(num)]
+
+
+def teacher_forced(model, prompt, completion, temperature):
+    tokens = torch.from_numpy(np.concatenate((prompt, completion)))
+    n = len(tokens) - 1
+    with torch.no_grad():
+        hidden = model(tokens[:-1], torch.arange(n), PackedAttention(torch.tensor([0, n], dtype=torch.int32)))
+        logits = hidden[len(prompt) - 1 :] @ model.lm_head_weight.T
+    return logits, logprob(logits, tokens[len(prompt) :], temperature=temperature).logps.numpy()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_log_probs_are_those_of_the_training_forward(architecture, temperature):
+    model = make_model(architecture)
+    asked = requests()
+    for request, group in zip(asked, Generator(model, {EOS}).generate(asked, SamplingConfig(temperature=temperature, max_tokens=20)), strict=True):
+        for completion in group:
+            _, wanted = teacher_forced(model, request.prompt_ids, completion.token_ids, temperature)
+            np.testing.assert_allclose(completion.logps, wanted, atol=1e-5)
+
+
+def test_greedy_takes_the_most_likely_token_of_the_training_forward():
+    model, asked = make_model(), requests(samples=1)
+    for request, (completion,) in zip(asked, Generator(model, {EOS}).generate(asked, SamplingConfig(temperature=0, max_tokens=12)), strict=True):
+        logits, _ = teacher_forced(model, request.prompt_ids, completion.token_ids, 1.0)
+        assert completion.token_ids.tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("max_rows", [3, 4, 7, 64])  # one group at a time, a spare row, two groups and a rest, all at once
+def test_a_sample_does_not_depend_on_its_neighbours_or_on_refill(max_rows):
+    model, asked = make_model(), requests(num=7)
+    sampling = SamplingConfig(max_tokens=15)
+    alone = [Generator(model, {EOS}).generate([request], sampling)[0] for request in asked]
+    together = Generator(model, {EOS}, max_rows=max_rows).generate(asked, sampling)
+    backwards = Generator(model, {EOS}, max_rows=max_rows).generate(asked[::-1], sampling)[::-1]
+    for a, b, c in zip(alone, together, backwards, strict=True):
+        for x, y, z in zip(a, b, c, strict=True):
+            assert x.token_ids.tolist() == y.token_ids.tolist() == z.token_ids.tolist()
+            np.testing.assert_allclose(x.logps, y.logps, atol=1e-5)
+
+
+def test_a_sample_ends_with_the_end_token_or_at_the_limit():
+    finishes = set()
+    for group in Generator(make_model(), {EOS}).generate(requests(num=20, samples=4), SamplingConfig(max_tokens=10)):
+        for completion in group:
+            finishes.add(completion.finish)
+            assert EOS not in completion.token_ids[:-1]
+            assert (completion.finish == "stop") == (completion.token_ids[-1] == EOS)
+            assert completion.finish == "stop" or len(completion.token_ids) == 10
+            assert len(completion.logps) == len(completion.token_ids)
+    assert finishes == {"stop", "length"}
+
+
+def test_members_of_a_group_share_the_prompt_but_not_the_draws():
+    (group,) = Generator(make_model(), {EOS}).generate([Request(np.array([3, 4]), np.arange(16))], SamplingConfig(max_tokens=12))
+    assert len({tuple(c.token_ids) for c in group}) > 8
+
+
+def test_one_token_limit_and_no_requests():
+    assert Generator(make_model(), {EOS}).generate([], SamplingConfig()) == []
+    for group in Generator(make_model(), {EOS}).generate(requests(), SamplingConfig(max_tokens=1)):
+        assert all(len(c.token_ids) == 1 for c in group)
+
+
+def test_progress_counts_every_sample():
+    seen = []
+    Generator(make_model(), {EOS}, max_rows=4).generate(requests(), SamplingConfig(max_tokens=8), lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (15, 15) and seen == sorted(seen)
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (Request(np.zeros(0, np.int64), np.arange(2)), "empty prompt"),
+        (Request(np.array([2]), np.arange(9)), "max_rows = 8"),
+        (Request(np.full(4090, 2), np.arange(1)), "max_position_embeddings = 4096"),
+    ],
+)
+def test_impossible_requests_are_refused(request_, message):
+    with pytest.raises(ValueError, match=message):
+        Generator(make_model(), {EOS}, max_rows=8).generate([request_], SamplingConfig(max_tokens=10))

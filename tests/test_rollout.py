@@ -1,0 +1,72 @@
+"""Which problems a step asks, and what comes back."""
+
+import collections
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from athanor.config import MixEntry, ModelConfig, SamplingConfig
+from athanor.model.transformer import Decoder
+from athanor.parallel import Ranks
+from athanor.rollout import ProblemStream, encode_prompt, sample_groups
+from athanor.tasks.arithmetic import ArithmeticTask
+from athanor.tokenizer import symbol_tokenizer
+
+
+def counting_task(name, size=None):
+    return SimpleNamespace(name=name, size=lambda split: size, problem=lambda split, index: (name, index))
+
+
+def test_a_finite_task_gives_each_problem_once_per_epoch():
+    stream = ProblemStream({"a": counting_task("a", 12)}, [MixEntry(task="a")], 8, 100, 0, "zero")
+    asked = [index for step in range(6) for _, index in stream.draw(step)]  # 48 = 4 epochs of 12
+    for epoch in range(4):
+        assert sorted(asked[epoch * 12 : epoch * 12 + 12]) == list(range(12))
+    assert asked[:12] != asked[12:24]
+
+
+def test_a_step_is_the_same_whenever_it_is_drawn():
+    tasks = {"a": counting_task("a", 5), "b": counting_task("b")}
+    entries = [MixEntry(task="a", weight=2), MixEntry(task="b")]
+    in_order = ProblemStream(tasks, entries, 7, 10, 3, "zero")
+    drawn = [in_order.draw(step) for step in range(10)]
+    assert ProblemStream(tasks, entries, 7, 10, 3, "zero").draw(9) == drawn[9]
+    assert ProblemStream(tasks, entries, 7, 10, 4, "zero").draw(9) != drawn[9]
+
+
+def test_an_unbounded_task_never_repeats_an_index_and_stages_do_not_share():
+    def asked(stage):
+        stream = ProblemStream({"a": counting_task("a")}, [MixEntry(task="a")], 32, 50, 0, stage)
+        return [index for step in range(50) for _, index in stream.draw(step)]
+
+    assert len(set(asked("zero"))) == 1600
+    assert not set(asked("zero")) & set(asked("reasoning_rl"))
+
+
+def test_shares_follow_the_weights_and_the_start():
+    tasks = {"a": counting_task("a"), "b": counting_task("b")}
+    stream = ProblemStream(tasks, [MixEntry(task="a", weight=3), MixEntry(task="b", start=0.5)], 8, 10, 0, "general")
+    counts = [collections.Counter(name for name, _ in stream.draw(step)) for step in range(10)]
+    assert all(c == {"a": 8} for c in counts[:5]) and all(c == {"a": 6, "b": 2} for c in counts[5:])
+
+
+def test_a_step_without_an_active_task_is_an_error():
+    with pytest.raises(ValueError, match="no task is active at step 0"):
+        ProblemStream({"a": counting_task("a")}, [MixEntry(task="a", start=0.5)], 8, 10, 0).draw(0)
+
+
+def test_groups_come_back_with_text_prompt_and_reproducible_samples():
+    task = ArithmeticTask()
+    tokenizer = symbol_tokenizer(list(task.symbols))
+    model = Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1, initializer_range=0.3)).initialize_(0)
+    problems = [task.problem("train", i) for i in range(3)]
+    ranks, sampling = Ranks(threads=1), SamplingConfig(max_tokens=9)
+    groups = sample_groups(model, tokenizer, problems, 4, sampling, ranks, 0, "zero", 5)
+    again = sample_groups(model, tokenizer, problems[1:], 4, sampling, ranks, 0, "zero", 5)
+    assert [[s.text for s in g] for g in groups[1:]] == [[s.text for s in g] for g in again]
+    for problem, group in zip(problems, groups, strict=True):
+        for sample in group:
+            assert sample.problem is problem and sample.prompt_ids.tolist() == encode_prompt(tokenizer, problem.prompt)
+            kept = [t for t in sample.token_ids.tolist() if t != tokenizer.eos_id]
+            assert sample.text == tokenizer.decode(kept) and np.all(sample.logps <= 0)
