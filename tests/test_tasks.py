@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,12 @@ def test_files_of_the_folder_are_tasks():
             make_task(name)
     with pytest.raises(UserError, match="did you mean jsonl"):
         make_task("json")
+
+
+def test_rewards_tasks_and_metrics_import_without_torch():
+    code = "import sys, athanor.rewards, athanor.tasks.jsonl, athanor.tasks.gym, athanor.metrics_eval as m; print({'torch', 'pydantic'} & {*sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == "set()", run.stderr
 
 
 # ---- JSONL
@@ -106,6 +114,8 @@ def test_templates(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     chat = make_task("jsonl", test=write(tmp_path / "chat.jsonl", [{"messages": turns}]), template="chat").problem("test", 0)
     assert chat.prompt == "c" and chat.metadata["messages"] == turns
+    chat = make_task("jsonl", test=write(tmp_path / "chat.jsonl", [{"messages": turns}]), template="chat", system="Think.").problem("test", 0)
+    assert chat.metadata["messages"] == [{"role": "system", "content": "Think."}, *turns]
     with pytest.raises(UserError, match="unknown template 'r1'"):
         make_task("jsonl", test=path, template="r1")
 
@@ -299,12 +309,26 @@ def test_gym_scorer_that_raises_scores_zero_and_is_counted(gym):
         ("power_function", "1e999999999"),
         ("decimal_arithmetic", "1e999999999"),
         ("chain_sum", "1" * 100_000),
+        ("rectangle_count", "0"),
+        ("time_intervals", "1"),
     ],
 )
 def test_gym_junk_earns_nothing(gym, family, answer):
     task = make_task(f"gym:{family}")
     problems = [problem for i in range(4) if (problem := task.problem("train", i)).answer != answer]
     assert make_reward("accuracy")([answered(problem, answer) for problem in problems]) == [0.0] * len(problems)
+
+
+def test_gym_partial_credit_is_let_through_on_request_alone(gym):
+    lenient, strict = make_task("gym:rectangle_count", junk_threshold=0.1, name="lenient"), make_task("gym:rectangle_count")
+    near = str(int(strict.problem("train", 0).answer) + 1)
+    assert 0.1 <= lenient.score(near, lenient.problem("train", 0)) < 1.0
+    assert strict.score(near, strict.problem("train", 0)) == 0.0
+
+
+def test_gym_keeps_stdout_clean(gym, capsys):
+    make_task("gym:bf").problem("train", 0)
+    assert capsys.readouterr().out == ""  # the family itself prints a dot per problem
 
 
 def test_gym_polynomials_without_roots_are_not_given_away(gym):

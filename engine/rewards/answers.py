@@ -5,6 +5,7 @@
 Numbers, compared exactly as fractions.Fraction:  integers, decimals, a/b, mixed numbers "1 1/2", \\frac{a}{b}, thousands separators "1,234" (also
 LaTeX "1{,}234"), a percent sign (50% = 1/2), a small decimal exponent (1.5e3), a currency sign in front, one trailing full stop; a sign may be apart
 from its digits.  Everything is bounded: longer than 80 characters is text, and powers, brackets and names are never computed ("9**9**9" is text).
+Options:  "(B)", "B)" and "B." are B.
 Text:  LaTeX spacing and sizing, \\text{} and enclosing $...$ or \\boxed{} removed, white space collapsed (dropped beside punctuation), letter case
 folded.
 No algebra: "x+1" and "1+x" differ.
@@ -24,6 +25,7 @@ _NUMBER = re.compile(
     rf"(?: ?/ ?(?P<den>{_DECIMAL}))? ?(?P<percent>%?)\.?"
 )
 _FRAC = re.compile(r"\\[dt]?frac *(?:\{([^{}]{1,40})\} *\{([^{}]{1,40})\}|([0-9]) *([0-9]))")
+_OPTION = re.compile(r"^\(?([A-Za-z])\)$")
 _LATEX_NOISE = re.compile(r"\\(?:left|right|bigl?|bigr?|Bigl?|Bigr?|displaystyle|limits)(?![a-zA-Z])|\\[!,;: ]|\\quad(?![a-zA-Z])")
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox|mathbf)\s*\{([^{}]*)\}")
 _BESIDE_PUNCTUATION = re.compile(r" *([^\w\s]) *")
@@ -94,7 +96,7 @@ def normalize(text: str) -> str:
     text = " ".join(text.split())
     if text.endswith(".") and len(text) > 1:
         text = text[:-1].rstrip()
-    return text
+    return _OPTION.sub(r"\1", text)
 
 
 def answer_key(text: str, *, ignore_case: bool = True) -> Hashable:

@@ -5,7 +5,8 @@ reward under the task's name.  What is guarded, because those scorers read what 
 - nine families execute the answer as Python: refused until a sandbox can run their scorers;
 - game_of_life_halting gives 1.0 to any text: refused;  composite can contain any of these: refused;
 - any exception of a scorer (prime_factorization raises on junk) is a score of 0, counted in `num_scorer_errors`;
-- scores below `junk_threshold` are 0, because fifteen families pay up to 0.25 for junk (1.0 = only right answers score);
+- scores below `junk_threshold` are 0.  Its default of 1.0 makes accuracy 0 or 1, as R1's is; a lower one lets partial credit through, and with it what
+  junk earns: up to 0.63 in time_intervals, 0.48 in rectangle_count, 0.3 in spell_backward, 0.25 in propositional_logic (26 junk texts, six problems);
 - the package's default scorer pays for any text that contains the answer ("1 2 3" for 2): equality (rewards/answers.py) stands in for it;
 - complex_arithmetic gives 1.0 to "nan", rubiks_cube unrolls "R999999999" in memory, polynomial_equations without real roots gives 1.0 to any text;
 - answers longer than 8,192 characters score 0.
@@ -79,7 +80,7 @@ class GymTask:
         except Exception:  # third-party code on hostile text: whatever it raises, the answer was not recognised as right
             self.num_scorer_errors += 1
             return 0.0
-        if not math.isfinite(value) or value < self.junk_threshold:
+        if not math.isfinite(value) or value < self.junk_threshold - 1e-9:
             return 0.0
         return min(value, 1.0)
 
@@ -166,7 +167,7 @@ def make(
     template: str = "r1_zero",
     system: str = "",
     language: str = "en",
-    junk_threshold: float = 0.3,
+    junk_threshold: float = 1.0,
     name: str | None = None,
     **config,
 ) -> GymTask:

@@ -52,8 +52,9 @@ class JsonlTask:
         row = rows[index]
         settings = self._settings
         prompt, extra = render(row["question"], settings["template"], system=settings["system"])
-        if row["messages"]:
-            extra = {"messages": row["messages"]}
+        if row["messages"] and settings["template"] == "chat":
+            has_system = row["messages"][0]["role"] == "system"
+            extra = {"messages": row["messages"] if has_system else [*extra["messages"][:-1], *row["messages"]]}
         metadata = {**row["metadata"], **extra, "source": row["source"]}
         language = row["language"] or settings["language"]
         return Problem(prompt, row["answer"], index, self.name, self.domain, language, split, metadata)
