@@ -16,7 +16,7 @@ from pathlib import Path
 from athanor.atomic import write_file
 from athanor.errors import UserError
 
-RUN_FILES = ("manifest.json", "config.json", "metrics.jsonl", "samples.jsonl", "report.html", "data", "checkpoints", "tensorboard")
+RUN_FILES = ("manifest.json", "config.json", "metrics.jsonl", "samples.jsonl", "report.html", "data", "checkpoints", "evaluations", "tensorboard")
 LOCK_NAME = ".lock"
 
 
