@@ -49,7 +49,8 @@ def test_files_of_the_folder_are_tasks():
 
 
 def test_rewards_tasks_and_metrics_import_without_torch():
-    code = "import sys, athanor.rewards, athanor.tasks.jsonl, athanor.tasks.gym, athanor.metrics_eval as m; print({'torch', 'pydantic'} & {*sys.modules})"
+    modules = "athanor.rewards, athanor.tasks.jsonl, athanor.tasks.gym, athanor.metrics_eval"
+    code = f"import sys, {modules}; print({{'torch', 'pydantic'}} & {{*sys.modules}})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.stdout.strip() == "set()", run.stderr
 
@@ -324,6 +325,16 @@ def test_gym_partial_credit_is_let_through_on_request_alone(gym):
     near = str(int(strict.problem("train", 0).answer) + 1)
     assert 0.1 <= lenient.score(near, lenient.problem("train", 0)) < 1.0
     assert strict.score(near, strict.problem("train", 0)) == 0.0
+
+
+def test_gym_tasks_of_one_name_cannot_score_each_other(gym):
+    easy = make_task("gym:chain_sum", max_terms=2).problem("train", 0)
+    make_task("gym:chain_sum", min_terms=5)
+    with pytest.raises(ValueError, match="another task's of the same name; give one of them a `name`"):
+        make_reward("accuracy")([answered(easy, easy.answer)])
+    named = make_task("gym:chain_sum", max_terms=2, name="easy").problem("train", 0)
+    make_task("gym:chain_sum", min_terms=5, name="hard")
+    assert make_reward("accuracy")([answered(named, named.answer)]) == [1.0]
 
 
 def test_gym_keeps_stdout_clean(gym, capsys):

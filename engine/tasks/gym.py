@@ -5,8 +5,8 @@ reward under the task's name.  What is guarded, because those scorers read what 
 - nine families execute the answer as Python: refused until a sandbox can run their scorers;
 - game_of_life_halting gives 1.0 to any text: refused;  composite can contain any of these: refused;
 - any exception of a scorer (prime_factorization raises on junk) is a score of 0, counted in `num_scorer_errors`;
-- scores below `junk_threshold` are 0.  Its default of 1.0 makes accuracy 0 or 1, as R1's is; a lower one lets partial credit through, and with it what
-  junk earns: up to 0.63 in time_intervals, 0.48 in rectangle_count, 0.3 in spell_backward, 0.25 in propositional_logic (26 junk texts, six problems);
+- scores below `junk_threshold` are 0.  Its default of 1.0 makes accuracy 0 or 1, as R1's is; a lower one lets partial credit through, and with it
+  what junk earns: up to 0.63 in time_intervals, 0.48 in rectangle_count, 0.3 in spell_backward, 0.25 in propositional_logic (26 junk texts tried);
 - the package's default scorer pays for any text that contains the answer ("1 2 3" for 2): equality (rewards/answers.py) stands in for it;
 - complex_arithmetic gives 1.0 to "nan", rubiks_cube unrolls "R999999999" in memory, polynomial_equations without real roots gives 1.0 to any text;
 - answers longer than 8,192 characters score 0.
@@ -70,9 +70,11 @@ class GymTask:
 
     def score(self, answer: str, problem: Problem) -> float:
         """Score of an extracted answer in [0, 1] by the family's scorer, guarded as the module says."""
+        entry = self._entry(problem.split, problem.id)
+        if problem.metadata.get("question", entry["question"]) != entry["question"]:
+            raise ValueError(f"task {self.name}: {problem.split} problem {problem.id} is another task's of the same name; give one of them a `name`")
         if len(answer) > _MAX_ANSWER_CHARS or not self._harmless(answer):
             return 0.0
-        entry = self._entry(problem.split, problem.id)
         if self._exact:
             return float(same_answer(answer, entry["answer"]))
         try:
