@@ -78,17 +78,6 @@ def recover(path: str | Path) -> None:
             os.rename(old, path)
 
 
-def remove_folder(path: str | Path) -> None:
-    """Delete a folder so that it is never seen half-deleted under its own name."""
-    path = Path(path)
-    # Not replace_folder's name: `recover` would bring it back.
-    doomed = path.with_name(f".{path.name}.removed")
-    if doomed.exists():
-        shutil.rmtree(doomed)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
-
-
 def _put_back(path: Path, tmp: Path, old: Path) -> None:
     shutil.rmtree(tmp, ignore_errors=True)
     if not path.exists() and old.is_dir():

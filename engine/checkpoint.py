@@ -2,14 +2,16 @@
 
     FOLDER/step-00000010/   model.safetensors, optimizer.pt, extra.json, checksums.json (SHA-256 of the other three)
 
-A state is written under a hidden name, flushed to the disk and renamed, so a step folder is complete; the checksums catch what the disk damages later.
+A state is written under a hidden name, flushed to the disk and renamed, so a step folder is complete; the checksums catch what is damaged later.
 The last two states are kept: when the newest is damaged, the one before takes its place.  For one writing process; sharded state is not covered.
 """
 
 import hashlib
 import json
+import os
 import pickle
 import re
+import shutil
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -54,15 +56,22 @@ def save_state(folder: str | Path, step: int, model: nn.Module, optimizer_state:
     path = folder / f"step-{step:08d}"
     with atomic.replace_folder(path) as tmp:
         tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
-        safetensors.torch.save_file(tensors, tmp / "model.safetensors", metadata={"format": "pt"})
-        with open(tmp / "optimizer.pt", "wb") as file:  # a file of ours: a full disk is then an OSError
-            torch.save(optimizer_state, file)
+        weights.write_tensors(tensors, tmp / "model.safetensors")
+        try:
+            torch.save(optimizer_state, tmp / "optimizer.pt")
+        except RuntimeError as error:  # the contents are checked: what is left is the disk
+            raise OSError(str(error)) from error
         (tmp / "extra.json").write_text(json.dumps(extra, indent=1), encoding="utf-8")
         digests = {name: _sha256(tmp / name) for name in STATE_FILES}
         (tmp / "checksums.json").write_text(json.dumps({"step": step, "sha256": digests}, indent=1), encoding="utf-8")
+    # The new state is in place, so whatever still has a hidden name is a dead writer's.
+    for hidden in folder.glob(".step-*"):
+        shutil.rmtree(hidden)
     steps = _steps(folder)
     for number in [s for s in steps if s > step] + [s for s in steps if s <= step][:-NUM_KEPT]:
-        atomic.remove_folder(folder / f"step-{number:08d}")
+        dropped = folder / f".step-{number:08d}.removed"
+        os.rename(folder / f"step-{number:08d}", dropped)
+        shutil.rmtree(dropped)
     return path
 
 

@@ -77,7 +77,8 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"tokenizer: cannot write {folder}: {error.strerror}") from error
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config}
-        generation_config = {**self._generation_config, "eos_token_id": sorted(self.eos_ids, key=lambda i: (i != self.eos_id, i)), "pad_token_id": self.pad_id}
+        eos_ids = [self.eos_id, *sorted(self.eos_ids - {self.eos_id})]
+        generation_config = {**self._generation_config, "eos_token_id": eos_ids, "pad_token_id": self.pad_id}
         if self.bos_id is not None:
             generation_config["bos_token_id"] = self.bos_id
         atomic.write_file(folder / "tokenizer.json", self._backend.to_str(pretty=True))
@@ -121,10 +122,11 @@ class Tokenizer:
         variables: what else the template asks for (tools, enable_thinking ...).  Raises UserError without a template, or when it fails.
         """
         if self.chat_template is None:
-            raise UserError("apply_chat_template: the tokenizer has no chat template; wanted chat_template.jinja or chat_template in tokenizer_config.json")
+            raise UserError("apply_chat_template: no chat template; wanted chat_template.jinja or chat_template in tokenizer_config.json")
         from jinja2 import TemplateError
 
-        special = {f"{kind}_token": token for kind in ("bos", "eos", "pad", "unk") if (token := _content(self._config.get(f"{kind}_token"))) is not None}
+        named = {kind: _content(self._config.get(kind)) for kind in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        special = {kind: token for kind, token in named.items() if token is not None}
         try:
             template = _jinja_environment().from_string(self.chat_template)
             return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **{**special, **variables})
@@ -159,7 +161,8 @@ def symbol_tokenizer(symbols: list[str]) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     # <unk> stays an ordinary symbol: a model that samples it must be seen doing so.
     backend.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIAL_SYMBOLS[:3]])
-    return Tokenizer(backend, {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>", "clean_up_tokenization_spaces": False})
+    config = {f"{kind}_token": f"<{kind}>" for kind in ("pad", "bos", "eos", "unk")}
+    return Tokenizer(backend, {**config, "clean_up_tokenization_spaces": False})
 
 
 def _jinja_environment():
@@ -203,7 +206,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _content(token: str | dict | None) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:

@@ -107,13 +107,21 @@ def write_model(model: Decoder, folder: Path, *, token_ids: dict | None = None, 
     for file, names in zip(files, shards, strict=True):
         # A copy each: safetensors refuses views that share their storage.
         tensors = {name: _rows(parameters, sources[name]).detach().to("cpu", copy=True).contiguous() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        write_tensors(tensors, folder / file)
     if len(shards) > 1:
         total = sum(width[name] * torch.Size(source.shape).numel() for name, source in sources.items())
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         (folder / INDEX_FILE).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
     config = {**model_config_to_hf(model.config), **(token_ids or {}), "torch_dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write one safetensors file of contiguous CPU tensors; a failure to write is an OSError."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def is_model_file(name: str) -> bool:

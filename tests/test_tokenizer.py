@@ -22,7 +22,8 @@ TEMPLATE = """{{ bos_token }}{% set ns = namespace(n=0) %}
 {{- '<|' ~ m.role ~ '|>' }}
 {%- if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}{{ m | tojson }}{% endif %}
 {% endfor %}
-{{ ns.n }}{% if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"""
+{{ ns.n }}
+{%- if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"""
 
 
 @pytest.fixture
@@ -35,7 +36,9 @@ def bpe_folder(tmp_path):
     """A byte-level BPE of the Llama 3 / Qwen kind, trained here, whose post-processor would add <s>."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>", "<|im_end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    special = ["<s>", "</s>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator([TEXT, "the answer is that the answer was there"], trainer)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     backend.enable_truncation(4)

@@ -14,10 +14,15 @@ from athanor.weights import hf_tensors, model_config_to_hf
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-SHAPE = dict(vocab_size=67, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80, max_position_embeddings=256)
+SHAPE = dict(
+    vocab_size=67, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80,
+    max_position_embeddings=256,
+)  # fmt: skip
 FAMILIES = {
     "llama_tied": ModelConfig(architecture="llama", **SHAPE),
-    "llama_untied_llama3_rope": ModelConfig(architecture="llama", tie_word_embeddings=False, rope_theta=5e5, rope_scaling=LLAMA3, rms_norm_eps=1e-5, **SHAPE),
+    "llama_untied_llama3_rope": ModelConfig(
+        architecture="llama", tie_word_embeddings=False, rope_theta=5e5, rope_scaling=LLAMA3, rms_norm_eps=1e-5, **SHAPE
+    ),
     "llama_multi_query_wide_heads": ModelConfig(architecture="llama", **{**SHAPE, "num_key_value_heads": 1, "head_dim": 16}),
     "qwen2_biases_untied": ModelConfig(architecture="qwen2", tie_word_embeddings=False, rope_theta=1e6, **SHAPE),
     "qwen2_biases_multi_head_tied": ModelConfig(architecture="qwen2", **{**SHAPE, "num_key_value_heads": 4}),

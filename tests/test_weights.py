@@ -13,7 +13,10 @@ from athanor.model.transformer import Decoder, PackedAttention
 from athanor.weights import hf_tensors, load_model, model_config_from_hf, model_config_to_hf, save_model
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-SHAPE = dict(vocab_size=67, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80, max_position_embeddings=256)
+SHAPE = dict(
+    vocab_size=67, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80,
+    max_position_embeddings=256,
+)  # fmt: skip
 CONFIGS = {
     "llama": ModelConfig(architecture="llama", tie_word_embeddings=False, rope_theta=5e5, rope_scaling=LLAMA3, rms_norm_eps=1e-5, **SHAPE),
     "llama_tied": ModelConfig(architecture="llama", **SHAPE),
@@ -227,6 +230,36 @@ def test_a_sliding_window_that_no_layer_uses_is_accepted():
     assert model_config_from_hf({**hf, "use_sliding_window": False, "sliding_window": 32}) == CONFIGS["qwen2"]
     assert model_config_from_hf({**hf, "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}) == CONFIGS["qwen2"]
     assert model_config_from_hf({**hf, "layer_types": ["full_attention"] * 2}) == CONFIGS["qwen2"]
+
+
+# The fields that matter of published config.json files, as they were published.
+PUBLISHED = {
+    "Llama-3.2-1B": """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 128000,
+        "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 8192,
+        "max_position_embeddings": 131072, "mlp_bias": false, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16,
+        "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "rope_theta": 500000.0,
+        "tie_word_embeddings": true, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 128256}""",
+    "Qwen2.5-1.5B": """{"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
+        "hidden_act": "silu", "hidden_size": 1536, "initializer_range": 0.02, "intermediate_size": 8960, "max_position_embeddings": 131072,
+        "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 12, "num_hidden_layers": 28, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+        "use_cache": true, "use_mrope": false, "use_sliding_window": false, "vocab_size": 151936}""",
+    "Qwen3-0.6B": """{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "initializer_range": 0.02, "intermediate_size": 3072,
+        "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null,
+        "tie_word_embeddings": true, "torch_dtype": "bfloat16", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""",
+}
+
+
+@pytest.mark.parametrize("name, billions", [("Llama-3.2-1B", 1.2358), ("Qwen2.5-1.5B", 1.5437), ("Qwen3-0.6B", 0.5960)])
+def test_published_configs_give_models_of_the_published_size(name, billions):
+    config = model_config_from_hf(json.loads(PUBLISHED[name]))
+    with torch.device("meta"):
+        model = Decoder(config)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=1e-4)
+    assert model_config_from_hf(model_config_to_hf(config)) == config
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,0 +1,328 @@
+"""Training state: what is read back is what was written, whole, whatever stopped the writer and wherever."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from athanor import atomic
+from athanor.checkpoint import STATE_FILES, export_model, load_latest_state, save_state
+from athanor.config import ModelConfig, OptimizerConfig
+from athanor.errors import UserError
+from athanor.model.transformer import Decoder, PackedAttention
+from athanor.tokenizer import Tokenizer, symbol_tokenizer
+from athanor.weights import load_model
+
+CONFIG = ModelConfig(vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24)
+
+
+class Killed(BaseException):
+    """Not an Exception: no handler of the code under test may clean up, as after kill -9."""
+
+
+def state_of(step: int) -> tuple[torch.nn.Module, dict, dict]:
+    """A state all of whose parts say which step they are of."""
+    model = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        model.weight.fill_(step)
+        model.bias.fill_(-step)
+    return model, {"0": {"step": torch.tensor(step), "betas": (0.9, 0.95), "groups": [{"lr": 0.1 * step}], 7: None}}, {"step": step, "note": "é"}
+
+
+def assert_is(state, step: int) -> None:
+    model, optimizer, extra = state_of(step)
+    assert state.step == step and state.extra == extra
+    assert state.model.keys() == model.state_dict().keys() and all(torch.equal(state.model[k], v) for k, v in model.state_dict().items())
+    assert state.optimizer == optimizer  # 0-d tensors compare as numbers
+
+
+def folders(path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir())
+
+
+def test_a_state_is_read_back_exactly(tmp_path):
+    path = save_state(tmp_path / "a" / "b", 10, *state_of(10))
+    assert path.name == "step-00000010" and sorted(os.listdir(path)) == sorted([*STATE_FILES, "checksums.json"])
+    assert_is(load_latest_state(tmp_path / "a" / "b"), 10)
+
+
+def test_nothing_saved_is_none(tmp_path):
+    assert load_latest_state(tmp_path / "nowhere") is None
+    assert load_latest_state(tmp_path) is None
+
+
+def test_bf16_and_empty_tensors_survive(tmp_path):
+    model = torch.nn.Module()
+    model.register_buffer("a", torch.arange(3).to(torch.bfloat16))
+    model.register_buffer("b", torch.zeros(0, 4, dtype=torch.int64))
+    save_state(tmp_path, 0, model, {"rng": torch.get_rng_state(), "view": torch.arange(6).view(2, 3).T}, {})
+    state = load_latest_state(tmp_path)
+    assert all(torch.equal(state.model[k], v) and state.model[k].dtype == v.dtype for k, v in model.state_dict().items())
+    assert torch.equal(state.optimizer["view"], torch.arange(6).view(2, 3).T) and state.optimizer["rng"].dtype == torch.uint8
+
+
+def test_the_last_two_are_kept(tmp_path):
+    for step in (5, 10, 100_000_000, 100_000_001):
+        save_state(tmp_path, step, *state_of(step))
+    assert folders(tmp_path) == ["step-100000000", "step-100000001"]
+    assert_is(load_latest_state(tmp_path), 100_000_001)
+
+
+def test_saving_a_step_again_replaces_it_and_drops_the_steps_beyond(tmp_path):
+    for step in (10, 20, 30, 20):
+        save_state(tmp_path, step, *state_of(step))
+    assert folders(tmp_path) == ["step-00000020"]  # 10 went when 30 came
+    assert_is(load_latest_state(tmp_path), 20)
+
+
+@pytest.mark.parametrize("name", [*STATE_FILES, "checksums.json"])
+@pytest.mark.parametrize("damage", ["truncate", "flip a bit", "delete", "empty"])
+def test_a_damaged_newest_state_is_named_and_the_previous_one_is_read(tmp_path, capsys, name, damage):
+    for step in (10, 20):
+        save_state(tmp_path, step, *state_of(step))
+    file = tmp_path / "step-00000020" / name
+    data = bytearray(file.read_bytes())
+    if damage == "delete":
+        file.unlink()
+    elif damage == "flip a bit":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    else:
+        file.write_bytes(data[: len(data) // 2] if damage == "truncate" else b"")
+    assert_is(load_latest_state(tmp_path), 10)
+    warning = capsys.readouterr().err
+    assert "step-00000020 is damaged" in warning and warning.count("\n") == 1
+    # Training goes on and overtakes the damaged one.
+    for step in (15, 20):
+        save_state(tmp_path, step, *state_of(step))
+    assert folders(tmp_path) == ["step-00000015", "step-00000020"]
+    assert_is(load_latest_state(tmp_path), 20)
+
+
+def test_when_all_are_damaged_nothing_is_read(tmp_path, capsys):
+    save_state(tmp_path, 10, *state_of(10))
+    (tmp_path / "step-00000010" / "optimizer.pt").unlink()
+    assert load_latest_state(tmp_path) is None and "optimizer.pt" in capsys.readouterr().err
+
+
+def test_a_renamed_state_is_not_taken_for_another_step(tmp_path, capsys):
+    save_state(tmp_path, 10, *state_of(10))
+    os.rename(tmp_path / "step-00000010", tmp_path / "step-00000011")
+    assert load_latest_state(tmp_path) is None and "of step 10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer, extra, message", [
+    ({"a": [{"b": object()}]}, {}, r"optimizer_state\['a'\]\[0\]\['b'\] is a object"),
+    ({(1, 2): 3}, {}, r"optimizer_state has the key \(1, 2\)"),
+    ({}, {"a": torch.ones(1)}, r"extra\['a'\] is a Tensor, wanted JSON"),
+    ({}, {"a": (1, 2)}, r"extra\['a'\] is a tuple"),
+    ({}, {1: 2}, "extra has the key 1, wanted text"),
+])  # fmt: skip
+def test_what_could_not_be_read_back_is_refused_before_anything_is_written(tmp_path, optimizer, extra, message):
+    with pytest.raises(ValueError, match=message):
+        save_state(tmp_path, 1, torch.nn.Linear(1, 1), optimizer, extra)
+    assert folders(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_resumed_training_continues_bit_for_bit(tmp_path, name):
+    from athanor.optim import Optimizer
+    from athanor.parallel import Ranks
+
+    config = OptimizerConfig(name=name, lr=0.01, weight_decay=0.1)
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            ids = torch.randint(12, (9,), generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            hidden = model(ids, torch.arange(9), PackedAttention(torch.tensor([0, 9], dtype=torch.int32)))
+            torch.nn.functional.cross_entropy(hidden @ model.lm_head_weight.T, ids.roll(-1)).backward()
+            optimizer.step(config.lr)
+
+    straight = Decoder(CONFIG).initialize_(0)
+    optimizer = Optimizer(straight, config, Ranks("cpu", threads=1))
+    train(straight, optimizer, range(3))
+    save_state(tmp_path, 3, straight, optimizer.state_dict(), {})
+    train(straight, optimizer, range(3, 6))
+
+    state = load_latest_state(tmp_path)
+    resumed = Decoder(CONFIG).initialize_(1)
+    resumed.load_state_dict(state.model)
+    optimizer = Optimizer(resumed, config, Ranks("cpu", threads=1))
+    optimizer.load_state_dict(state.optimizer)
+    train(resumed, optimizer, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def killed_at(monkeypatch, call: int, after: bool, work) -> bool:
+    """Run `work` and die just before the call-th durable operation, or just after the first one from there on that succeeds.
+
+    False when the work ended before that.
+    """
+    count = 0
+
+    def dying(real):
+        def operation(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count >= call and not after:
+                raise Killed
+            result = real(*args, **kwargs)
+            if count >= call:
+                raise Killed
+            return result
+
+        return operation
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "fsync", "mkdir", "rmdir", "unlink", "open"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        try:
+            work()
+        except Killed:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_anywhere_in_a_save_the_old_or_the_new_state_is_read(tmp_path, monkeypatch, capsys, after):
+    for call in range(1, 200):
+        folder = tmp_path / str(call)
+        for step in (10, 20):
+            save_state(folder, step, *state_of(step))
+        died = killed_at(monkeypatch, call, after, lambda folder=folder: save_state(folder, 30, *state_of(30)))
+        state = load_latest_state(folder)
+        assert_is(state, state.step)
+        assert state.step in (20, 30)
+        # The next run writes over whatever was left.
+        save_state(folder, 30, *state_of(30))
+        save_state(folder, 40, *state_of(40))
+        assert folders(folder) == ["step-00000030", "step-00000040"]
+        if not died:
+            break
+    assert not died and call > 10
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_anywhere_while_a_step_is_saved_again_a_whole_state_is_read(tmp_path, monkeypatch, after):
+    for call in range(1, 200):
+        folder = tmp_path / str(call)
+        save_state(folder, 10, *state_of(10))
+        died = killed_at(monkeypatch, call, after, lambda folder=folder: save_state(folder, 10, *state_of(10)))
+        assert_is(load_latest_state(folder), 10)
+        if not died:
+            break
+    assert not died and call > 10
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_anywhere_in_an_export_the_old_or_the_new_model_is_read(tmp_path, monkeypatch, after):
+    tokens = symbol_tokenizer([*"01234567"])
+    old, new = Decoder(CONFIG).initialize_(0), Decoder(CONFIG).initialize_(1)
+    seen = set()
+    for call in range(1, 300):
+        folder = tmp_path / str(call)
+        export_model(old, tokens, folder)
+        (folder / "notes.txt").write_text("mine")
+        died = killed_at(monkeypatch, call, after, lambda folder=folder: export_model(new, tokens, folder))
+        loaded = load_model(folder)
+        which = [name for name, model in (("old", old), ("new", new)) if torch.equal(model.embed.weight, loaded.embed.weight)]
+        assert len(which) == 1 and Tokenizer.from_folder(folder).encode("7 0") == [11, 4] and (folder / "notes.txt").read_text() == "mine"
+        seen.update(which)
+        if not died:
+            break
+    assert not died and which == ["new"] and seen == {"old", "new"}
+
+
+def test_an_export_is_a_whole_huggingface_folder(tmp_path):
+    tokens = symbol_tokenizer([*"01234567"])
+    model = Decoder(CONFIG).initialize_(0)
+    export_model(model, tokens, tmp_path / "m")
+    assert folders(tmp_path / "m") == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 0)
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")("1 2 3", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    assert ids.tolist() == [tokens.encode("1 2 3")]
+    # Generation stops at our end token, and its greedy tokens are ours.
+    out = theirs.generate(ids, do_sample=False, max_new_tokens=5)[0].tolist()
+    for n in range(3, len(out)):
+        hidden = model(torch.tensor(out[:n]), torch.arange(n), PackedAttention(torch.tensor([0, n], dtype=torch.int32)))
+        assert int((hidden[-1] @ model.lm_head_weight.T).argmax()) == out[n]
+
+
+KILLS = """
+import os, random, signal, sys, time
+import torch
+sys.path.insert(0, sys.argv[2])
+from test_checkpoint import assert_is, state_of
+from athanor.checkpoint import load_latest_state, save_state
+torch.set_num_threads(1)
+folder, last, delays = sys.argv[1], 0, random.Random(0)
+for _ in range(20):
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        while True:
+            last += 1
+            save_state(folder, last, *state_of(last))
+            os.write(write, b"%d " % last)
+    os.close(write)
+    announced = os.read(read, 100)
+    time.sleep(delays.uniform(0, 0.05))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while more := os.read(read, 10_000):
+        announced += more
+    state, announced = load_latest_state(folder), int(announced.split()[-1])
+    assert_is(state, state.step)
+    assert announced <= state.step <= announced + 1, (announced, state.step)
+    last = state.step
+print(last)
+"""
+
+
+def test_kill_9_in_a_saving_loop_never_loses_a_finished_state(tmp_path):
+    command = [sys.executable, "-c", KILLS, str(tmp_path), os.path.dirname(__file__)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert int(done.stdout) >= 20
+
+
+def test_a_full_disk_is_one_clear_error_and_the_previous_state_stays(tmp_path):
+    save_state(tmp_path, 10, *state_of(10))
+    large = torch.nn.Linear(500, 500)
+    # The file-size limit stands in for a full disk: a write fails half-way with an OSError.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for model, optimizer in ((large, {}), (torch.nn.Linear(1, 1), {"m": torch.randn(500, 500)})):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+            try:
+                with pytest.raises(UserError, match="cannot write .*step-00000020"):
+                    save_state(tmp_path, 20, model, optimizer, {})
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert folders(tmp_path) == ["step-00000010"]
+    finally:
+        signal.signal(signal.SIGXFSZ, before)
+    assert_is(load_latest_state(tmp_path), 10)
+
+
+def test_one_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    for call in range(1, 50):
+        atomic.write_file(tmp_path / "a.json", "old")
+        died = killed_at(monkeypatch, call, False, lambda: atomic.write_file(tmp_path / "a.json", "new" * 1000))
+        assert (tmp_path / "a.json").read_text() in ("old", "new" * 1000)
+        if not died:
+            break
+    assert not died and (tmp_path / "a.json").read_text() == "new" * 1000 and folders(tmp_path) == ["a.json"]
+    with pytest.raises(UserError, match="cannot write .*nowhere/b"):
+        atomic.write_file(tmp_path / "nowhere" / "b", "")
