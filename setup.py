@@ -7,17 +7,19 @@ package that transformers probes for, and `engine` is no name to import from ano
 from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 
 def mapped_packages(folder: str, name: str) -> list[str]:
-    return [name, *(f"{name}.{package}" for package in sorted(find_packages(folder)))]
+    # Folders of data alone (recipes) count as packages too, or setuptools would leave them out of the wheel one day.
+    folders = find_namespace_packages(folder, exclude=["*__pycache__*"])
+    return [name, *(f"{name}.{package}" for package in sorted(folders))]
 
 
 setup(
     package_dir={"athanor": "engine", "athanor.kernels": "kernels"},
     packages=mapped_packages("engine", "athanor") + mapped_packages("kernels", "athanor.kernels"),
-    package_data={"": ["*.toml", "*.html", "*.jinja"], "athanor": ["recipes/*"]},
+    package_data={"": ["*.toml", "*.html", "*.jinja"]},
     ext_modules=[
         Pybind11Extension(
             "athanor._host",

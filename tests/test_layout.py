@@ -21,7 +21,7 @@ FLOORS = {
     4: "generate kv_cache reward_models scheduler",
     5: "rollout",
     6: "stages",
-    7: "pipeline recipes report",
+    7: "pipeline recipes report report_charts",
     8: "train",
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units.split()}
