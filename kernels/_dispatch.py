@@ -22,7 +22,7 @@ _context: ContextVar[str | None] = ContextVar("athanor_backend", default=None)
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Make `name` the backend of every kernel call inside the block; None or "auto" = choose per call.  Raises ValueError on an unknown name."""
+    """Make `name` the backend of every kernel call inside the block; "auto" = choose per call, None = say nothing.  Raises ValueError on an unknown name."""
     token = _context.set(_known(name, "use_backend"))
     try:
         yield
@@ -39,18 +39,15 @@ def near_misses(name: str, known) -> str:
 
 
 def _known(name: str | None, where: str) -> str | None:
-    if name is None or name == "auto":
-        return None
-    if name not in BACKENDS:
+    if name is not None and name != "auto" and name not in BACKENDS:
         raise ValueError(f"{where}: unknown backend {name!r}; {near_misses(name, (*BACKENDS, 'auto'))}")
     return name
 
 
 def requested_backend(backend: str | None, where: str) -> str | None:
-    """The name that argument, context or environment ask for; None = auto."""
-    if backend is not None:
-        return _known(backend, where)
-    return _context.get() or _known(os.environ.get("ATHANOR_BACKEND") or None, "ATHANOR_BACKEND")
+    """The name that argument, context or environment ask for, the first of them that says anything; None = auto."""
+    name = _known(backend, where) or _context.get() or _known(os.environ.get("ATHANOR_BACKEND") or None, "ATHANOR_BACKEND")
+    return None if name == "auto" else name
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def surrogate_reference(v: LossVariant, logps: Tensor, r: Tensor, A: Tensor) -> 
     if v.surrogate == "reinforce":
         return -A * logps, none, none
     if v.surrogate == "sapo":
-        tau = torch.where(A > 0, v.tau_positive, v.tau_negative).to(A.dtype)
+        tau = torch.full_like(A, v.tau_negative).masked_fill_(A > 0, v.tau_positive)
         return -(4 / tau) * torch.sigmoid(tau * (r - 1)) * A, none, none
     below, above = (r < lo).to(A.dtype), (r > hi).to(A.dtype)
     if v.surrogate == "cispo":

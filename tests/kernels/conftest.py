@@ -1,0 +1,38 @@
+"""What the kernel tests share: the tolerance rule of the design, as a fixture because tests/ is no package."""
+
+import pytest
+import torch
+
+
+def _within_rule(got, plain, oracle, what=""):
+    """Error against fp64 <= 2 x the error of the textbook formula in the same dtype + 2 ulp of the largest value."""
+    assert got.dtype == plain.dtype and got.shape == oracle.shape, what
+    if oracle.numel() == 0:
+        return
+    oracle = oracle.double()
+    ulp = torch.finfo(got.dtype).eps * oracle.abs().max()
+    error, allowed = (got.double() - oracle).abs().max(), 2 * (plain.double() - oracle).abs().max() + 2 * ulp
+    assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def _close64(got, oracle, what=""):
+    """fp64 in, fp64 out: 1e-12 of the largest value."""
+    assert got.dtype == torch.float64 and got.shape == oracle.shape, what
+    if oracle.numel():
+        error = (got - oracle).abs().max()
+        assert error <= 1e-12 * max(1.0, oracle.abs().max()), f"{what}: {error:.3e}"
+
+
+@pytest.fixture
+def within_rule():
+    return _within_rule
+
+
+@pytest.fixture
+def close64():
+    return _close64
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(1234)
