@@ -37,8 +37,8 @@ def describe_fields(model_cls: type[BaseModel], width: int = 120) -> str:
     """List every field with its dotted path, type, default and docstring: the body of `--help`."""
     lines, kind = [], ""
     for field in list_fields(model_cls):
-        if field.kind != kind and field.kind:
-            lines += ["", f"  {field.path.rpartition('.')[0]} with {field.kind}:"]
+        if field.kind != kind:
+            lines += ["", f"  {field.path.rpartition('.')[0]} with {field.kind}:"] if field.kind else [""]
         kind = field.kind
         default = "required" if field.default is None else f"default {field.default}"
         lines.append(f"  --{field.path} {field.type_name}  ({default})")

@@ -28,7 +28,7 @@ COLUMNS = {  # metric: (heading, shown as)
     "reflection_rate": ("reflection", "rate"),
     "format_rate": ("format", "rate"),
     "language_consistency": ("one language", "rate"),
-    "open_ended_reward": ("open-ended reward", "number"),
+    "open_ended_reward": ("open-ended", "number"),
 }
 CHARTS = [  # metrics (the first that a stage has), title, what it says, options
     (("accuracy",), "Accuracy", "Share of right answers in the training rollouts", {"percent": True}),
@@ -36,7 +36,7 @@ CHARTS = [  # metrics (the first that a stage has), title, what it says, options
     (("reflection_rate",), "Reflection", "Share of responses with a reflective word", {"percent": True}),
     (("entropy",), "Entropy", "Nats per token of the sampled distribution", {}),
     (("language_consistency", "language"), "One language", "Language consistency of the rollouts", {"percent": True}),
-    (("logp_gap_max",), "Rollout vs. trainer", "Largest difference of a sampled token's log-prob, nats", {"log_scale": True}),
+    (("logp_gap_max",), "Rollout vs. trainer", "Largest log-prob difference of a token, nats", {"log_scale": True}),
 ]
 REWARD_PARTS = ("accuracy", "format", "language_consistency", "language", "preference", "repetition", "overlong")
 
@@ -57,7 +57,7 @@ def write_report(run_dir: Path | str) -> Path:
     environment.filters |= {"duration": format_duration, "figure": format_figure, "rate": _rate}
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=config.get("name", run_dir.name),
-        headline=headline(stages),
+        headline=headline(stages, (config.get("evaluation") or {}).get("split", "test")),
         tiles=_tiles(stages, manifest["run"]),
         columns=_columns(stages),
         evaluated={name: stage for name, stage in stages.items() if "pass@1" in stage["metrics"]},
@@ -69,7 +69,7 @@ def write_report(run_dir: Path | str) -> Path:
         stages=stages,
         longest_s=max((stage["wall_s"] for stage in stages.values()), default=0) or 1,
         problems=_problems(samples, stages, config.get("reflection_words") or REFLECTIVE_WORDS),
-        formulas={name: stage["metrics"]["loss_formula"] for name, stage in stages.items() if stage["metrics"].get("loss_formula")},
+        formulas=_formulas(stages),
         notes=config.get("report_notes") or [],
         facts=_facts(manifest["run"], config, manifest["stages"]),
         made=time.strftime("%Y-%m-%d %H:%M"),
@@ -78,23 +78,25 @@ def write_report(run_dir: Path | str) -> Path:
     return run_dir / "report.html"
 
 
-def headline(stages: dict[str, dict]) -> str:
+def headline(stages: dict[str, dict], split: str = "test") -> str:
     """Say in one or two sentences what the run showed, from the figures that are there; rises and falls are called what they are."""
     base = next((s for s in stages.values() if s["kind"] == "pretrain" and _pass(s) is not None), None)
     zero = next((s for s in stages.values() if base and s["kind"] == "grpo" and s["init"] == base["name"] and _pass(s) is not None), None)
     sentences = []
     if zero:
-        verb = "took" if _pass(zero) > _pass(base) else "did not lift"
-        sentences.append(
-            f"Reinforcement learning alone {verb} the base model from {_rate(_pass(base))} to {_rate(_pass(zero))} on problems that it never saw."
-            if verb == "took"
-            else f"Reinforcement learning alone {verb} the base model: {_rate(_pass(base))} before, {_rate(_pass(zero))} after."
-        )
+        before, after = _rate(_pass(base)), _rate(_pass(zero))
+        rose = f"Reinforcement learning alone took the base model from {before} to {after} of the {split} problems."
+        fell = f"Reinforcement learning alone did not lift the base model: {before} of the {split} problems before, {after} after."
+        sentences.append(rose if _pass(zero) > _pass(base) else fell)
     distilled = next((s for s in stages.values() if s["kind"] == "distill" and _pass(s) is not None), None)
-    control = next((s for s in stages.values() if distilled and s["kind"] == "grpo" and s["init"] == distilled["init"] and _pass(s) is not None), None)
+    control = next(
+        (s for s in stages.values() if distilled and s["kind"] == "grpo" and s["init"] == distilled["init"] and _pass(s) is not None), None
+    )
     if control:
         relation = "against" if _pass(distilled) > _pass(control) else "behind"
-        sentences.append(f"The distilled student reaches {_rate(_pass(distilled))}, {relation} {_rate(_pass(control))} for the same student with RL alone.")
+        sentences.append(
+            f"The distilled student reaches {_rate(_pass(distilled))}, {relation} {_rate(_pass(control))} for the same student with RL alone."
+        )
     elif distilled:
         sentences.append(f"The distilled student reaches {_rate(_pass(distilled))}.")
     if sentences:
@@ -114,10 +116,11 @@ def _stages(entries: dict, config: dict) -> dict[str, dict]:
         evaluation = entries.get(f"evaluate.{name}") or {}
         stages[name] = {
             "name": name,
-            "title": name.replace("_", " "),
+            "title": _title(name),
             "kind": settings.get("kind", ""),
             "label": settings.get("label") or "",
             "init": settings.get("init") or settings.get("source") or "",
+            "source": ", ".join(_title(n) for n in [settings.get("init") or settings.get("source"), *(settings.get("data") or [])] if n),
             "steps": settings.get("steps"),
             "control": settings.get("control") not in (None, "none"),
             "status": entry["status"],
@@ -166,14 +169,24 @@ def _columns(stages: dict) -> list[tuple[str, str, str]]:
 
 
 def _protocol(config: dict) -> str:
-    evaluation = config.get("evaluation") or {}
+    evaluation = config.get("evaluation")
     if not evaluation:
         return ""
-    sampling = evaluation.get("sampling") or {}
+    problems, split, samples = (evaluation.get(key, "?") for key in ("num_problems", "split", "samples_per_problem"))
+    temperature, top_p = ((evaluation.get("sampling") or {}).get(key, "?") for key in ("temperature", "top_p"))
     return (
-        f"{evaluation.get('num_problems', '?')} problems of the {evaluation.get('split', '?')} split, {evaluation.get('samples_per_problem', '?')} samples each"
-        f" at T = {sampling.get('temperature', '?')}, top-p {sampling.get('top_p', '?')}; ± is the standard error, clustered by problem."
+        f"{problems} problems of the {split} split, {samples} samples each at T = {temperature}, top-p {top_p};"
+        " ± is the standard error, clustered by problem."
     )
+
+
+def _formulas(stages: dict) -> dict[str, list[str]]:
+    """Each loss that was run, with the stages that ran it."""
+    formulas: dict[str, list[str]] = {}
+    for stage in stages.values():
+        if stage["metrics"].get("loss_formula"):
+            formulas.setdefault(stage["metrics"]["loss_formula"], []).append(stage["title"])
+    return formulas
 
 
 def _rl_charts(rows: list[dict], stages: dict, colors: dict) -> list[dict]:
@@ -197,7 +210,9 @@ def _reward_charts(rows: list[dict], stages: dict, colors: dict) -> list[dict]:
         if lines:
             title = stages[name]["title"]
             legend = {line.name: line.slot % NUM_SERIES for line in lines}
-            charts.append({"title": title, "says": "Mean of each reward part", "svg": _svg(lines, f"Rewards, {title}", f"reward-{name}", {}), "legend": legend})
+            charts.append(
+                {"title": title, "says": "Mean of each reward part", "svg": _svg(lines, f"Rewards, {title}", f"reward-{name}", {}), "legend": legend}
+            )
     return charts
 
 
@@ -206,7 +221,9 @@ def _supervised_charts(rows: list[dict], stages: dict) -> list[dict]:
     for name, stage in stages.items():
         if stage["kind"] != "grpo" and sum(row["stage"] == name and row.get("loss") is not None for row in rows) > 1:
             line = _series(rows, name, "loss", "loss", 0)
-            charts.append({"title": stage["title"], "says": "Loss per token, nats", "svg": _svg([line], f"Loss, {stage['title']}", f"loss-{name}", {})})
+            charts.append(
+                {"title": stage["title"], "says": "Training loss by step", "svg": _svg([line], f"Loss, {stage['title']}", f"loss-{name}", {})}
+            )
     return charts
 
 
@@ -237,8 +254,13 @@ def _problems(samples: list[dict], stages: dict, words) -> list[dict]:
     for row in samples:
         key = (str(row.get("task", "")), str(row.get("problem_id")))
         problem = problems.setdefault(key, {"prompt": row.get("prompt") or "", "answer": row.get("answer"), "answers": []})
-        title = str(row.get("stage", "")).replace("_", " ")
-        item = {"stage": title, "correct": row.get("correct"), "finish": row.get("finish"), "html": color_transcript(str(row.get("text") or ""), words)}
+        title = _title(str(row.get("stage", "")))
+        item = {
+            "stage": title,
+            "correct": row.get("correct"),
+            "finish": row.get("finish"),
+            "html": color_transcript(str(row.get("text") or ""), words),
+        }
         problem["answers"].append((order.get(row.get("stage"), len(order)), item))
     for problem in problems.values():
         problem["answers"] = [item for _, item in sorted(problem["answers"], key=lambda pair: pair[0])]
@@ -280,12 +302,17 @@ def _facts(run: dict, config: dict, entries: dict) -> dict[str, str]:
     return {titles.get(name, name.replace("_", " ")): str(value) for name, value in facts.items() if value not in (None, "")}
 
 
+def _title(name: str) -> str:
+    """A stage's name as people write it: reasoning_rl -> reasoning RL."""
+    return " ".join(word.upper() if word in ("rl", "sft") else word for word in name.split("_"))
+
+
 def _pass(stage: dict) -> float | None:
     return stage["metrics"].get("pass@1")
 
 
 def _rate(value) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return "–" if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _read_json(path: Path) -> dict:

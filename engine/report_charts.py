@@ -31,8 +31,10 @@ def line_chart(series: list[Series], *, label: str, log_scale: bool = False, per
     """
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
+    positive = [value for value in _finite_values(series) if value > 0]
+    log_scale = log_scale and bool(positive)  # a gap that is zero throughout is a line at zero
     settings = {"svg.fonttype": "none", "svg.hashsalt": key, "text.parse_math": False, "font.size": 9, "axes.unicode_minus": False}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(3.9, 2.35))
@@ -47,6 +49,9 @@ def line_chart(series: list[Series], *, label: str, log_scale: bool = False, per
             axes.plot(line.steps, mean, color=color, linewidth=1.7, linestyle=DASHES[line.slot % NUM_SERIES], marker=marker, markersize=4)
         if log_scale:
             axes.set_yscale("log")
+            axes.set_ylim(10 ** math.floor(math.log10(min(positive))), 10 ** (math.floor(math.log10(max(positive))) + 1))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-"))  # the default one needs math text
+            axes.yaxis.set_minor_formatter(NullFormatter())
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.set_ylim(-0.02, max(0.1, min(1.02, 1.08 * max(_finite_values(series), default=1.0))))
@@ -54,7 +59,7 @@ def line_chart(series: list[Series], *, label: str, log_scale: bool = False, per
         if not log_scale:
             axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.grid(True, axis="y", color=GRID, linewidth=0.8)
-        axes.tick_params(colors=INK, length=0, pad=5)
+        axes.tick_params(which="both", colors=INK, length=0, pad=5)
         for side, spine in axes.spines.items():
             spine.set_visible(side == "bottom")
             spine.set_color(GRID)

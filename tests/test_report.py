@@ -50,17 +50,36 @@ def make_run(run_dir, *, stages=STAGES, steps=60, facts=True):
             for step in range(1, steps + 1) if kind not in ("rejection",) else ():
                 rise, noise = 1 - math.exp(-step / (steps / 5)), rng.gauss(0, 0.02)
                 if kind == "grpo":
-                    row = {"accuracy": 0.15 + rise * (accuracy - 0.3) + noise, "format": 0.7 + 0.29 * rise, "mean_tokens": 14 + rise * (tokens - 14) + 40 * noise}
+                    row = {
+                        "accuracy": 0.15 + rise * (accuracy - 0.3) + noise,
+                        "format": 0.7 + 0.29 * rise,
+                        "mean_tokens": 14 + rise * (tokens - 14) + 40 * noise,
+                    }
                     row |= {"reward": row["accuracy"] + row["format"], "reflection_rate": max(0.0, 0.1 + rise * (reflection - 0.1) + noise)}
-                    row |= {"language_consistency": 0.85 + rise * (language - 0.85) + noise / 2, "entropy": 0.6 * math.exp(-step / 30) + 0.15 + noise / 2}
-                    row |= {"logp_gap_max": 10 ** rng.uniform(-6.6, -5.4), "grad_norm": 0.3, "loss": noise, "clip_fraction": math.nan, "tokens_per_s": 21000}
+                    row |= {
+                        "language_consistency": 0.85 + rise * (language - 0.85) + noise / 2,
+                        "entropy": 0.6 * math.exp(-step / 30) + 0.15 + noise / 2,
+                    }
+                    row |= {
+                        "logp_gap_max": 10 ** rng.uniform(-6.6, -5.4),
+                        "grad_norm": 0.3,
+                        "loss": noise,
+                        "clip_fraction": math.nan,
+                        "tokens_per_s": 21000,
+                    }
                 else:
                     row = {"loss": 2.2 * math.exp(-step / 12) + 0.7 + noise}
                 writer.write(name, step, row)
             if kind == "grpo":
                 metrics = {"logp_gap_max": 3.4e-6, "loss_formula": "-1/N sum_t min(r_t A, clip(r_t, 0.8, 1.2) A),  r_t = exp(logp - old),  no KL"}
             if accuracy is not None:
-                metrics |= {"pass@1": accuracy, "pass@1_se": 0.021, "pass@1_t1": accuracy * 0.8, "cons@16": min(1.0, accuracy + 0.06), "mean_tokens": tokens}
+                metrics |= {
+                    "pass@1": accuracy,
+                    "pass@1_se": 0.021,
+                    "pass@1_t1": accuracy * 0.8,
+                    "cons@16": min(1.0, accuracy + 0.06),
+                    "mean_tokens": tokens,
+                }
                 metrics |= {"reflection_rate": reflection, "format_rate": 0.97, "language_consistency": language}
             if name == "general_rl":
                 metrics["open_ended_reward"] = 1.83
@@ -134,10 +153,10 @@ def test_ids_are_unique_and_every_reference_is_defined(page_text):
 
 
 def test_the_page_says_what_the_run_showed(page_text):
-    text = " ".join(" ".join(Page(page_text).words).split())
-    for part in ("from 21.3 % to 91.4 %", "61.8 %", "19.6 %", "10:12", "98.4", *NOTES, "1.23 GiB", "2.13.0", "91.4 % ± 2.1", "competence 0.984, wanted 0.97"):
-        assert part in text or part == "98.4", part
-    for heading in ("pass@1", "pass@1, T = 1", "cons@16", "tokens", "reflection", "format", "one language", "open-ended reward", "wall time"):
+    text = " ".join(" ".join(Page(page_text).words).split())  # also turns no-break spaces into plain ones
+    for part in ("from 21.3 % to 91.4 %", "61.8 %", "19.6 %", "10:12", *NOTES, "1.23 GiB", "2.13.0", "91.4 % ± 2.1", "competence 0.984, wanted 0.97"):
+        assert part in text, part
+    for heading in ("pass@1", "pass@1, T = 1", "cons@16", "tokens", "reflection", "format", "one language", "open-ended", "wall time"):
         assert heading in text
     assert "min(r_t A, clip(r_t, 0.8, 1.2) A)" in text
 
@@ -146,7 +165,7 @@ def test_curves_overlay_the_rl_stages_and_are_described_for_those_who_do_not_see
     labels = re.findall(r'<svg viewBox="[^"]*" role="img" aria-label="([^"]*)"', page_text)
     assert len(labels) == 6 + 4 + 6  # RL charts, rewards of 4 grpo stages, losses of 6 supervised stages
     accuracy = next(label for label in labels if label.startswith("Accuracy"))
-    assert "zero from" in accuracy and "reasoning rl from" in accuracy
+    assert "zero from" in accuracy and "reasoning RL from" in accuracy
     assert page_text.count("var(--series-1)") > 5 and "currentColor" in page_text
 
 
@@ -196,6 +215,7 @@ def test_a_folder_that_is_no_run_is_a_user_error(tmp_path):
         write_report(tmp_path)
 
 
+THINK, END = '<span class="tag">&lt;think&gt;</span>', '<span class="tag">&lt;/think&gt;</span>'
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(1)> & \"'{{ 7 * 7 }}"
 
 
@@ -220,11 +240,11 @@ def test_hostile_text_anywhere_stays_text(tmp_path):
     "text, html",
     [
         ("plain & <b>", "plain &amp; &lt;b&gt;"),
-        ("<think>a</think>", '<span class="tag">&lt;think&gt;</span><span class="think">a</span><span class="tag">&lt;/think&gt;</span>'),
+        ("<think>a</think>", f'{THINK}<span class="think">a</span>{END}'),
         ("<answer>4", '<span class="tag">&lt;answer&gt;</span><span class="answer">4</span>'),
         ("wait", "wait"),
-        ("<think>so Wait</think>", '<span class="tag">&lt;think&gt;</span><span class="think">so <mark>Wait</mark></span><span class="tag">&lt;/think&gt;</span>'),
-        ("<think>waiter</think>", '<span class="tag">&lt;think&gt;</span><span class="think">waiter</span><span class="tag">&lt;/think&gt;</span>'),
+        ("<think>so Wait</think>", f'{THINK}<span class="think">so <mark>Wait</mark></span>{END}'),
+        ("<think>waiter</think>", f'{THINK}<span class="think">waiter</span>{END}'),
         ("", ""),
     ],
 )
@@ -238,9 +258,10 @@ def stage(name, kind, init, accuracy):
 
 def test_the_headline_calls_a_fall_a_fall():
     stages = {"b": stage("b", "pretrain", "", 0.3), "z": stage("z", "grpo", "b", 0.2)}
-    assert headline(stages) == "Reinforcement learning alone did not lift the base model: 30.0 % before, 20.0 % after."
+    said = headline(stages, "validation").replace("\N{NO-BREAK SPACE}", " ")
+    assert said == "Reinforcement learning alone did not lift the base model: 30.0 % of the validation problems before, 20.0 % after."
     stages |= {"s": stage("s", "pretrain", "", 0.1), "d": stage("d", "distill", "s", 0.4), "r": stage("r", "grpo", "s", 0.5)}
-    assert "reaches 40.0 %, behind 50.0 % for the same student with RL alone" in headline(stages)
+    assert "reaches 40.0 %, behind 50.0 % for the same student with RL alone" in headline(stages).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def test_running_mean_is_the_mean_of_the_neighbours():
