@@ -1,0 +1,50 @@
+"""Rewards to advantages, as a preset prescribes: the group statistics of the kernel, then whitening where the preset asks for it.
+
+Whitening (REINFORCE++, arXiv 2501.03262):  A <- (A - mu) / (sigma + 1e-8), with mu and the population sigma over all completion tokens of the batch, so
+that a sequence counts by its length.  It runs after the group baseline; a batch without any contrast stays exactly 0.
+"""
+
+import torch
+from torch import Tensor
+
+from athanor.kernels import group_advantage
+from athanor.losses.presets import LossPreset
+
+WHITEN_EPS = 1e-8
+
+
+def compute_advantages(preset: LossPreset, rewards: Tensor, group_ids: Tensor, num_tokens: Tensor | None = None) -> Tensor:
+    """Compute one advantage per sequence, over a whole batch of whole groups.
+
+    rewards: (S,), NaN = no verdict: excluded, advantage 0.  group_ids: (S,) int64.  num_tokens: (S,) completion tokens that bear loss, needed only where
+    the preset whitens.  Returns (S,) fp32 (fp64 for fp64 rewards).  Raises ValueError when whitening lacks num_tokens.
+    """
+    advantages = group_advantage(rewards, group_ids, scale=preset.scale, baseline=preset.baseline, eps=preset.eps)
+    if not preset.whiten:
+        return advantages
+    if num_tokens is None or num_tokens.shape != rewards.shape:
+        got = None if num_tokens is None else tuple(num_tokens.shape)
+        raise ValueError(f"compute_advantages: preset {preset.name} whitens over tokens; num_tokens is {got}, wanted {tuple(rewards.shape)}")
+    return whiten(advantages, torch.where(torch.isnan(rewards), 0, num_tokens))
+
+
+def whiten(advantages: Tensor, weights: Tensor) -> Tensor:
+    """Centre and scale to weighted population variance 1; weight 0 = takes no part and stays 0."""
+    wide = advantages.double()
+    w = weights.double()
+    total = w.sum().clamp_min(1e-300)
+    centred = wide - (w * wide).sum() / total
+    sigma = ((w * centred.square()).sum() / total).sqrt()
+    if not advantages.any():
+        return advantages
+    return torch.where(w > 0, centred / (sigma + WHITEN_EPS), 0.0).to(advantages.dtype)
+
+
+def groups_with_contrast(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """(S,) bool: does this sequence's group hold at least two different rewards?  What DAPO's dynamic sampling keeps, always whole groups.
+
+    Give it the raw score: shaping (length, overlong) would make a group of all-wrong answers look informative.
+    """
+    different = group_advantage(rewards, group_ids, scale="none") != 0
+    names, group = torch.unique(group_ids, return_inverse=True)
+    return torch.zeros(len(names), dtype=torch.bool).scatter_(0, group[different].cpu(), True).to(group.device)[group]
