@@ -70,7 +70,7 @@ def write_report(run_dir: Path | str) -> Path:
         longest_s=max((stage["wall_s"] for stage in stages.values()), default=0) or 1,
         problems=_problems(samples, stages, config.get("reflection_words") or REFLECTIVE_WORDS),
         formulas=_formulas(stages),
-        notes=config.get("report_notes") or [],
+        notes=[*(config.get("report_notes") or []), *_own_notes(rows, stages)],
         facts=_facts(manifest["run"], config, manifest["stages"]),
         made=time.strftime("%Y-%m-%d %H:%M"),
     )
@@ -178,6 +178,23 @@ def _protocol(config: dict) -> str:
         f"{problems} problems of the {split} split, {samples} samples each at T = {temperature}, top-p {top_p};"
         " ± is the standard error, clustered by problem."
     )
+
+
+def _own_notes(rows: list[dict], stages: dict) -> list[str]:
+    """What the figures themselves ask to be said: numbers that were not finite, stages that were copied, gates that failed."""
+    notes = []
+    for name, stage in stages.items():
+        own = [row for row in rows if row["stage"] == name]
+        missing = {metric: sum(row.get(metric, 0) is None for row in own) for metric in dict.fromkeys(key for row in own for key in row)}
+        missing = {metric: count for metric, count in missing.items() if 0 < count < len(own)}  # null throughout = not measured
+        if missing:
+            notes.append(f"{stage['title']}: {', '.join(missing)} not finite in up to {max(missing.values())} of {len(own)} steps.")
+        if stage["adopted_from"]:
+            notes.append(f"{stage['title']} was not trained here: it is a verified copy from {stage['adopted_from']}.")
+        for gate, result in stage["gates"].items():
+            if isinstance(result, dict) and result.get("passed") is False:
+                notes.append(f"{stage['title']} did not pass its gate {gate}.")
+    return notes
 
 
 def _formulas(stages: dict) -> dict[str, list[str]]:

@@ -216,6 +216,21 @@ def test_a_folder_that_is_no_run_is_a_user_error(tmp_path):
 
 
 THINK, END = '<span class="tag">&lt;think&gt;</span>', '<span class="tag">&lt;/think&gt;</span>'
+
+
+def test_the_page_admits_what_went_wrong(tmp_path):
+    run_dir = make_run(tmp_path / "odd", stages={"base": STAGES["base"], "zero": STAGES["zero"]}, steps=5)
+    with MetricsWriter(run_dir, tensorboard=False) as writer:
+        writer.write("zero", 6, {"logp_gap_max": math.nan, "accuracy": 0.5})
+    manifest = Manifest(run_dir)
+    manifest.begin("base", "again", {})
+    manifest.finish("base", {}, {}, 1.0, gates={"competence": {"value": 0.5, "wanted": 0.97, "passed": False}})
+    text = " ".join(Page(write_report(run_dir).read_text()).words)
+    assert "zero: logp_gap_max not finite in up to 1 of 6 steps." in text
+    assert "clip_fraction not finite" not in text  # null in every step: not measured
+    assert "base did not pass its gate competence." in text and "✗ competence 0.500" in text
+
+
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(1)> & \"'{{ 7 * 7 }}"
 
 
