@@ -8,23 +8,24 @@ import torch
 from torch import Tensor
 
 from athanor.kernels import group_advantage
-from athanor.losses.presets import LossPreset
+from athanor.losses.presets import Preset
 
 WHITEN_EPS = 1e-8
 
 
-def compute_advantages(preset: LossPreset, rewards: Tensor, group_ids: Tensor, num_tokens: Tensor | None = None) -> Tensor:
+def advantages_of(rewards: Tensor, group_ids: Tensor, preset: Preset, *, num_tokens: Tensor | None = None) -> Tensor:
     """Compute one advantage per sequence, over a whole batch of whole groups.
 
-    rewards: (S,), NaN = no verdict: excluded, advantage 0.  group_ids: (S,) int64.  num_tokens: (S,) completion tokens that bear loss, needed only where
-    the preset whitens.  Returns (S,) fp32 (fp64 for fp64 rewards).  Raises ValueError when whitening lacks num_tokens.
+    rewards: (S,), NaN = no verdict: excluded, advantage 0.  group_ids: (S,) int64.  num_tokens: (S,) completion tokens that bear loss, the weights where
+    the preset whitens; None = every sequence counts once.  Returns (S,) fp32 (fp64 for fp64 rewards).  Raises ValueError on a shape mismatch.
     """
     advantages = group_advantage(rewards, group_ids, scale=preset.scale, baseline=preset.baseline, eps=preset.eps)
     if not preset.whiten:
         return advantages
-    if num_tokens is None or num_tokens.shape != rewards.shape:
-        got = None if num_tokens is None else tuple(num_tokens.shape)
-        raise ValueError(f"compute_advantages: preset {preset.name} whitens over tokens; num_tokens is {got}, wanted {tuple(rewards.shape)}")
+    if num_tokens is None:
+        num_tokens = torch.ones_like(rewards)
+    if num_tokens.shape != rewards.shape:
+        raise ValueError(f"advantages_of: num_tokens is {tuple(num_tokens.shape)}; wanted {tuple(rewards.shape)}")
     return whiten(advantages, torch.where(torch.isnan(rewards), 0, num_tokens))
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from athanor.advantages import compute_advantages, groups_with_contrast, whiten
+from athanor.advantages import advantages_of, groups_with_contrast, whiten
 from athanor.losses import resolve_preset
 
 
@@ -13,31 +13,34 @@ def batch():
 
 def test_grpo_divides_by_the_group_std_and_dr_grpo_does_not():
     rewards, ids, _ = batch()
-    a = compute_advantages(resolve_preset("grpo"), rewards, ids).numpy()
+    a = advantages_of(rewards, ids, resolve_preset("grpo")).numpy()
     assert np.allclose(a[:3], (np.array([1, 0, 0]) - 1 / 3) / (np.std([1, 0, 0]) + 1e-6)) and not a[3:6].any() and a[7] == 0
-    b = compute_advantages(resolve_preset("dr_grpo", max_tokens=64), rewards, ids).numpy()
+    b = advantages_of(rewards, ids, resolve_preset("dr_grpo", max_tokens=64)).numpy()
     assert np.allclose(b[:3], np.array([2, -1, -1]) / 3) and np.allclose(b[[6, 8]], [0.25, -0.25])
 
 
 def test_rloo_subtracts_the_mean_of_the_others():
     rewards, ids, _ = batch()
-    a = compute_advantages(resolve_preset("rloo"), rewards, ids).numpy()
+    a = advantages_of(rewards, ids, resolve_preset("rloo")).numpy()
     assert np.allclose(a, [1, -0.5, -0.5, 0, 0, 0, 0.5, 0, -0.5])
 
 
 def test_reinforce_pp_whitens_over_tokens():
     rewards, ids, n = batch()
-    a = compute_advantages(resolve_preset("reinforce_pp"), rewards, ids, n)
+    a = advantages_of(rewards, ids, resolve_preset("reinforce_pp"), num_tokens=n)
     centred = np.array([2 / 3, -1 / 3, -1 / 3, 0, 0, 0, 0.25, np.nan, -0.25])
     tokens = np.concatenate([np.full(k, c) for k, c in zip(n.tolist(), centred, strict=True) if not np.isnan(c)])
     want = np.where(np.isnan(centred), 0, (centred - tokens.mean()) / (tokens.std() + 1e-8))
     assert np.allclose(a.numpy(), want, rtol=1e-12) and a[7] == 0
-    with pytest.raises(ValueError, match="preset reinforce_pp whitens over tokens; num_tokens is None"):
-        compute_advantages(resolve_preset("reinforce_pp"), rewards, ids)
+    once = advantages_of(rewards, ids, resolve_preset("reinforce_pp")).numpy()
+    known = centred[~np.isnan(centred)]
+    assert np.allclose(once[~np.isnan(centred)], (known - known.mean()) / (known.std() + 1e-8), rtol=1e-12)
+    with pytest.raises(ValueError, match=r"advantages_of: num_tokens is \(8,\); wanted \(9,\)"):
+        advantages_of(rewards, ids, resolve_preset("reinforce_pp"), num_tokens=n[:8])
 
 
 def test_whitening_a_batch_without_contrast_gives_exactly_zero():
-    a = compute_advantages(resolve_preset("reinforce_pp"), torch.full((4,), 0.1), torch.tensor([0, 0, 1, 1]), torch.ones(4))
+    a = advantages_of(torch.full((4,), 0.1), torch.tensor([0, 0, 1, 1]), resolve_preset("reinforce_pp"), num_tokens=torch.ones(4))
     assert torch.equal(a, torch.zeros(4)) and torch.equal(whiten(torch.zeros(3), torch.zeros(3)), torch.zeros(3))
 
 

@@ -19,7 +19,7 @@ from athanor.kernels.group_advantage import BASELINES, SCALES
 
 
 @dataclass(frozen=True)
-class LossPreset:
+class Preset:
     """A loss with everything around it that its paper prescribes.  Frozen; checked when built."""
 
     name: str
@@ -43,29 +43,29 @@ class LossPreset:
             raise UserError(f"loss {self.name}: reference_interval is {self.reference_interval}, but without KL there is no reference model")
 
 
-PRESETS: dict[str, LossPreset] = {
+PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        LossPreset("grpo", LossVariant(aggregation="sequence_mean", kl="k3", beta=0.04)),
-        LossPreset("r1", LossVariant(clip_low=10.0, clip_high=10.0, aggregation="sequence_mean", kl="k3", beta=0.001), reference_interval=400),
-        LossPreset("dapo", LossVariant(clip_low=0.2, clip_high=0.28), dynamic_sampling=True),
+        Preset("grpo", LossVariant(aggregation="sequence_mean", kl="k3", beta=0.04)),
+        Preset("r1", LossVariant(clip_low=10.0, clip_high=10.0, aggregation="sequence_mean", kl="k3", beta=0.001), reference_interval=400),
+        Preset("dapo", LossVariant(clip_low=0.2, clip_high=0.28), dynamic_sampling=True),
         # max_tokens 1 stands for "must be given" here, resolve_preset insists; in rloo it is meant: the sum over a sequence's tokens
-        LossPreset("dr_grpo", LossVariant(aggregation="constant", max_tokens=1), scale="none"),
-        LossPreset("gspo", LossVariant(ratio="sequence", clip_low=3e-4, clip_high=4e-4, aggregation="sequence_mean")),
-        LossPreset("cispo", LossVariant(surrogate="cispo", clip_low=1.0, clip_high=4.0)),
-        LossPreset("rloo", LossVariant(surrogate="reinforce", aggregation="constant", max_tokens=1), scale="none", baseline="leave_one_out"),
-        LossPreset("reinforce_pp", LossVariant(kl="k2", beta=0.001), scale="none", whiten=True),
+        Preset("dr_grpo", LossVariant(aggregation="constant", max_tokens=1), scale="none"),
+        Preset("gspo", LossVariant(ratio="sequence", clip_low=3e-4, clip_high=4e-4, aggregation="sequence_mean")),
+        Preset("cispo", LossVariant(surrogate="cispo", clip_low=1.0, clip_high=4.0)),
+        Preset("rloo", LossVariant(surrogate="reinforce", aggregation="constant", max_tokens=1), scale="none", baseline="leave_one_out"),
+        Preset("reinforce_pp", LossVariant(kl="k2", beta=0.001), scale="none", whiten=True),
     )
 }
 
 _VARIANT_KEYS = tuple(f.name for f in fields(LossVariant))
-_PRESET_KEYS = tuple(f.name for f in fields(LossPreset) if f.name not in ("name", "variant"))
+_PRESET_KEYS = tuple(f.name for f in fields(Preset) if f.name not in ("name", "variant"))
 
 
-def resolve_preset(name: str, **overrides) -> LossPreset:
+def resolve_preset(name: str, **overrides) -> Preset:
     """Look up a preset and replace single settings of it.
 
-    overrides: any field of LossVariant or of LossPreset; None = keep the preset's.  A new surrogate, aggregation or correction, or kl="none" or
+    overrides: any field of LossVariant or of Preset; None = keep the preset's.  A new surrogate, aggregation or correction, or kl="none" or
     beta=0, also drops the preset's numbers that only the old one used.  Raises UserError on an unknown name or key and on a contradiction.
     """
     if name not in PRESETS:
@@ -100,7 +100,7 @@ def resolve_preset(name: str, **overrides) -> LossPreset:
         raise UserError(f"loss {name}: {error}") from None
 
 
-def formula(preset: LossPreset) -> str:
+def formula(preset: Preset) -> str:
     """Write the complete objective on one line, every constant filled in, for the run card."""
     v = preset.variant
     lo, hi = f"{max(0.0, 1 - v.clip_low):g}", f"{1 + v.clip_high:g}"
