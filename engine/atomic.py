@@ -43,9 +43,9 @@ def replace_folder(path: str | Path, *, carry: Callable[[str], bool] | None = No
             raise UserError(f"cannot write {path}: a file of that name exists, wanted a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         recover(path)
-        for leftover in (tmp, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
+        if tmp.exists():
+            shutil.rmtree(tmp)
+        _discard(old, tmp)
         tmp.mkdir()
         yield tmp
         for entry in sorted(path.iterdir()) if carry and path.exists() else ():
@@ -59,8 +59,7 @@ def replace_folder(path: str | Path, *, carry: Callable[[str], bool] | None = No
             os.rename(path, old)
         os.rename(tmp, path)
         _fsync(path.parent)
-        if old.exists():
-            shutil.rmtree(old)
+        _discard(old, tmp)
     except OSError as error:
         _put_back(path, tmp, old)
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
@@ -76,6 +75,13 @@ def recover(path: str | Path) -> None:
     if not path.exists() and old.is_dir():
         with suppress(FileNotFoundError):  # another rank was quicker
             os.rename(old, path)
+
+
+def _discard(old: Path, tmp: Path) -> None:
+    # Renamed first: a half-deleted folder under the name that `recover` trusts could come back one day.
+    if old.exists():
+        os.rename(old, tmp)
+        shutil.rmtree(tmp)
 
 
 def _put_back(path: Path, tmp: Path, old: Path) -> None:
