@@ -185,8 +185,11 @@ def _own_notes(rows: list[dict], stages: dict) -> list[str]:
     notes = []
     for name, stage in stages.items():
         own = [row for row in rows if row["stage"] == name]
-        missing = {metric: sum(row.get(metric, 0) is None for row in own) for metric in dict.fromkeys(key for row in own for key in row)}
-        missing = {metric: count for metric, count in missing.items() if 0 < count < len(own)}  # null throughout = not measured
+        missing = {}
+        for metric in dict.fromkeys(key for row in own for key in row):
+            values = [row[metric] for row in own if metric in row]
+            if 0 < values.count(None) < len(values):  # null throughout = not measured
+                missing[metric] = values.count(None)
         if missing:
             notes.append(f"{stage['title']}: {', '.join(missing)} not finite in up to {max(missing.values())} of {len(own)} steps.")
         if stage["adopted_from"]:
