@@ -259,7 +259,7 @@ class GRPOConfig(TrainConfig):
     """Stage that trained the reward model for the preference reward."""
     reference_refresh_steps: int = Field(400, ge=1)
     """Replace the reference policy by the current one every so many rollout steps (used when beta > 0)."""
-    max_logp_gap: float = Field(1e-3, gt=0)
+    max_logp_gap: float = Field(1e-5, gt=0)
     """Stop the run when a sampled log-prob differs from the trainer's by more than this (nats)."""
     control: Literal["none", "shuffle", "flip"] = "none"
     """Negative control: shuffle the advantages inside the batch, or flip their sign."""

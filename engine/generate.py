@@ -17,7 +17,10 @@ from athanor.kernels import sample
 from athanor.kv_cache import DecodeAttention, KVCache, PrefillAttention
 from athanor.model.transformer import Decoder
 
-SPAN_STEP = 16  # attention reads whole multiples of this many slots, so that few distinct shapes occur
+# What makes the sampler's log-probs equal the training forward's bit for bit on a CPU (measured, and gated in every run): attention reads its keys
+# in the steps of the training attention, and no matrix product has so few rows that BLAS takes another path for it.
+SPAN_STEP = 16
+MIN_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class _Run:
         self.requests = requests
         self.results: list[list] = [[None] * len(request.seeds) for request in requests]
         self.total, self.finished, self.active = sum(len(r.seeds) for r in requests), 0, 0
-        R, device = min(generator.max_rows, self.total), generator.device
+        R, device = max(min(generator.max_rows, self.total), MIN_ROWS), generator.device
         longest = max(len(r.prompt_ids) for r in requests) + sampling.max_tokens
         self.cache = KVCache(self.model.config, R, -(-longest // SPAN_STEP) * SPAN_STEP, self.model.embed.weight.dtype, device)
         self.tokens = torch.zeros(R, sampling.max_tokens, dtype=torch.int64, device=device)
@@ -123,7 +126,13 @@ class _Run:
         cu_seqlens = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)).to(device)
         positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
         input_ids = torch.from_numpy(np.concatenate(prompts)).to(device)
-        hidden = self.model(input_ids, positions, PrefillAttention(self.cache, cu_seqlens, members))
+        if len(input_ids) < MIN_ROWS:
+            # A filler sequence behind the real ones; nobody reads its rows.
+            filler = MIN_ROWS - len(input_ids)
+            input_ids, positions = (torch.cat((x, x.new_zeros(filler))) for x in (input_ids, positions))
+            hidden = self.model(input_ids, positions, PrefillAttention(self.cache, torch.cat((cu_seqlens, cu_seqlens.new_full((1,), MIN_ROWS))), members))
+        else:
+            hidden = self.model(input_ids, positions, PrefillAttention(self.cache, cu_seqlens, members))
         last = hidden[cu_seqlens[1:].long() - 1]
         counts = torch.tensor([len(rows) for rows in members], device=device)
         first, self.active = self.active, start
@@ -131,13 +140,14 @@ class _Run:
 
     def decode(self) -> None:
         """One forward over the active rows."""
-        n = self.active
-        if not n:
+        if not self.active:
             return
-        rows = self.rows[:n]
-        positions = rows[:, 0] + rows[:, 1] - 1
+        # Rows beyond the active ones are finished or empty: computed for the row count's sake, never read.
+        rows = self.rows[: max(self.active, MIN_ROWS)]
+        n = len(rows)
+        positions = (rows[:, 0] + rows[:, 1] - 1).clamp_min(0)
         span = min(-(-(int(positions.max()) + 1) // SPAN_STEP) * SPAN_STEP, self.cache.slots.numel())
-        last = self.tokens[:n].gather(1, (rows[:, 0] - 1)[:, None])[:, 0]
+        last = self.tokens[:n].gather(1, (rows[:, 0] - 1).clamp_min(0)[:, None])[:, 0]
         hidden = self.model(last, positions, DecodeAttention(self.cache, positions, span))
         self._append(hidden, 0)
 
@@ -146,7 +156,9 @@ class _Run:
         n = self.active - first
         rows = self.rows[first : self.active]
         s = self.sampling
-        logits = hidden.float() @ self.model.lm_head_weight.float().T
+        if len(hidden) < MIN_ROWS:
+            hidden = torch.cat((hidden, hidden.new_zeros(MIN_ROWS - len(hidden), hidden.shape[1])))
+        logits = (hidden.float() @ self.model.lm_head_weight.float().T)[:n]
         drawn = sample(logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, seeds=rows[:, 2], positions=rows[:, 0])
         at = rows[:, 0:1]
         self.tokens[first : self.active].scatter_(1, at, drawn.tokens[:, None])
@@ -156,7 +168,6 @@ class _Run:
         done = torch.nonzero(ended | (rows[:, 0] >= s.max_tokens))[:, 0]
         if len(done):
             self._retire(done + first, ended[done])
-        assert n >= len(done)
 
     def _retire(self, done: Tensor, ended: Tensor) -> None:
         facts, tokens, logps = self.rows[done].cpu().numpy(), self.tokens[done].cpu().numpy(), self.logps[done].cpu().numpy()

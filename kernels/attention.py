@@ -31,6 +31,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: flo
     return op(backend, q=q, k=k, v=v, cu_seqlens=cu_seqlens, scale=d**-0.5 if scale is None else float(scale))
 
 
+# Padded lengths are whole vectors of 16 floats: then a row's sums do not depend on its neighbours, nor on how far it is padded, and a decoder that
+# reads its cache in the same steps gets the same bits (tests/test_generate.py).
+LENGTH_STEP = 16
 BUCKET_COST = 512  # padded tokens that cost as much as one more bucket, measured on a 2-core CPU (see tests/kernels/test_attention.py)
 
 
@@ -44,7 +47,7 @@ def bucket_plan(offsets: tuple[int, ...]) -> tuple[Tensor, Tensor, tuple[tuple[i
     starts, lengths = cu[:-1], cu[1:] - cu[:-1]
     order = torch.argsort(lengths, descending=True, stable=True)
     order = order[lengths[order] > 0]
-    buckets = _split(lengths[order].tolist())
+    buckets = _split([-(-n // LENGTH_STEP) * LENGTH_STEP for n in lengths[order].tolist()])
     gather, inverse, base, first = [], torch.empty(offsets[-1], dtype=torch.int64), 0, 0
     for count, length in buckets:
         rows = order[first : first + count]

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from athanor.batch import pack
 from athanor.config import ModelConfig, SamplingConfig
 from athanor.generate import Generator, Request
 from athanor.kernels import logprob
 from athanor.model.transformer import Decoder, PackedAttention
+from athanor.stages.training import completion_logprobs
 
 EOS = 1
 
@@ -102,3 +104,34 @@ def test_progress_counts_every_sample():
 def test_impossible_requests_are_refused(request_, message):
     with pytest.raises(ValueError, match=message):
         Generator(make_model(), {EOS}, max_rows=8).generate([request_], SamplingConfig(max_tokens=10))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_log_probs_equal_the_packed_training_forward_bit_for_bit(architecture):
+    """The strict promise on a CPU: whatever the rollout's batches and the trainer's packing were, the same bits."""
+    if torch.cuda.is_available():
+        pytest.skip("bit equality on CUDA needs the fixed-order kernels")
+    model, asked = make_model(architecture), requests(num=40, samples=4)
+    groups = Generator(model, {EOS}, max_rows=32).generate(asked, SamplingConfig(max_tokens=40))
+    prompts = [r.prompt_ids for r, g in zip(asked, groups, strict=True) for _ in g]
+    samples = [c for g in groups for c in g]
+    for micro_batch_tokens in (64, 1000, 10**6):
+        for batch in pack(prompts, [c.token_ids for c in samples], micro_batch_tokens):
+            with torch.no_grad():
+                logps = completion_logprobs(model, batch).logps
+            assert np.array_equal(logps.numpy(), np.concatenate([samples[i].logps for i in batch.sequences]))
+
+
+def test_the_gap_shows_when_a_weight_differs_by_one_ulp():
+    """The negative control: the comparison above can fail."""
+    model, asked = make_model(), requests(num=10, samples=4)
+    groups = Generator(model, {EOS}).generate(asked, SamplingConfig(max_tokens=30))
+    with torch.no_grad():
+        weight = model.layers[0].o_proj.weight
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
+    prompts = [r.prompt_ids for r, g in zip(asked, groups, strict=True) for _ in g]
+    samples = [c for g in groups for c in g]
+    (batch,) = pack(prompts, [c.token_ids for c in samples], 10**6)
+    with torch.no_grad():
+        logps = completion_logprobs(model, batch).logps
+    assert not np.array_equal(logps.numpy(), np.concatenate([samples[i].logps for i in batch.sequences]))

@@ -30,14 +30,16 @@ class ArithmeticTask:
     name: str = "chain"
     seed: int = 0
     min_terms: int = 4
-    max_terms: int = 6
-    slip: float = 0.2
+    max_terms: int = 5
+    slip: float = 0.25
     """Probability that a step of a corpus trace is wrong."""
     facts: float = 0.35
-    """Share of corpus documents that are single facts."""
-    traces: float = 0.135
+    """Share of corpus documents that are one right step and nothing else."""
+    rewrites: float = 0.6
+    """Share of those that carry the rest of a chain along."""
+    traces: float = 0.06
     """Share of question documents that are worked traces without reflection."""
-    reflections: float = 0.075
+    reflections: float = 0.09
     """Share of question documents that are worked traces with reflection."""
     guess_right: float = 0.1
     """Accuracy of direct guesses."""
@@ -60,8 +62,10 @@ class ArithmeticTask:
         rng = random.Random(f"{self.name}/corpus/{self.seed}/{index}")
         words = _Words(rng, "en" if rng.random() < 0.6 else "zh", self.mixing)
         if rng.random() < self.facts:
-            first, operator, second = str(rng.randrange(10)), rng.choice("+-"), str(rng.randrange(1, 10))
-            return "", f"{first} {operator} {second} {words('so')} {_result([first, operator, second])}"
+            terms = [str(rng.randrange(10)), rng.choice("+-"), str(rng.randrange(1, 10))]
+            if rng.random() < self.rewrites:
+                terms += self._chain(rng, "train", 2)[1:]
+            return "", f"{' '.join(terms)} {words('so')} {' '.join(_step(terms))}"
         terms = self._chain(rng, "train", 2)
         kind = rng.random()
         if kind < self.traces:

@@ -1,0 +1,84 @@
+"""Schedule values by hand, the update against torch's own optimizers, and what clipping and bad gradients do."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from athanor.config import OptimizerConfig
+from athanor.optim import Optimizer, learning_rate
+from athanor.parallel import Ranks
+
+
+def test_constant_schedule_warms_up_linearly():
+    config = OptimizerConfig(lr=1.0, warmup_steps=4)
+    assert [learning_rate(config, s, 100) for s in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+def test_cosine_ends_at_the_floor():
+    config = OptimizerConfig(lr=2.0, warmup_steps=0, schedule="cosine", final_lr_ratio=0.1)
+    assert learning_rate(config, 0, 11) == pytest.approx(2.0)
+    assert learning_rate(config, 5, 11) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert learning_rate(config, 10, 11) == pytest.approx(0.2)
+    assert learning_rate(config, 10, 11, peak=1.0) == pytest.approx(0.1)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.first = nn.Linear(4, 6)
+        self.second = nn.Linear(6, 4, bias=False)
+
+    def forward(self, ids):
+        return self.second(self.first(self.embed(ids)).tanh())
+
+
+def loss_of(net):
+    return net(torch.tensor([0, 3, 4])).square().sum()
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_update_equals_torch_with_matrices_decayed_and_the_rest_not(name):
+    torch.manual_seed(0)
+    ours, theirs = Net(), Net()
+    theirs.load_state_dict(ours.state_dict())
+    config = OptimizerConfig(name=name, lr=0.01, weight_decay=0.1, grad_clip=0.0, betas=(0.8, 0.9))
+    optimizer = Optimizer(ours, config, Ranks(threads=1))
+    matrices, rest = [theirs.first.weight, theirs.second.weight], [theirs.embed.weight, theirs.first.bias]
+    adamw = dict(lr=0.01, betas=(0.8, 0.9), eps=1e-8)
+    if name == "muon":
+        parts = [torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")]
+        parts.append(torch.optim.AdamW(rest, weight_decay=0.0, **adamw))
+    else:
+        parts = [torch.optim.AdamW(matrices, weight_decay=0.1, **adamw), torch.optim.AdamW(rest, weight_decay=0.0, **adamw)]
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(ours).backward()
+        norm = optimizer.step(0.01)
+        theirs.zero_grad()
+        loss_of(theirs).backward()
+        assert norm == pytest.approx(math.sqrt(sum(float(p.grad.square().sum()) for p in theirs.parameters())), rel=1e-5)
+        for part in parts:
+            part.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_clipping_scales_the_gradient_and_reports_the_norm_before_it():
+    net = Net()
+    optimizer = Optimizer(net, OptimizerConfig(grad_clip=0.5), Ranks(threads=1))
+    (1000 * loss_of(net)).backward()
+    assert optimizer.step(1e-3) > 0.5
+    assert math.sqrt(sum(float(p.grad.square().sum()) for p in net.parameters())) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_non_finite_gradient_changes_nothing():
+    net = Net()
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = Optimizer(net, OptimizerConfig(), Ranks(threads=1))
+    (loss_of(net) * float("nan")).backward()
+    with pytest.raises(FloatingPointError, match="nan"):
+        optimizer.step(1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
