@@ -19,7 +19,7 @@ def mapped_packages(folder: str, name: str) -> list[str]:
 setup(
     package_dir={"athanor": "engine", "athanor.kernels": "kernels"},
     packages=mapped_packages("engine", "athanor") + mapped_packages("kernels", "athanor.kernels"),
-    package_data={"": ["*.toml", "*.html", "*.jinja"]},
+    package_data={"": ["*.toml", "*.html", "*.j2"]},
     ext_modules=[
         Pybind11Extension(
             "athanor._host",

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = {".py", ".toml", ".html", ".jinja"}
+BUILT = {".so", ".pyc"}  # everything else in engine/ and kernels/ is source, recipe or template and has to arrive
 # Run with the installed package in an empty folder; prints where it lies and which files it has.
 PROBE = """
 import json, numpy
@@ -26,13 +26,15 @@ from importlib.resources import files
 from pathlib import Path
 bins, num_bins = athanor._host.best_fit_pack(numpy.array([3, 5, 8]), 8)
 assert (bins.tolist(), num_bins) == ([1, 1, 0], 2)
-names = lambda module: sorted(str(path.relative_to(files(module))) for path in Path(str(files(module))).rglob("*") if path.suffix in {suffixes!r})
+def names(module):
+    top = Path(str(files(module)))
+    return sorted(str(path.relative_to(top)) for path in top.rglob("*") if path.is_file() and path.suffix not in {built!r})
 print(json.dumps({{"at": athanor._host.__file__, "athanor": names("athanor"), "athanor.kernels": names("athanor.kernels")}}))
 """
 
 
-def shipped_files(folder: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT / folder)) for path in (ROOT / folder).rglob("*") if path.suffix in SHIPPED)
+def source_files(folder: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT / folder)) for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix not in BUILT)
 
 
 def run(command: list, cwd: Path) -> str:
@@ -76,9 +78,9 @@ def installed_at(python: Path, cwd: Path) -> Path:
     """Folder of the installed athanor, after comparing its modules, recipes and templates with those of the tree."""
     empty = cwd / "empty"
     empty.mkdir()
-    found = json.loads(run([python, "-c", PROBE.format(suffixes=SHIPPED)], empty))
-    assert [name for name in found["athanor"] if not name.startswith("kernels/")] == shipped_files("engine")
-    assert found["athanor.kernels"] == shipped_files("kernels")
+    found = json.loads(run([python, "-c", PROBE.format(built=BUILT)], empty))
+    assert [name for name in found["athanor"] if not name.startswith("kernels/")] == source_files("engine")
+    assert found["athanor.kernels"] == source_files("kernels")
     return Path(found["at"]).parent
 
 
@@ -112,7 +114,7 @@ def test_sdist_holds_what_its_tests_need(sdist, source):
     names = {str(Path(*Path(name).parts[1:])) for name in tarfile.open(sdist).getnames()}
     for needed in ["LICENSE", "constraints.txt", "csrc/host/packing.hpp", "tests/conftest.py", "tests/test_packing.cpp", "pyproject.toml"]:
         assert needed in names
-    assert {f"tests/{path.relative_to(source / 'tests')}" for path in (source / "tests").rglob("*.py")} <= names
+    assert {f"tests/{path.relative_to(source / 'tests')}" for path in (source / "tests").rglob("*") if path.is_file()} <= names
 
 
 def test_every_dependency_is_pinned_within_its_bounds():
