@@ -1,5 +1,6 @@
 """What an installer gets: every way of installing gives the same modules and recipes, and every dependency is pinned."""
 
+import ast
 import importlib.metadata
 import json
 import os
@@ -141,3 +142,18 @@ def test_pins_fit_what_the_installed_packages_ask_for():
             name = canonicalize_name(requirement.name)
             if name in versions and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
                 assert versions[name] in requirement.specifier, f"{owner} asks for {requirement}, constraints.txt has {versions[name]}"
+
+
+def test_every_imported_package_is_a_declared_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    users = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in ("gpu", "flash"))]  # not the tests' own
+    declared = {canonicalize_name(Requirement(line).name) for group in users for line in group}
+    owners = {"cupy": ["cupy-cuda13x"], "flash_attn": ["flash-attn"]} | importlib.metadata.packages_distributions()
+    for folder in ("engine", "kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+                for name in {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"athanor"}:
+                    wanted = {canonicalize_name(owner) for owner in owners.get(name, [name])}
+                    assert wanted & declared, f"{path.relative_to(ROOT)}:{node.lineno}: imports {name}, which pyproject.toml does not declare"
