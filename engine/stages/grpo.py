@@ -166,7 +166,7 @@ def _update(context, config: GRPOConfig, preset: Preset, loop: TrainingLoop, ref
         loss, norm = optimizer_step(loop.optimizer, batches, loss_of, learning_rate(config.optimizer, step, config.steps))
         norms.append(norm)
     ranks.max_(gap)
-    if float(gap) > config.max_logp_gap:
+    if not float(gap) <= config.max_logp_gap:  # NaN must not pass
         raise UserError(f"stage {context.name}, step {step}: sampled log-probs differ from the trainer's by {float(gap):.2e}, more than max_logp_gap = {config.max_logp_gap}")
     names = sorted(sums)
     totals = torch.tensor([sums[name] for name in names], dtype=torch.float64)

@@ -1,8 +1,8 @@
-"""Last-digit chains: `User: 3 + 1 - 2 + 9 ? Assistant:` wants the chain worked from left to right, only the last digit kept (arithmetic mod 10).
+"""Chains of small sums: `User: 3 + 1 - 2 + 7 ? Assistant:` worked from left to right, every running total one digit.
 
-Small enough that a quarter-million parameters learn the 200 digit facts, long enough that a direct guess is chance (10 %) while rewriting the
-chain step by step (`4 - 2 + 9 so 2 + 9 so 1`) is nearly sure.  The corpus is of mixed quality by design: mostly direct guesses, a minority of worked
-traces whose steps slip with probability `slip`, a few that notice (`wait`) or verify (`check` ... `ok`), in two languages that sometimes mix.
+Small enough that a quarter-million parameters learn the 90 digit facts in a minute, long enough that a direct guess is near chance while rewriting
+the chain step by step (`4 - 2 + 7 so 2 + 7 so 9`) is nearly sure.  The corpus is of mixed quality by design: mostly direct guesses, a minority of
+worked traces whose steps slip with probability `slip`, a few that notice (`wait`) or verify (`check` ... `ok`), in two languages that sometimes mix.
 So the reflective pattern is in the corpus, and RL selects it.
 
 Splits are disjoint by construction: a hash of the chain decides which split it belongs to, and every writer draws chains of one split only.
@@ -25,14 +25,14 @@ SPLITS = {0: "test", 1: "validation"}  # of 16 hash classes; the other 14 are tr
 
 @dataclass(frozen=True, kw_only=True)
 class ArithmeticTask:
-    """Chains of `min_terms`..`max_terms` distinct digits 1-9.  Every draw is a pure function of (seed, stream, index)."""
+    """Chains of `min_terms`..`max_terms` distinct digits 1-9 whose running totals stay in 0-9.  Every draw is a pure function of (seed, stream, index)."""
 
     name: str = "chain"
     seed: int = 0
     min_terms: int = 4
     max_terms: int = 5
     slip: float = 0.25
-    """Probability that a step of a corpus trace is wrong."""
+    """Probability that a step of a corpus trace is wrong (where a wrong digit leaves the rest of the chain workable)."""
     facts: float = 0.35
     """Share of corpus documents that are one right step and nothing else."""
     rewrites: float = 0.6
@@ -62,10 +62,13 @@ class ArithmeticTask:
         rng = random.Random(f"{self.name}/corpus/{self.seed}/{index}")
         words = _Words(rng, "en" if rng.random() < 0.6 else "zh", self.mixing)
         if rng.random() < self.facts:
-            terms = [str(rng.randrange(10)), rng.choice("+-"), str(rng.randrange(1, 10))]
-            if rng.random() < self.rewrites:
-                terms += self._chain(rng, "train", 2)[1:]
-            return "", f"{' '.join(terms)} {words('so')} {' '.join(_step(terms))}"
+            terms = self._chain(rng, "train", 3)
+            # A line of a trace: its first term is a running total, which may equal a digit that follows.
+            for _ in range(rng.randrange((len(terms) - 1) // 2)):
+                terms = _step(terms)
+            if rng.random() >= self.rewrites:
+                terms = terms[:3]
+            return f"{' '.join(terms)} {words('so')}", " ".join(_step(terms))
         terms = self._chain(rng, "train", 2)
         kind = rng.random()
         if kind < self.traces:
@@ -74,8 +77,7 @@ class ArithmeticTask:
         if kind < self.traces + self.reflections:
             lines, answer = self._inline(rng, terms, words) if rng.random() < 0.3 else self._checked(rng, terms, words, 0.02)
             return self._document(rng, terms, lines, answer, well_formed=0.85, no_answer=0.08)
-        offset = 0 if rng.random() < self.guess_right else rng.choice((-3, -2, -1, 1, 2, 3))
-        answer = str((_result(terms) + offset) % 10)
+        answer = str(_result(terms)) if rng.random() < self.guess_right else _wrong(rng, _result(terms), 3)
         return self._document(rng, terms, [words("so"), answer], answer, well_formed=0.7, no_answer=0.0)
 
     def written(self, index: int) -> tuple[Problem, str]:
@@ -91,14 +93,20 @@ class ArithmeticTask:
         problem = self.problem("validation", index)
         return f"{problem.prompt} <think> {' '.join(_step(problem.metadata['terms']))}", problem.answer
 
-    def _chain(self, rng: random.Random, split: str, min_terms: int) -> list[str]:
+    def _chain(self, rng: random.Random, split: str, min_terms: int, max_terms: int = 0) -> list[str]:
         while True:
-            digits = rng.sample("123456789", rng.randint(min_terms, self.max_terms))
-            terms = [digits[0]]
+            digits = rng.sample(range(1, 10), rng.randint(min_terms, max_terms or self.max_terms))
+            total, terms = digits[0], [str(digits[0])]
             for digit in digits[1:]:
-                terms += [rng.choice("+-"), digit]
-            if split_of(" ".join(terms)) == split:
-                return terms
+                signs = [sign for sign in (1, -1) if 0 <= total + sign * digit <= 9]
+                if not signs:
+                    break
+                sign = rng.choice(signs)
+                total += sign * digit
+                terms += ["+" if sign > 0 else "-", str(digit)]
+            else:
+                if split_of(" ".join(terms)) == split:
+                    return terms
 
     def _trace(self, rng: random.Random, terms: list[str], words: "_Words", slip: float) -> tuple[list[str], str]:
         """Rewrite the chain one operation at a time; a slipped result is carried on."""
@@ -106,7 +114,7 @@ class ArithmeticTask:
         while len(terms) > 1:
             terms = _step(terms)
             if rng.random() < slip:
-                terms = [_slipped(rng, terms[0]), *terms[1:]]
+                terms = _slipped(rng, terms)
             lines += [words("so"), *terms] if lines else terms
         return lines, terms[0]
 
@@ -117,7 +125,7 @@ class ArithmeticTask:
             right = _step(terms)
             lines += [words("so")] if lines else []
             if rng.random() < self.slip:
-                lines += [_slipped(rng, right[0]), *right[1:], words("wait")]
+                lines += [*_slipped(rng, right), words("wait")]
             lines += right
             terms = right
         return lines, terms[0]
@@ -163,14 +171,29 @@ def split_of(chain: str) -> str:
 
 def _step(terms: list[str]) -> list[str]:
     value = int(terms[0]) + int(terms[2]) if terms[1] == "+" else int(terms[0]) - int(terms[2])
-    return [str(value % 10), *terms[3:]]
+    return [str(value), *terms[3:]]
+
+
+def _totals(terms: list[str]) -> list[int]:
+    """All running totals, the first term included."""
+    totals = [int(terms[0])]
+    for sign, digit in zip(terms[1::2], terms[2::2], strict=True):
+        totals.append(totals[-1] + (int(digit) if sign == "+" else -int(digit)))
+    return totals
 
 
 def _result(terms: list[str]) -> int:
-    while len(terms) > 1:
-        terms = _step(terms)
-    return int(terms[0])
+    return _totals(terms)[-1]
 
 
-def _slipped(rng: random.Random, digit: str) -> str:
-    return str((int(digit) + rng.choice((-2, -1, 1, 2))) % 10)
+def _wrong(rng: random.Random, right: int, reach: int) -> str:
+    """Another digit, at most `reach` away."""
+    return str(rng.choice([d for d in range(max(0, right - reach), min(9, right + reach) + 1) if d != right]))
+
+
+def _slipped(rng: random.Random, terms: list[str]) -> list[str]:
+    """The first term one or two off, such that the rest still stays within one digit; unchanged where that is impossible."""
+    right = int(terms[0])
+    near = [[str(d), *terms[1:]] for d in (right - 2, right - 1, right + 1, right + 2) if 0 <= d <= 9]
+    possible = [chain for chain in near if all(0 <= total <= 9 for total in _totals(chain))]
+    return rng.choice(possible) if possible else terms

@@ -88,9 +88,9 @@ def test_plan_places_every_token_once_and_splits_where_it_pays():
     lengths = [10] * 300 + [80] * 100
     cu = tuple(offsets(lengths).tolist())
     index, inverse, buckets = bucket_plan(cu)
-    assert buckets == ((100, 80), (300, 10)) and torch.equal(index[inverse], torch.arange(cu[-1]))
-    few = [10] * 3 + [11]  # 3 padded rows are cheaper than a second bucket
-    assert bucket_plan(tuple(offsets(few).tolist()))[2] == ((4, 11),) and BUCKET_COST > 3
+    assert buckets == ((100, 80), (300, 16)) and torch.equal(index[inverse], torch.arange(cu[-1]))
+    few = [10] * 3 + [17]  # padding 3 sequences by one vector of 16 is cheaper than a second bucket
+    assert bucket_plan(tuple(offsets(few).tolist()))[2] == ((4, 32),) and BUCKET_COST > 3 * 16
 
 
 def test_scale_is_honoured(generator, close64):

@@ -1,0 +1,149 @@
+"""The command line end to end on a micro recipe: the JSON line, what a kill leaves, and what bad input says."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RECIPE = Path(__file__).with_name("micro_recipe.toml")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(tmp_path, *arguments):
+    return [sys.executable, str(ROOT / "engine" / "train.py"), str(RECIPE), "--run_root", str(tmp_path), *map(str, arguments)]
+
+
+def train(tmp_path, *arguments, **options):
+    return subprocess.run(command(tmp_path, *arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=300, **options)
+
+
+def figures(result):
+    """The last line without times and places."""
+    summary = json.loads(result.stdout.splitlines()[-1])
+    return {name: {key: value for key, value in row.items() if key != "wall_s"} for name, row in summary["stages"].items()}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    result = train(folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder / "micro", result
+
+
+def test_the_last_line_and_the_run_folder_are_complete(whole_run):
+    run_dir, result = whole_run
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert {"recipe", "seed", "wall_s", "run_dir", "stages"} <= summary.keys()
+    assert list(summary["stages"]) == ["base", "zero", "fine", "general", "student"]
+    wanted = {"pass@1", "pass@1_t1", "cons@4", "mean_tokens", "reflection_rate", "format_rate", "language_consistency", "wall_s"}
+    for row in summary["stages"].values():
+        assert wanted <= row.keys() and all(isinstance(row[key], float) for key in wanted)
+    for name in ("manifest.json", "config.json", "metrics.jsonl", "report.html", "samples.jsonl", "data/data.jsonl", "checkpoints/general/model.safetensors"):
+        assert (run_dir / name).is_file(), name
+    assert not list(run_dir.glob("checkpoints/*.partial"))
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["stage"] == "zero"] == [1, 2, 3, 4, 5, 6]
+    gaps = [row["logp_gap_max"] for row in rows if "logp_gap_max" in row]
+    assert len(gaps) == 10 and max(gaps) <= 1e-5
+
+
+def test_a_second_start_does_nothing_and_says_the_same(whole_run):
+    run_dir, result = whole_run
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    again = train(run_dir.parent)
+    assert again.returncode == 0 and figures(again) == figures(result)
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+# In each kind of stage that saves states, and just after a save, a refresh of the reference or an earlier kill.
+@pytest.mark.parametrize("stage, step", [("base", 30), ("zero", 3), ("fine", 3), ("judge", 5), ("general", 3)])
+def test_killed_anywhere_it_ends_with_the_same_figures(whole_run, tmp_path, stage, step):
+    run_dir, result = whole_run
+    metrics = tmp_path / "micro" / "metrics.jsonl"
+    process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    deadline = time.time() + 120
+    pattern = re.compile(rf'"stage": "{stage}", "step": {step}\b')
+    while time.time() < deadline and not (metrics.exists() and pattern.search(metrics.read_text())):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = train(tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert figures(resumed) == figures(result)
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["stage"] == stage]
+    assert steps == sorted(set(steps))
+    times = ("step_s", "rollout_s", "train_s", "tokens_per_s")
+    strip = lambda lines: [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]  # noqa: E731
+    order = lambda row: (row["stage"], row["step"])  # noqa: E731
+    assert sorted(strip(metrics.read_text().splitlines()), key=order) == sorted(strip((run_dir / "metrics.jsonl").read_text().splitlines()), key=order)
+
+
+def test_another_run_lends_its_finished_stages(whole_run, tmp_path):
+    run_dir, result = whole_run
+    lent = train(tmp_path, "--reuse", run_dir)
+    assert lent.returncode == 0 and figures(lent) == figures(result)
+    assert "taken from" in lent.stderr
+    assert not any(json.loads(line)["stage"] == "base" for line in (tmp_path / "micro" / "metrics.jsonl").read_text().splitlines())
+
+
+def test_another_seed_gives_another_run_folder_or_an_error(whole_run):
+    run_dir, _ = whole_run
+    refused = train(run_dir.parent, "--seed", "1")
+    assert refused.returncode == 2 and "seed" in refused.stderr and "--overwrite" in refused.stderr
+
+
+def test_eval_measures_any_checkpoint(whole_run):
+    run_dir, _ = whole_run
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "engine" / "train.py"), "eval", "--model", str(run_dir / "checkpoints" / "zero"), "--task", "arithmetic",
+         "--num_problems", "4", "--samples_per_problem", "2", "--sampling.max_tokens", "12"],
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["metrics"]["num_samples"] == 8
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--stages.zero.group_size", "1"], ["group_size", "2"]),
+        (["--stages.zero.sampling.max_tokens", "0"], ["max_tokens", "1"]),
+        (["--stages.zero.stepz", "3"], ["stepz", "steps"]),
+        (["--stages.zero.init", "bass"], ["stages.zero.init", "bass", "base"]),
+        (["--stages.zero.loss", "gropo"], ["gropo", "grpo"]),
+        (["--stages.zero.sampling.top_p", "0.9"], ["top_p", "full softmax"]),
+        (["--stages.zero.prompts", '[{task = "courtesy"}]'], ["courtesy", "answer"]),
+        (["--stages.fine.data", '["/nowhere.jsonl"]'], ["/nowhere.jsonl"]),
+        (["--run_root", "/proc/nothing"], ["/proc/nothing"]),
+        (["--device", "cuda"], ["cuda"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line(tmp_path, arguments, words):
+    if arguments[0] == "--device":
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a CUDA device")
+    result = train(tmp_path, *arguments)
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and all(word in lines[0] for word in words), result.stderr
+    assert result.stdout == "" and not (tmp_path / "micro").exists()
+
+
+def test_unknown_recipe_and_help():
+    script = [sys.executable, str(ROOT / "engine" / "train.py")]
+    unknown = subprocess.run([*script, "tinny"], capture_output=True, text=True, env=ENVIRONMENT)
+    assert unknown.returncode == 2 and "tiny" in unknown.stderr and len(unknown.stderr.splitlines()) == 1
+    text = subprocess.run([*script, "--help"], capture_output=True, text=True, env=ENVIRONMENT)
+    assert text.returncode == 0 and "stages.<name>" in text.stdout and "group_size" in text.stdout
