@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import Backend, accumulation_dtype, check, near_misses, register
+from ._triton import why_not_triton
 
 SCALES = ("std", "none", "batch")
 BASELINES = ("mean", "leave_one_out")
@@ -62,4 +63,10 @@ def group_advantage_reference(rewards: Tensor, group_ids: Tensor, scale: str, ba
     return torch.where(valid & (low < high)[group], advantages, 0.0)
 
 
-op = register("group_advantage", reference=Backend(group_advantage_reference))
+def _triton(**call) -> Tensor:
+    from .group_advantage_triton import group_advantage_triton
+
+    return group_advantage_triton(**call)
+
+
+op = register("group_advantage", triton=Backend(_triton, why_not_triton), reference=Backend(group_advantage_reference))

@@ -7,6 +7,7 @@ the call: a micro-batch that holds half a group would centre on the wrong mean (
 from torch import Tensor
 
 from ._dispatch import Backend, check, register
+from ._triton import why_not_triton
 from .group_advantage import check_advantage_options, group_advantage_reference
 from .policy_loss import LossVariant, check_loss_tensors, policy_loss_reference
 
@@ -31,4 +32,11 @@ def grpo_loss_reference(rewards, group_ids, scale, baseline, eps, **call):
     return policy_loss_reference(advantages=group_advantage_reference(rewards, group_ids, scale, baseline, eps), **call)
 
 
-op = register("grpo_loss", reference=Backend(grpo_loss_reference))
+def _triton(rewards, group_ids, scale, baseline, eps, **call):
+    from .group_advantage_triton import group_advantage_triton
+    from .policy_loss_triton import policy_loss_triton
+
+    return policy_loss_triton(advantages=group_advantage_triton(rewards, group_ids, scale, baseline, eps), **call)
+
+
+op = register("grpo_loss", triton=Backend(_triton, why_not_triton), reference=Backend(grpo_loss_reference))

@@ -1,5 +1,7 @@
 """What the kernel tests share: the tolerance rule of the design, as a fixture because tests/ is no package."""
 
+import os
+
 import pytest
 import torch
 
@@ -36,3 +38,13 @@ def close64():
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(1234)
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_device(request):
+    """Device for a test of a Triton kernel: the GPU, or the CPU where this very process has the interpreter on (see test_interpreter.py)."""
+    if request.param == "cuda":
+        return torch.device("cuda")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs TRITON_INTERPRET=1 before triton is imported: test_interpreter.py runs it in a process of its own")
+    return torch.device("cpu")

@@ -1,0 +1,32 @@
+"""What a benchmark case declares: inputs, the operation, what a user would otherwise run, and the bytes and flops that it cannot avoid."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one size.  `run` and the rivals return the tensors to compare, gradients included, and are what is timed."""
+
+    op: str  # name in athanor.kernels._dispatch.OPS
+    sizes: dict[str, int]
+    dtype: torch.dtype
+    make: Callable[[torch.Generator], dict]  # inputs on CPU in fp64 or integers; random, never zeros
+    run: Callable[..., tuple]  # (backend=..., **inputs) -> tensors
+    eager: Callable[..., tuple]  # (**inputs) -> the same tensors from plain PyTorch: the rival, and in fp64 the oracle
+    work: str  # the formula behind bytes and flops, for the reader
+    bytes: float = 0  # that must be read and written at least
+    flops: float = 0
+    rivals: dict[str, Callable[..., tuple]] = field(default_factory=dict)  # further ones, by name
+    slack: float = 2  # ulp of the largest value that the gate allows beyond twice the eager error
+
+
+def differentiated(function: Callable, *leaves: torch.Tensor, upstream: torch.Tensor | None = None) -> tuple:
+    """Outputs and gradients of function(*leaves), with the outputs' sum or `upstream` as the loss."""
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out = function(*leaves)
+    outputs = out if isinstance(out, tuple) else (out,)
+    grads = torch.autograd.grad(outputs[0], leaves, upstream if upstream is not None else torch.ones_like(outputs[0]))
+    return (*(x.detach() for x in outputs), *grads)

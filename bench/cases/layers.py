@@ -1,0 +1,53 @@
+"""rmsnorm, rope, swiglu, attention: forward and backward.  On CPU the default recipe's sizes, on a GPU those of an 8B model."""
+
+import torch
+from torch.nn import functional as F
+
+from athanor import kernels as K
+from case import Case, differentiated
+
+
+def cases(device: str) -> list[Case]:
+    gpu = device == "cuda"
+    dtype, b = (torch.bfloat16, 2) if gpu else (torch.float32, 4)
+    T, D, W, H, Hkv, d = (8192, 4096, 12288, 32, 8, 128) if gpu else (2048, 96, 256, 4, 2, 24)
+    lengths = [1024] * 8 if gpu else [16 + 4 * (i % 16) for i in range(44)]
+    A = sum(lengths)
+    pairs = sum(n * (n + 1) // 2 for n in lengths)
+
+    def rn(g, *shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    def rotate(x, cos, sin):
+        first, second = x.chunk(2, -1)
+        return torch.cat((first * cos[:, None] - second * sin[:, None], second * cos[:, None] + first * sin[:, None]), -1)
+
+    def causal(q, k, v):
+        parts, repeat = [], H // Hkv
+        for a, c, e in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+            a, c, e = (x.transpose(0, 1)[None] for x in (a, c.repeat_interleave(repeat, 1), e.repeat_interleave(repeat, 1)))
+            parts.append(F.scaled_dot_product_attention(a, c, e, is_causal=True)[0].transpose(0, 1))
+        return torch.cat(parts)
+
+    return [
+        Case("rmsnorm", {"T": T, "D": D}, dtype, lambda g: {"x": rn(g, T, D), "w": rn(g, D), "dy": rn(g, T, D)},
+             lambda x, w, dy, backend: differentiated(lambda x, w: K.rmsnorm(x, w, backend=backend), x, w, upstream=dy),
+             lambda x, w, dy: differentiated(lambda x, w: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w, x, w, upstream=dy),
+             "forward reads x, writes y; backward reads x and dy, writes dx", bytes=5 * T * D * b,
+             rivals={"F.rms_norm": lambda x, w, dy: differentiated(lambda x, w: F.rms_norm(x, (D,), w, 1e-6), x, w, upstream=dy)}),
+        Case("rope", {"T": T, "H": H, "Hkv": Hkv, "d": d}, dtype,
+             lambda g: {"q": rn(g, T, H, d), "k": rn(g, T, Hkv, d), "cos": rn(g, T, d // 2), "sin": rn(g, T, d // 2)},
+             lambda q, k, cos, sin, backend: differentiated(lambda q, k: torch.cat(K.rope(q, k, cos, sin, backend=backend), 1), q, k),
+             lambda q, k, cos, sin: differentiated(lambda q, k: torch.cat((rotate(q, cos, sin), rotate(k, cos, sin)), 1), q, k),
+             "forward and backward each read and write q and k", bytes=4 * T * (H + Hkv) * d * b),
+        Case("swiglu", {"T": T, "F": W}, dtype, lambda g: {"x": rn(g, T, 2 * W), "dy": rn(g, T, W)},
+             lambda x, dy, backend: differentiated(lambda x: K.swiglu(x, backend=backend), x, upstream=dy),
+             lambda x, dy: differentiated(lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], x, upstream=dy),
+             "forward reads 2F, writes F; backward reads 2F + F, writes 2F", bytes=8 * T * W * b),
+        Case("attention", {"T": A, "S": len(lengths), "H": H, "Hkv": Hkv, "d": d}, dtype,
+             lambda g: {"q": rn(g, A, H, d), "k": rn(g, A, Hkv, d), "v": rn(g, A, Hkv, d), "dy": rn(g, A, H, d),
+                        "cu": torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)},
+             lambda q, k, v, dy, cu, backend: differentiated(lambda q, k, v: K.attention(q, k, v, cu, backend=backend), q, k, v, upstream=dy),
+             lambda q, k, v, dy, cu: differentiated(causal, q, k, v, upstream=dy),
+             "2 GEMMs forward, 5 backward over the causal half", flops=7 * 2 * pairs * H * d, slack=4),
+    ]  # fmt: skip

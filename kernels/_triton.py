@@ -1,0 +1,87 @@
+"""What the Triton kernels share: whether Triton can serve a call, launching on the right device, compiling ahead of time without one.
+
+Importing this file does not import Triton.  The kernels themselves live beside their operation in `<op>_triton.py`.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=1)
+def triton_there() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Is Triton's interpreter on?  Triton reads the variable when it is imported and when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not_triton(call: dict) -> str | None:
+    """The reasons that hold for every Triton kernel here."""
+    if not triton_there():
+        return "triton is not installed (pip install triton)"
+    tensors = [value for value in call.values() if isinstance(value, Tensor) and value.ndim]
+    devices = {value.device for value in tensors}
+    if len(devices) > 1:
+        return f"tensors are on several devices ({', '.join(sorted(map(str, devices)))})"
+    if any(value.dtype == torch.float64 for value in tensors):
+        return "the kernels compute in fp32; fp64 is the reference's"
+    if tensors and tensors[0].device.type == "cpu" and not interpreting():
+        return "tensors are on cpu, which needs Triton's interpreter: TRITON_INTERPRET=1 before triton is imported"
+    if tensors and tensors[0].device.type not in ("cpu", "cuda"):
+        return f"tensors are on {tensors[0].device.type}"
+    return None
+
+
+def on_device_of(x: Tensor):
+    """Context in which a launch goes to x's device: Triton launches on the current one, whichever that is."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@dataclass(frozen=True)
+class AheadOfTime:
+    """One specialisation of a kernel to compile without a GPU: what the tests assert to compile and not to spill."""
+
+    name: str
+    kernel: Callable  # a @triton.jit function
+    signature: dict[str, str]  # argument -> Triton type, compile-time values left out
+    constants: dict[str, object] = field(default_factory=dict)
+    num_warps: int = 4
+
+    def compile(self, capability: int):
+        """Compile for sm_<capability>; returns Triton's CompiledKernel with asm["ptx"] and asm["cubin"]."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        names = self.kernel.arg_names
+        signature = {name: self.signature.get(name, "constexpr") for name in names}
+        assert {n for n in names if signature[n] == "constexpr"} == set(self.constants), (names, self.constants)
+        source = ASTSource(self.kernel, signature, {(names.index(name),): value for name, value in self.constants.items()})
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": self.num_warps})
+
+
+def resources(compiled, folder: Path) -> dict[str, int]:
+    """Registers, stack and local bytes per thread of a compiled kernel, from the cubin's own table; stack or local > 0 = spilled."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not cuobjdump.exists():
+        raise FileNotFoundError(f"resources: {cuobjdump} is missing; this Triton ships no cuobjdump")
+    path = folder / "kernel.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    text = subprocess.run([cuobjdump, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text))
+    assert {"REG", "STACK", "LOCAL"} <= set(found), text
+    return {key.lower(): int(value) for key, value in found.items()}

@@ -1,0 +1,36 @@
+"""Every Triton kernel compiles without a GPU for A100, H100 and B200, keeps its variables in registers, and holds no atomics."""
+
+import importlib.util
+import os
+import re
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
+
+from athanor.kernels import group_advantage_triton, policy_loss_triton
+from athanor.kernels._triton import resources
+
+CASES = group_advantage_triton.ahead_of_time() + policy_loss_triton.ahead_of_time()
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_compiles_without_spilling(case, capability, tmp_path):
+    compiled = case.compile(capability)
+    assert f".target sm_{capability}" in compiled.asm["ptx"]
+    atomics = re.findall(r"(?m)^\s*(?:@!?%\w+\s+)?((?:atom|red)\.\S+)", compiled.asm["ptx"])
+    assert not atomics, atomics
+    used = resources(compiled, tmp_path)
+    assert used["stack"] == used["local"] == 0 and 0 < used["reg"] <= 96, used
+
+
+def test_every_kernel_is_among_the_cases():
+    from triton.runtime import JITFunction
+
+    for module in (group_advantage_triton, policy_loss_triton):
+        kernels = {name for name, value in vars(module).items() if isinstance(value, JITFunction) and name.endswith("_kernel")}
+        assert kernels <= {case.kernel.__name__ for case in CASES} and kernels
