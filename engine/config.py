@@ -48,9 +48,11 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def _heads(self):
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads is {self.num_key_value_heads}, wanted a divisor of num_attention_heads = {self.num_attention_heads}")
+            heads = self.num_attention_heads
+            raise ValueError(f"num_key_value_heads is {self.num_key_value_heads}, wanted a divisor of num_attention_heads = {heads}")
         if not self.head_dim and self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size is {self.hidden_size}, wanted a multiple of num_attention_heads = {self.num_attention_heads} (or set head_dim)")
+            heads = self.num_attention_heads
+            raise ValueError(f"hidden_size is {self.hidden_size}, wanted a multiple of num_attention_heads = {heads} (or set head_dim)")
         if self.width_per_head % 2:
             raise ValueError(f"head_dim is {self.width_per_head}, RoPE wants it even")
         if self.rope_scaling and self.rope_scaling.get("rope_type", self.rope_scaling.get("type")) not in ("llama3", "default"):
@@ -257,8 +259,8 @@ class GRPOConfig(TrainConfig):
     """How rollouts are drawn."""
     reward_model: str = ""
     """Stage that trained the reward model for the preference reward."""
-    reference_refresh_steps: int = Field(400, ge=1)
-    """Replace the reference policy by the current one every so many rollout steps (used when beta > 0)."""
+    max_refills: int = Field(3, ge=0)
+    """Times that a step may draw again when the preset drops groups without contrast (dynamic sampling)."""
     max_logp_gap: float = Field(1e-5, gt=0)
     """Stop the run when a sampled log-prob differs from the trainer's by more than this (nats)."""
     control: Literal["none", "shuffle", "flip"] = "none"
@@ -333,6 +335,8 @@ class RecipeConfig(Config):
     """Sequences that decode at once."""
     reuse: str = ""
     """Another run folder: finished stages with the same settings, seed and inputs are copied from it."""
+    until: str = ""
+    """Last stage to run, and to evaluate; empty = all.  The same run goes on when it is started again without it."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """Tokenizer of all models."""
     models: dict[str, ModelConfig] = {}

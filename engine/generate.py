@@ -51,7 +51,9 @@ class Generator:
         self.eos_ids = torch.tensor(sorted(eos_ids), device=self.device)
 
     @torch.inference_mode()
-    def generate(self, requests: list[Request], sampling: SamplingConfig, progress: Callable[[int, int], None] | None = None) -> list[list[Completion]]:
+    def generate(
+        self, requests: list[Request], sampling: SamplingConfig, progress: Callable[[int, int], None] | None = None
+    ) -> list[list[Completion]]:
         """Sample every request; the result has the requests' order and, within one, the seeds' order.
 
         `progress(done, total)` is called as samples finish.  Raises ValueError for an empty prompt, a group larger than max_rows, or a prompt
@@ -130,9 +132,10 @@ class _Run:
             # A filler sequence behind the real ones; nobody reads its rows.
             filler = MIN_ROWS - len(input_ids)
             input_ids, positions = (torch.cat((x, x.new_zeros(filler))) for x in (input_ids, positions))
-            hidden = self.model(input_ids, positions, PrefillAttention(self.cache, torch.cat((cu_seqlens, cu_seqlens.new_full((1,), MIN_ROWS))), members))
+            bounds = torch.cat((cu_seqlens, cu_seqlens.new_full((1,), MIN_ROWS)))
         else:
-            hidden = self.model(input_ids, positions, PrefillAttention(self.cache, cu_seqlens, members))
+            bounds = cu_seqlens
+        hidden = self.model(input_ids, positions, PrefillAttention(self.cache, bounds, members))
         last = hidden[cu_seqlens[1:].long() - 1]
         counts = torch.tensor([len(rows) for rows in members], device=device)
         first, self.active = self.active, start

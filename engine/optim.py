@@ -31,8 +31,9 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks):
         self.config, self.ranks = config, ranks
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and id(p) not in embeddings and not n.startswith(("lm_head", "value_head"))]
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        tables |= {id(p) for n, p in model.named_parameters() if n.startswith(("lm_head", "value_head"))}
+        matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables]
         others = [p for p in self.parameters if all(p is not m for m in matrices)]
         adamw = dict(lr=config.lr, betas=config.betas, eps=config.eps)
         if config.name == "muon":

@@ -75,6 +75,14 @@ class Ranks:
         longest = max(len(part) for part in parts)
         return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
+    def concatenate(self, items: list) -> tuple[list, int]:
+        """Every rank's items, rank after rank, and where this rank's begin; ranks may have different numbers of them."""
+        if self.world == 1:
+            return items, 0
+        parts: list = [None] * self.world
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part], sum(len(part) for part in parts[: self.rank])
+
     def broadcast(self, item):
         """Rank 0's object on every rank."""
         if self.world == 1:

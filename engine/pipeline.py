@@ -34,7 +34,7 @@ from athanor.tasks import make_task, require_answers
 from athanor.tokenizer import Tokenizer, symbol_tokenizer
 from athanor.weights import load_model
 
-LOCATION_KEYS = ("name", "run_root", "reuse", "threads", "max_rows", "report_notes")
+LOCATION_KEYS = ("name", "run_root", "reuse", "until", "threads", "max_rows", "report_notes")
 RESULT_KEYS = ("pass@1", "pass@1_t1", "mean_tokens", "reflection_rate", "format_rate", "language_consistency")
 
 
@@ -43,16 +43,17 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
     started = time.time()
     tasks = build_tasks(recipe)
     check(recipe, tasks)
+    whole, recipe = recipe, up_to(recipe)
     ranks = Ranks(recipe.device, recipe.threads)
     run_dir = Path(recipe.run_root) / recipe.name
     console = Console(len(recipe.stages) + len(recipe.evaluation.stages))
-    lock = open_run_folder(run_dir, config_data(recipe), overwrite=overwrite, ignore=LOCATION_KEYS) if ranks.is_main else None
+    lock = open_run_folder(run_dir, config_data(whole), overwrite=overwrite, ignore=LOCATION_KEYS) if ranks.is_main else None
     ranks.barrier()
     try:
         with MetricsWriter(run_dir) as metrics:
             manifest = Manifest(run_dir, seed=recipe.seed)
             if ranks.is_main:
-                manifest.declare([*recipe.stages, *(f"evaluate.{name}" for name in recipe.evaluation.stages)])
+                manifest.declare([*whole.stages, *(f"evaluate.{name}" for name in whole.evaluation.stages)])
                 manifest.set_run_facts(recipe=recipe_name, **run_facts(ranks))
             tokenizer = build_tokenizer(recipe, tasks)
             for name in recipe.stages:
@@ -75,6 +76,18 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
         if lock:
             lock.release()
         ranks.close()
+
+
+def up_to(recipe: RecipeConfig) -> RecipeConfig:
+    """The recipe cut off after its stage `until`, with the evaluation of what is left."""
+    if not recipe.until:
+        return recipe
+    names = list(recipe.stages)
+    kept = names[: names.index(recipe.until) + 1]
+    evaluation = recipe.evaluation.model_copy(update={"stages": [name for name in recipe.evaluation.stages if name in kept]})
+    if evaluation.reward_model not in kept:
+        evaluation = evaluation.model_copy(update={"reward_model": "", "general_task": ""})
+    return recipe.model_copy(update={"stages": {name: recipe.stages[name] for name in kept}, "evaluation": evaluation})
 
 
 def build_tasks(recipe: RecipeConfig) -> dict:
@@ -134,6 +147,8 @@ def check(recipe: RecipeConfig, tasks: dict) -> None:
             for entry in stage.rewards:
                 if entry.reward != "preference":
                     make_reward(entry.reward, **entry.settings)
+                elif not stage.reward_model:
+                    raise UserError(f"{where}.reward_model is empty, wanted the stage that trains the model of the preference reward")
                 if entry.reward == "accuracy":
                     for prompt in stage.prompts:
                         if tasks[prompt.task].domain in (entry.domain, "reasoning"):
@@ -142,6 +157,8 @@ def check(recipe: RecipeConfig, tasks: dict) -> None:
     for name in recipe.evaluation.stages:
         if name not in earlier:
             raise UserError(f"evaluation.stages: unknown stage {name!r}; {near_misses(name, earlier)}")
+    if recipe.until and recipe.until not in earlier:
+        raise UserError(f"until: unknown stage {recipe.until!r}; {near_misses(recipe.until, earlier)}")
     if recipe.evaluation.stages and recipe.evaluation.task not in tasks:
         raise UserError(f"evaluation.task: unknown task {recipe.evaluation.task!r}; {near_misses(recipe.evaluation.task, list(tasks))}")
 
@@ -159,7 +176,8 @@ def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenize
     # Everything that decides the stage's result besides its inputs' bytes; how often it saves and what it is called in the report do not.
     own = stage.model_dump(mode="json", exclude={"label", "save_every"})
     vocabulary = [tokenizer.id_to_token(i) for i in range(tokenizer.vocab_size)]
-    key = hash_config({"stage": own, "tasks": used, "model": shape, "vocabulary": vocabulary, "seed": recipe.seed, "dtype": recipe.dtype, "name": name})
+    facts = {"stage": own, "tasks": used, "model": shape, "vocabulary": vocabulary, "seed": recipe.seed, "dtype": recipe.dtype, "name": name}
+    key = hash_config(facts)
     inputs = stage_inputs(name, recipe, run_dir)
     decision = "run"
     if ranks.is_main:
@@ -209,7 +227,8 @@ def evaluation_path(run_dir: Path, stage: str) -> Path:
 
 def _evaluate_stage(name: str, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenizer, tasks, console: Console, manifest: Manifest) -> None:
     config, entry = recipe.evaluation, f"evaluate.{name}"
-    key = hash_config({"evaluation": config.model_dump(mode="json", exclude={"stages"}), "seed": recipe.seed, "words": recipe.reflection_words, "stage": name})
+    decides = {"evaluation": config.model_dump(mode="json", exclude={"stages"}), "words": recipe.reflection_words}
+    key = hash_config(decides | {"seed": recipe.seed, "stage": name})
     inputs = {"checkpoint": checkpoint_dir(run_dir, name)}
     if config.general_task and config.reward_model:
         inputs["reward_model"] = checkpoint_dir(run_dir, config.reward_model)
@@ -222,11 +241,12 @@ def _evaluate_stage(name: str, recipe: RecipeConfig, run_dir: Path, ranks: Ranks
     start = time.perf_counter()
     model = load_model(inputs["checkpoint"], dtype=getattr(torch, recipe.dtype), device=str(ranks.device))
     preference = load_preference_reward(inputs["reward_model"], tokenizer, ranks.device) if "reward_model" in inputs else None
-    with console.stage(entry, 0) as progress:
+    with console.stage(entry, 1) as progress:
         result = evaluate(
-            model, tokenizer, tasks, config, ranks, recipe.seed, preference=preference, reflection_words=recipe.reflection_words,
-            max_rows=recipe.max_rows, progress=lambda done, total: progress.step(done, {"sampled": done, "of": total}),
-        )
+            model, tokenizer, tasks, config, ranks, recipe.seed,
+            preference=preference, reflection_words=recipe.reflection_words, max_rows=recipe.max_rows,
+        )  # fmt: skip
+        progress.step(1, {name: result.metrics[name] for name in ("pass@1", "pass@1_t1", "mean_tokens", "reflection_rate")})
     if ranks.is_main:
         path = evaluation_path(run_dir, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,15 +299,15 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
-def evaluate_folder(model_dir: str, task: str, settings: dict, config: EvaluationConfig, *, device: str = "auto", threads: int = 0, seed: int = 0, max_rows: int = 512) -> dict:
+def evaluate_folder(model_dir: str, task: str, settings: dict, config: EvaluationConfig, *, device: str = "auto", seed: int = 0) -> dict:
     """Evaluate any HuggingFace checkpoint folder on any task; return the metrics."""
     if not Path(model_dir).is_dir():
         raise UserError(f"--model: {model_dir} is no folder, wanted a HuggingFace checkpoint (config.json, safetensors, tokenizer.json)")
     tokenizer, source = Tokenizer.from_folder(model_dir), make_task(task, **settings)
     require_answers(source, split=config.split)
-    ranks = Ranks(device, threads)
+    ranks = Ranks(device)
     try:
         model = load_model(model_dir, device=str(ranks.device))
-        return evaluate(model, tokenizer, {task: source}, config.model_copy(update={"task": task}), ranks, seed, max_rows=max_rows).metrics
+        return evaluate(model, tokenizer, {task: source}, config.model_copy(update={"task": task}), ranks, seed).metrics
     finally:
         ranks.close()

@@ -1,13 +1,13 @@
 """The presets of the GRPO family.  Seven systems ship seven objectives under the name GRPO, so a run prints the formula it resolved to.
 
-  grpo          DeepSeekMath (arXiv 2402.03300): group std, clip 0.2, mean over each sequence then over sequences, k3 KL with beta 0.04
-  r1            DeepSeek-R1 (Nature 645, 633): the same with clip 10 and beta 0.001; the reference model is renewed every 400 steps
-  dapo          arXiv 2503.14476: clip 0.2 / 0.28, mean over the tokens of the step, no KL, groups without contrast are drawn again
-  dr_grpo       arXiv 2503.20783: no division by std nor by length, a constant denominator (needs max_tokens), no KL
-  gspo          arXiv 2507.18071: sequence ratio, clip 3e-4 / 4e-4
-  cispo         MiniMax-M1 (arXiv 2506.13585): clipped weight on the log-prob, no lower bound, r at most 5 (TRL's recommended value)
-  rloo          arXiv 2402.14740: leave-one-out baseline, REINFORCE per sequence (summed over its tokens), no clip
-  reinforce_pp  REINFORCE++-baseline (arXiv 2501.03262): group mean as baseline, then whitened over the tokens of the batch, PPO clip, k2 KL
+grpo          DeepSeekMath (arXiv 2402.03300): group std, clip 0.2, mean over each sequence then over sequences, k3 KL with beta 0.04
+r1            DeepSeek-R1 (Nature 645, 633): the same with clip 10 and beta 0.001; the reference model is renewed every 400 steps
+dapo          arXiv 2503.14476: clip 0.2 / 0.28, mean over the tokens of the step, no KL, groups without contrast are drawn again
+dr_grpo       arXiv 2503.20783: no division by std nor by length, a constant denominator (needs max_tokens), no KL
+gspo          arXiv 2507.18071: sequence ratio, clip 3e-4 / 4e-4
+cispo         MiniMax-M1 (arXiv 2506.13585): clipped weight on the log-prob, no lower bound, r at most 5 (TRL's recommended value)
+rloo          arXiv 2402.14740: leave-one-out baseline, REINFORCE per sequence (summed over its tokens), no clip
+reinforce_pp  REINFORCE++-baseline (arXiv 2501.03262): group mean as baseline, then whitened over the tokens of the batch, PPO clip, k2 KL
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -79,7 +79,11 @@ def resolve_preset(name: str, **overrides) -> Preset:
         raise UserError("loss dr_grpo: max_tokens is missing; wanted the completion limit, the constant that every sequence is divided by")
     variant = {key: getattr(preset.variant, key) for key in _VARIANT_KEYS} | {key: given[key] for key in given if key in _VARIANT_KEYS}
     own = {key: given[key] for key in given if key in _PRESET_KEYS}
-    for choice, value, number in (("surrogate", "dual_clip", "dual_clip"), ("surrogate", "two_sided", "delta"), ("aggregation", "constant", "max_tokens")):
+    for choice, value, number in (
+        ("surrogate", "dual_clip", "dual_clip"),
+        ("surrogate", "two_sided", "delta"),
+        ("aggregation", "constant", "max_tokens"),
+    ):
         if variant[choice] != value and number not in given:
             variant[number] = None
     if "correction" in given:

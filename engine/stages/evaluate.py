@@ -35,7 +35,6 @@ def evaluate(
     reflection_words: list[str] | None = None,
     max_rows: int = 512,
     num_transcripts: int = 6,
-    progress=None,
 ) -> Evaluation:
     """Sample `num_problems` x `samples_per_problem` twice on the split; every model sees the same problems and sample seeds."""
     words = reflection_words or REFLECTIVE_WORDS
@@ -43,7 +42,7 @@ def evaluate(
     def groups(task: str, count: int, n: int, sampling: SamplingConfig, label: str) -> list[list[Sample]]:
         size = tasks[task].size(config.split)
         problems = [tasks[task].problem(config.split, i) for i in range(count if size is None else min(count, size))]
-        return ranks.gather(sample_groups(model, tokenizer, problems, n, sampling, ranks, seed, "evaluate", label, max_rows=max_rows, progress=progress))
+        return ranks.gather(sample_groups(model, tokenizer, problems, n, sampling, ranks, seed, "evaluate", label, max_rows=max_rows))
 
     n, k = config.num_problems, config.samples_per_problem
     usual = groups(config.task, n, k, config.sampling, "usual")
@@ -51,7 +50,7 @@ def evaluate(
     metrics = evaluate_samples(usual, words=words)
     plain = evaluate_samples(at_one, words=words)
     metrics |= {f"{name}_t1": plain[name] for name in ("pass@1", f"cons@{k}", "mean_tokens", "reflection_rate", "language_consistency")}
-    shown = [(usual, "reasoning")]
+    shown = [usual]
     if config.general_task and preference is not None:
         general = groups(config.general_task, max(n // 2, 1), 4, config.sampling, "general")
         flat = [sample for group in general for sample in group]
@@ -60,14 +59,13 @@ def evaluate(
         if utility:
             metrics["open_ended_utility"] = float(np.mean([utility(s.problem, s.text) for s in flat]))
         metrics["open_ended_format_rate"] = float(np.mean(make_reward("format")(flat, [s.problem for s in flat])))
-        shown.append((general, "general"))
+        shown.append(general)
     accuracy = make_reward("accuracy")
     transcripts = []
-    for kind, _ in shown:
+    for kind in shown:
         for group in kind[: num_transcripts if kind is usual else 2]:
             s = group[0]
             correct = None if s.problem.answer is None else bool(accuracy([s], [s.problem])[0])
-            transcripts.append(
-                {"problem_id": s.problem.id, "task": s.problem.task, "prompt": s.problem.prompt, "answer": s.problem.answer, "text": s.text, "correct": correct, "finish": s.finish}
-            )
+            row = {"problem_id": s.problem.id, "task": s.problem.task, "prompt": s.problem.prompt, "answer": s.problem.answer}
+            transcripts.append(row | {"text": s.text, "correct": correct, "finish": s.finish})
     return Evaluation(metrics, transcripts)

@@ -1,7 +1,7 @@
 """Reinforcement learning with group-relative advantages: rollout -> rewards -> advantages -> clipped policy updates.
 
 DeepSeekMath (arXiv 2402.03300), eq. 3, as R1 uses it; the loss preset decides the variant.  Old log-probs are the sampler's own: model and
-kernels are the same on both sides, and the gap between them is measured on every first (on-policy) update and reported.
+kernels are the same on both sides, and the gap between them is measured on every first (on-policy) update, reported and gated.
 """
 
 import copy
@@ -11,24 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from athanor.advantages import advantages_of
-from athanor.batch import PackedBatch, pack
+from athanor.advantages import advantages_of, groups_with_contrast
 from athanor.checkpoint import export_model
 from athanor.config import GRPOConfig
 from athanor.errors import UserError
-from athanor.kernels import policy_loss
 from athanor.losses import Preset, formula, resolve_preset
 from athanor.metrics_eval import REFLECTIVE_WORDS, reflection_rate
 from athanor.model.transformer import Decoder
-from athanor.optim import learning_rate
 from athanor.reward_models import load_preference_reward
-from athanor.rewards import make_reward
-from athanor.rewards.table import Entry, RewardTable
+from athanor.rewards import Entry, RewardScores, RewardTable, make_reward
 from athanor.rollout import ProblemStream, sample_groups
 from athanor.samples import Sample
 from athanor.seeds import derive_seed
 from athanor.stages.context import StageContext
-from athanor.stages.training import TrainingLoop, completion_logprobs, optimizer_step
+from athanor.stages.policy_update import update_policy
+from athanor.stages.training import TrainingLoop
 from athanor.weights import load_model
 
 SHOWN = ("reward", "accuracy", "mean_tokens", "reflection_rate", "logp_gap_max", "tokens_per_s")
@@ -41,44 +38,47 @@ def run(context: StageContext, config: GRPOConfig) -> dict:
     context.console.note(f"{context.name}: {formula(preset)}")
     table = reward_table(context, config)
     model = context.load(config.init)
-    reference = copy.deepcopy(model).requires_grad_(False) if preset.variant.beta else None
     loop = TrainingLoop(context, config, model)
-    if reference is not None and "reference" in loop.extra:
-        reference = load_model(context.state_dir / loop.extra["reference"], dtype=context.dtype, device=str(context.ranks.device)).requires_grad_(False)
-    stream = ProblemStream(context.tasks, config.prompts, config.prompts_per_step, config.steps, context.recipe.seed, context.name)
+    reference = _reference(context, preset, loop, config)
+    attempts = config.max_refills + 1 if preset.dynamic_sampling else 1
+    per_step = config.prompts_per_step
+    stream = ProblemStream(context.tasks, config.prompts, per_step, config.steps * attempts, context.recipe.seed, context.name)
     gap = loop.extra.setdefault("logp_gap_max", 0.0)
     for step, metrics in loop.steps(config.steps, SHOWN):
         start = time.perf_counter()
-        key = (context.recipe.seed, context.name, step)
-        groups = sample_groups(model, context.tokenizer, stream.draw(step), config.group_size, config.sampling, context.ranks, *key, max_rows=context.recipe.max_rows)
+        groups, scores, refills = _rollout(context, config, table, model, stream, step, attempts)
         rollout_s = time.perf_counter() - start
-        scores, advantages = _advantages(context, config, preset, table, groups, step)
-        metrics |= _describe(context, groups, scores, advantages)
+        advantages = _advantages(context, config, preset, groups, scores, step)
+        metrics |= _describe(context, groups, scores, advantages) | {"refills": refills}
         start = time.perf_counter()
-        metrics |= _update(context, config, preset, loop, reference, groups, advantages, step)
+        metrics |= update_policy(context, config, preset.variant, loop, reference, groups, advantages, step)
         train_s = time.perf_counter() - start
-        tokens = sum(s.num_tokens for group in groups for s in group)
+        tokens = context.ranks.sum_int(sum(s.num_tokens for group in groups for s in group))
         metrics |= {"rollout_s": rollout_s, "train_s": train_s, "tokens_per_s": tokens / (rollout_s + train_s)}
         gap = loop.extra["logp_gap_max"] = max(gap, metrics["logp_gap_max"])
-        if reference is not None and (step + 1) % config.reference_refresh_steps == 0:
+        if reference is not None and preset.reference_interval and (step + 1) % preset.reference_interval == 0:
             reference.load_state_dict(model.state_dict())
             # A state names the reference it was trained against, so the file must exist before the state does.
             loop.extra["reference"] = f"reference-{step + 1}"
             if context.ranks.is_main:
                 export_model(reference, context.tokenizer, context.state_dir / loop.extra["reference"])
-    return {
-        "metrics": {"logp_gap_max": gap, "loss_formula": formula(preset)},
-        "outputs": {"checkpoint": context.export(model)},
-    }
+    return {"metrics": {"logp_gap_max": gap, "loss_formula": formula(preset)}, "outputs": {"checkpoint": context.export(model)}}
 
 
 def check(name: str, config: GRPOConfig) -> None:
     """Refuse settings whose sampled log-probs the trainer could not reproduce."""
     s = config.sampling
     if s.temperature == 0 or s.top_k or s.top_p < 1 or s.min_p:
-        raise UserError(f"stage {name}: sampling is {s}, wanted temperature > 0 and no truncation (top_k 0, top_p 1, min_p 0): the loss uses the full softmax")
+        raise UserError(
+            f"stages.{name}.sampling: temperature {s.temperature}, top_k {s.top_k}, top_p {s.top_p}, min_p {s.min_p}; wanted temperature > 0 and no "
+            "truncation (top_k 0, top_p 1, min_p 0), because the loss uses the full softmax"
+        )
     if config.prompts_per_step % config.updates_per_rollout:
-        raise UserError(f"stage {name}: prompts_per_step is {config.prompts_per_step}, wanted a multiple of updates_per_rollout = {config.updates_per_rollout}")
+        raise UserError(
+            f"stages.{name}.prompts_per_step is {config.prompts_per_step}, wanted a multiple of updates_per_rollout = {config.updates_per_rollout}"
+        )
+    if resolve_preset(config.loss, **config.loss_overrides).variant.correction != "none":
+        raise UserError(f"stages.{name}.loss_overrides: an off-policy correction has nothing to correct, the sampler's log-probs are the old ones")
 
 
 def reward_table(context: StageContext, config: GRPOConfig) -> RewardTable:
@@ -86,8 +86,6 @@ def reward_table(context: StageContext, config: GRPOConfig) -> RewardTable:
     entries = []
     for entry in config.rewards:
         if entry.reward == "preference":
-            if not config.reward_model:
-                raise UserError(f"stage {context.name}: the preference reward needs reward_model, the stage that trains it")
             reward = load_preference_reward(context.source_dir(config.reward_model), context.tokenizer, context.ranks.device)
         else:
             reward = make_reward(entry.reward, **entry.settings)
@@ -95,90 +93,63 @@ def reward_table(context: StageContext, config: GRPOConfig) -> RewardTable:
     return RewardTable(entries)
 
 
-def _advantages(context: StageContext, config: GRPOConfig, preset: Preset, table: RewardTable, groups: list[list[Sample]], step: int):
-    """Score this rank's groups, share the rewards, and return (scores, this rank's advantages (G per group,) fp32)."""
-    flat = [sample for group in groups for sample in group]
-    scores = table.score(flat, step)
-    G, ranks = config.group_size, context.ranks
-    mine = scores.total.reshape(len(groups), G)
-    rewards = np.stack(ranks.gather(list(mine)))
-    group_ids = torch.arange(len(rewards)).repeat_interleave(G)
-    advantages = advantages_of(torch.from_numpy(rewards.reshape(-1)).float(), group_ids, preset)
+def _reference(context: StageContext, preset: Preset, loop: TrainingLoop, config: GRPOConfig) -> Decoder | None:
+    """The reference policy when the loss has a KL term: what the stage began with, or its last refresh."""
+    if preset.variant.kl == "none":
+        return None
+    if "reference" in loop.extra:
+        folder = context.state_dir / loop.extra["reference"]
+        return load_model(folder, dtype=context.dtype, device=str(context.ranks.device)).requires_grad_(False)
+    if loop.next_step:
+        return context.load(config.init).requires_grad_(False)
+    return copy.deepcopy(loop.model).requires_grad_(False)
+
+
+def _rollout(
+    context: StageContext, config: GRPOConfig, table: RewardTable, model: Decoder, stream: ProblemStream, step: int, attempts: int
+) -> tuple[list[list[Sample]], RewardScores, int]:
+    """Groups of this rank, their scores, and the refills it took: dynamic sampling replaces groups whose raw scores are all equal."""
+    seed, ranks, wanted = context.recipe.seed, context.ranks, len(context.ranks.share(list(range(config.prompts_per_step))))
+    kept: list[list[Sample]] = []
+    for attempt in range(attempts):
+        problems = stream.draw(step * attempts + attempt)
+        key = (seed, context.name, step, attempt)
+        groups = sample_groups(model, context.tokenizer, problems, config.group_size, config.sampling, ranks, *key, max_rows=context.recipe.max_rows)
+        if attempts > 1:
+            raw = torch.from_numpy(table.score([s for group in groups for s in group], step).raw)
+            contrast = groups_with_contrast(raw, torch.arange(len(groups)).repeat_interleave(config.group_size)).view(len(groups), -1)[:, 0]
+            groups = [group for group, keep in zip(groups, contrast.tolist(), strict=True) if keep]
+        kept = (kept + groups)[:wanted]
+        if ranks.sum_int(len(kept)) == config.prompts_per_step:
+            break
+    return kept, table.score([sample for group in kept for sample in group], step), attempt
+
+
+def _advantages(context: StageContext, config: GRPOConfig, preset: Preset, groups: list[list[Sample]], scores: RewardScores, step: int) -> Tensor:
+    """Advantages (S,) fp32 of this rank's samples, with statistics over all ranks' where the preset wants the batch."""
+    G = config.group_size
+    rewards = np.where(scores.applied, scores.total, np.nan)
+    mine = [(reward, s.num_tokens) for reward, s in zip(rewards.tolist(), sum(groups, []), strict=True)]
+    everyone, first = context.ranks.concatenate(mine)
+    rewards = torch.tensor([reward for reward, _ in everyone], dtype=torch.float32)
+    lengths = torch.tensor([float(n) for _, n in everyone])
+    advantages = advantages_of(rewards, torch.arange(len(everyone)) // G, preset, num_tokens=lengths)
     if config.control == "shuffle":
         order = np.random.default_rng(derive_seed(context.recipe.seed, context.name, step, "shuffle")).permutation(len(advantages))
         advantages = advantages[torch.from_numpy(order)]
     elif config.control == "flip":
         advantages = -advantages
-    return scores, torch.cat(ranks.share(list(advantages.view(len(rewards), G))))
+    return advantages[first : first + len(mine)]
 
 
-def _describe(context: StageContext, groups: list[list[Sample]], scores, advantages: Tensor) -> dict:
+def _describe(context: StageContext, groups: list[list[Sample]], scores: RewardScores, advantages: Tensor) -> dict:
     """What the rollout looked like: means over the samples of all ranks."""
-    flat = [sample for group in groups for sample in group]
+    flat = sum(groups, [])
+    words = context.recipe.reflection_words or REFLECTIVE_WORDS
     columns = {"reward": scores.total, "mean_tokens": [s.num_tokens for s in flat], "truncated_rate": [s.finish == "length" for s in flat]}
     columns |= {name: [v for v in values if v is not None] for name, values in scores.parts.items()}
-    words = context.recipe.reflection_words or REFLECTIVE_WORDS
     columns["reflection_rate"] = [reflection_rate([s.text], words) for s in flat if s.problem.domain == "reasoning"]
     columns["zero_advantage_rate"] = (advantages == 0).float().tolist()
     sums = torch.tensor([[float(np.sum(np.asarray(c, np.float64))), len(c)] for c in columns.values()], dtype=torch.float64)
     context.ranks.sum_(sums)
     return {name: float(total / count) for name, (total, count) in zip(columns, sums, strict=True) if count}
-
-
-def _update(context, config: GRPOConfig, preset: Preset, loop: TrainingLoop, reference: Decoder | None, groups, advantages: Tensor, step: int) -> dict:
-    """Split the rollout into whole-group updates; return averaged loss statistics and the on-policy log-prob gap."""
-    G, ranks, device = config.group_size, context.ranks, context.ranks.device
-    sums: dict[str, float] = {}
-    norms, gap = [], torch.zeros((), dtype=torch.float64)
-    share = config.prompts_per_step // config.updates_per_rollout
-    offset = 0
-    for update in range(config.updates_per_rollout):
-        count = sum(i % ranks.world == ranks.rank for i in range(update * share, (update + 1) * share))
-        samples = [s for group in groups[offset : offset + count] for s in group]
-        own = advantages[offset * G : (offset + count) * G]
-        offset += count
-        # Denominators count every sample; those without an advantage add nothing to the gradient (and no KL), so they need no forward.
-        num_tokens = ranks.sum_int(sum(s.num_tokens for s in samples))
-        num_sequences = ranks.sum_int(len(samples))
-        live = [i for i in range(len(samples)) if reference is not None or own[i] != 0]
-        samples, own = [samples[i] for i in live], own[live]
-        batches = pack([s.prompt_ids for s in samples], [s.token_ids for s in samples], config.micro_batch_tokens, device) if samples else []
-
-        def loss_of(batch: PackedBatch) -> Tensor:
-            nonlocal gap
-            old = torch.from_numpy(np.concatenate([samples[i].logps for i in batch.sequences])).to(device)
-            scored = completion_logprobs(loop.model, batch, config.sampling.temperature)
-            ref_logps = None
-            if reference is not None:
-                with torch.no_grad():
-                    ref_logps = completion_logprobs(reference, batch, config.sampling.temperature).logps
-            loss, stats = policy_loss(
-                scored.logps, old, own[torch.from_numpy(batch.sequences)].to(device), batch.loss_cu_seqlens, ref_logps=ref_logps,
-                variant=preset.variant, num_tokens=num_tokens, num_sequences=num_sequences,
-            )
-            if update == 0:
-                gap = torch.maximum(gap, (scored.logps.detach() - old).abs().max().double().cpu())
-            stats = {**stats, "entropy_sum": scored.entropy.sum()}
-            for name, value in stats.items():
-                sums[name] = max(sums.get(name, 0.0), float(value)) if name.endswith("_max") else sums.get(name, 0.0) + float(value)
-            return loss
-
-        loss, norm = optimizer_step(loop.optimizer, batches, loss_of, learning_rate(config.optimizer, step, config.steps))
-        norms.append(norm)
-    ranks.max_(gap)
-    if not float(gap) <= config.max_logp_gap:  # NaN must not pass
-        raise UserError(f"stage {context.name}, step {step}: sampled log-probs differ from the trainer's by {float(gap):.2e}, more than max_logp_gap = {config.max_logp_gap}")
-    names = sorted(sums)
-    totals = torch.tensor([sums[name] for name in names], dtype=torch.float64)
-    ranks.sum_(totals)
-    values = dict(zip(names, totals.tolist(), strict=True))
-    tokens = max(values.get("num_tokens", 0.0), 1.0)
-    return {
-        "logp_gap_max": float(gap),
-        "grad_norm": float(np.mean(norms)),
-        "entropy": values.get("entropy_sum", 0.0) / tokens,
-        "clip_fraction": (values.get("clip_low", 0.0) + values.get("clip_high", 0.0)) / tokens,
-        "kl_old": values.get("old_kl_sum", 0.0) / tokens,
-        "kl_ref": values.get("ref_kl_sum", 0.0) / tokens,
-        "ratio_mean": values.get("ratio_sum", 0.0) / tokens,
-    }

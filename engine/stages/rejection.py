@@ -23,12 +23,12 @@ from athanor.stages.context import StageContext
 def run(context: StageContext, config: RejectionConfig) -> dict:
     """Collect the set and write it; the metrics say what was kept and why the rest was not."""
     rows, reasons = [], Counter()
-    with context.console.stage(context.name, 0) as progress:
+    with context.console.stage(context.name, config.num_prompts * config.samples_per_prompt if config.source else 0) as progress:
         if config.source:
             rows, reasons = _sampled(context, config, progress)
         kept = len(rows)
         rows += _written(context, config)
-        progress.step(len(rows), {"kept": kept, "written": len(rows) - kept})
+        progress.step(progress.done, {"kept": kept, "written": len(rows) - kept})
     order = np.random.default_rng(derive_seed(context.recipe.seed, context.name, "order")).permutation(len(rows))
     if context.ranks.is_main:
         context.data_path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,8 @@ def run(context: StageContext, config: RejectionConfig) -> dict:
     context.ranks.barrier()
     sampled = sum(reasons.values())
     metrics = {"sampled": sampled, "kept": kept, "written": len(rows) - kept, "acceptance": kept / sampled if sampled else 0.0}
-    return {"metrics": metrics | {f"dropped_{name}": count for name, count in reasons.items() if name != "kept"}, "outputs": {"data": context.data_path}}
+    metrics |= {f"dropped_{name}": count for name, count in reasons.items() if name != "kept"}
+    return {"metrics": metrics, "outputs": {"data": context.data_path}}
 
 
 def _sampled(context: StageContext, config: RejectionConfig, progress) -> tuple[list[dict], Counter]:
@@ -44,8 +45,8 @@ def _sampled(context: StageContext, config: RejectionConfig, progress) -> tuple[
     problems = ProblemStream(context.tasks, config.prompts, config.num_prompts, 1, seed, context.name).draw(0)
     groups = sample_groups(
         context.load(config.source), context.tokenizer, problems, config.samples_per_prompt, config.sampling, context.ranks, seed, context.name,
-        max_rows=context.recipe.max_rows, progress=lambda done, total: progress.step(done, {"sampled": done, "of": total}),
-    )
+        max_rows=context.recipe.max_rows, progress=lambda done, total: progress.step(done * context.ranks.world),
+    )  # fmt: skip
     groups = context.ranks.gather(groups)
     reasons, rows, seen = Counter(), [], set()
     for group in groups:
@@ -80,7 +81,8 @@ def _verdict(sample: Sample, config: RejectionConfig) -> str:
         return "truncated"
     if not response.well_formed:
         return "format"
-    if _ACCURACY([sample], [sample.problem])[0] == 0:
+    correct = _ACCURACY([sample], [sample.problem])[0]
+    if correct is not None and correct < 1:
         return "incorrect"
     if language_consistency(sample.text, sample.problem.language, prompt=sample.problem.prompt) < config.min_language_consistency:
         return "language"

@@ -33,7 +33,7 @@ def run(context: StageContext, config: RewardModelConfig) -> dict:
         loss.backward()
         lr = learning_rate(config.optimizer, step, config.steps)
         norm = loop.optimizer.step(lr)
-        totals = torch.tensor([float(loss), float((margin > 0).sum()) / size], dtype=torch.float64)
+        totals = torch.tensor([float(loss.detach()), float((margin > 0).sum()) / size], dtype=torch.float64)
         context.ranks.sum_(totals)
         metrics |= {"loss": float(totals[0]), "pair_accuracy": float(totals[1]), "grad_norm": norm, "lr": lr}
     model.eval()
@@ -60,9 +60,9 @@ def _pairs(context: StageContext, config: RewardModelConfig) -> list[tuple[np.nd
     problems = stream.draw(0)
     half = len(problems) // 2
     policy = context.load(config.init)
-    groups = context.ranks.gather(
-        sample_groups(policy, tokenizer, problems[:half], 2, SamplingConfig(max_tokens=32), context.ranks, seed, context.name, max_rows=context.recipe.max_rows)
-    )
+    sampling, max_rows = SamplingConfig(max_tokens=32), context.recipe.max_rows
+    groups = sample_groups(policy, tokenizer, problems[:half], 2, sampling, context.ranks, seed, context.name, max_rows=max_rows)
+    groups = context.ranks.gather(groups)
     texts = [(group[0].text, group[1].text) for group in groups]
     for i, problem in enumerate(problems[half:]):
         texts.append(tuple(f"<answer> {task.reply(random.Random(derive_seed(seed, context.name, i, j)), problem)} </answer>" for j in range(2)))

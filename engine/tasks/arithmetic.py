@@ -25,7 +25,7 @@ SPLITS = {0: "test", 1: "validation"}  # of 16 hash classes; the other 14 are tr
 
 @dataclass(frozen=True, kw_only=True)
 class ArithmeticTask:
-    """Chains of `min_terms`..`max_terms` distinct digits 1-9 whose running totals stay in 0-9.  Every draw is a pure function of (seed, stream, index)."""
+    """Chains of `min_terms`..`max_terms` distinct digits 1-9 with running totals in 0-9; every draw is a pure function of (seed, stream, index)."""
 
     name: str = "chain"
     seed: int = 0
@@ -140,7 +140,9 @@ class ArithmeticTask:
         third, answer = self._trace(rng, terms, words, careful_slip)
         return [*lines, words("wait"), *third], answer
 
-    def _document(self, rng: random.Random, terms: list[str], lines: list[str], answer: str, *, well_formed: float, no_answer: float) -> tuple[str, str]:
+    def _document(
+        self, rng: random.Random, terms: list[str], lines: list[str], answer: str, *, well_formed: float, no_answer: float
+    ) -> tuple[str, str]:
         prompt, thought, draw = f"User: {' '.join(terms)} ? Assistant:", " ".join(lines), rng.random()
         if draw < well_formed:
             return prompt, f"<think> {thought} </think> <answer> {answer} </answer>"

@@ -1,0 +1,104 @@
+"""The optimizer steps of one rollout: whole groups, packed micro-batches, denominators counted over the optimizer step and all ranks.
+
+Samples whose advantage is zero add nothing to the gradient when the loss has no KL term, so they get no forward at all; they stay in the
+denominators.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from athanor.batch import PackedBatch, pack
+from athanor.config import GRPOConfig
+from athanor.errors import UserError
+from athanor.kernels import LossVariant, policy_loss
+from athanor.model.transformer import Decoder
+from athanor.optim import learning_rate
+from athanor.samples import Sample
+from athanor.stages.context import StageContext
+from athanor.stages.training import TrainingLoop, completion_logprobs, optimizer_step
+
+SUMS = ("num_tokens", "ratio_sum", "clip_low", "clip_high", "old_kl_sum", "ref_kl_sum", "entropy_sum")
+
+
+def update_policy(
+    context: StageContext,
+    config: GRPOConfig,
+    variant: LossVariant,
+    loop: TrainingLoop,
+    reference: Decoder | None,
+    groups: list[list[Sample]],
+    advantages: Tensor,
+    step: int,
+) -> dict:
+    """Take `updates_per_rollout` optimizer steps on this rank's groups; return means over the trained tokens and the on-policy log-prob gap.
+
+    advantages: (S,) fp32, one per sample in the order of `groups`.  Raises UserError when the gap is above config.max_logp_gap.
+    """
+    G, ranks = config.group_size, context.ranks
+    sums = torch.zeros(len(SUMS), dtype=torch.float64)
+    norms, gap, ratio_max = [], torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    bounds = np.linspace(0, len(groups), config.updates_per_rollout + 1).round().astype(int)
+    for update, (first, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        samples = sum(groups[first:end], [])
+        part = _Part(context, config, variant, loop.model, reference, samples, advantages[first * G : end * G])
+        _, norm = optimizer_step(loop.optimizer, part.batches, part.loss, learning_rate(config.optimizer, step, config.steps))
+        norms.append(norm)
+        sums += part.sums
+        ratio_max = torch.maximum(ratio_max, part.ratio_max)
+        if update == 0:
+            gap = part.gap
+    ranks.sum_(sums)
+    ranks.max_(gap)
+    ranks.max_(ratio_max)
+    if not float(gap) <= config.max_logp_gap:  # NaN must not pass
+        raise UserError(
+            f"stage {context.name}, step {step + 1}: sampled log-probs differ from the trainer's by {float(gap):.2e}, "
+            f"more than max_logp_gap = {config.max_logp_gap}"
+        )
+    values = dict(zip(SUMS, sums.tolist(), strict=True))
+    tokens = max(values["num_tokens"], 1.0)
+    return {
+        "logp_gap_max": float(gap),
+        "grad_norm": float(np.mean(norms)),
+        "entropy": values["entropy_sum"] / tokens,
+        "clip_fraction": (values["clip_low"] + values["clip_high"]) / tokens,
+        "kl_old": values["old_kl_sum"] / tokens,
+        "kl_ref": values["ref_kl_sum"] / tokens,
+        "ratio_mean": values["ratio_sum"] / tokens,
+        "ratio_max": float(ratio_max),
+    }
+
+
+class _Part:
+    """The samples of one optimizer step on this rank, and the loss of each of their micro-batches."""
+
+    def __init__(self, context, config: GRPOConfig, variant: LossVariant, model: Decoder, reference, samples: list[Sample], advantages: Tensor):
+        self.variant, self.model, self.reference, self.temperature = variant, model, reference, config.sampling.temperature
+        self.num_tokens = context.ranks.sum_int(sum(s.num_tokens for s in samples))
+        self.num_sequences = context.ranks.sum_int(len(samples))
+        live = [i for i in range(len(samples)) if reference is not None or advantages[i] != 0]
+        self.samples, self.advantages = [samples[i] for i in live], advantages[live].to(context.ranks.device)
+        prompts, completions = [s.prompt_ids for s in self.samples], [s.token_ids for s in self.samples]
+        self.batches = pack(prompts, completions, config.micro_batch_tokens, context.ranks.device) if live else []
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
+        self.gap, self.ratio_max = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+
+    def loss(self, batch: PackedBatch) -> Tensor:
+        """Loss of one micro-batch, already divided by the denominators of the whole optimizer step."""
+        device = batch.input_ids.device
+        old = torch.from_numpy(np.concatenate([self.samples[i].logps for i in batch.sequences])).to(device)
+        scored = completion_logprobs(self.model, batch, self.temperature)
+        ref_logps = None
+        if self.reference is not None:
+            with torch.no_grad():
+                ref_logps = completion_logprobs(self.reference, batch, self.temperature).logps
+        loss, stats = policy_loss(
+            scored.logps, old, self.advantages[torch.from_numpy(batch.sequences).to(device)], batch.loss_cu_seqlens, ref_logps=ref_logps,
+            variant=self.variant, num_tokens=self.num_tokens, num_sequences=self.num_sequences,
+        )  # fmt: skip
+        stats = {**stats, "entropy_sum": scored.entropy.sum()}
+        self.sums += torch.tensor([float(stats[name]) for name in SUMS], dtype=torch.float64)
+        self.ratio_max = torch.maximum(self.ratio_max, stats["ratio_max"].double().cpu())
+        self.gap = torch.maximum(self.gap, (scored.logps.detach() - old).abs().max().double().cpu())
+        return loss

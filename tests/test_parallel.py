@@ -1,0 +1,44 @@
+"""Two gloo ranks against one process: the same documents, prompts and samples, and so the same weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+RECIPE = Path(__file__).with_name("micro_recipe.toml")
+
+
+def train(folder, world):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "0", "--standalone"]
+    # AdamW with a large eps: Muon works in bf16 and Adam divides by |g|, both of which blow up the last bits of a sum over ranks.
+    changes = ["--until", "zero", "--stages.zero.steps", "2", "--stages.base.steps", "20", "--stages.base.optimizer.name", "adamw",
+               "--stages.base.optimizer.eps", "1e-3", "--device", "cpu", "--run_root", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*launcher, str(ROOT / "engine" / "train.py"), str(RECIPE), *changes], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [json.loads(line) for line in (folder / "micro" / "metrics.jsonl").read_text().splitlines()]
+    return json.loads(result.stdout.splitlines()[-1]), rows, load_file(folder / "micro" / "checkpoints" / "base" / "model.safetensors")
+
+
+@pytest.mark.multiproc
+def test_two_ranks_train_as_one(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    summary, alone, weights = train(tmp_path / "one", 1)
+    summary2, together, weights2 = train(tmp_path / "two", 2)
+    assert [(row["stage"], row["step"]) for row in alone] == [(row["stage"], row["step"]) for row in together]
+    for a, b in zip(alone, together, strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3), (a, b)
+        for name in ("loss", "reward", "mean_tokens", "entropy", "zero_advantage_rate"):
+            assert a.get(name) == (None if name not in a else pytest.approx(b[name], rel=1e-4)), (name, a, b)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(weights2[name], tensor, rtol=1e-3, atol=1e-4)
+    assert list(summary["stages"]) == list(summary2["stages"]) == ["base", "zero"]
