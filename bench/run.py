@@ -1,9 +1,12 @@
-"""Measure every kernel beside what a user would otherwise run: `python bench/run.py [--check] [--op NAME] [--json FILE] [--device cpu|cuda] [--list]`.
+"""Measure every kernel beside what a user would otherwise run.
 
-No timing without a correct result: each backend's outputs and gradients must err no more than twice plain PyTorch's own error against fp64, plus a few ulp,
-or the case is reported as WRONG, not timed, and the exit code is 1.  Times are medians of at least 20 repetitions with p20 and p80; on CUDA the L2 is cleared
-before each and the launches are queued ahead, so that a short kernel is not charged for Python.  The ceiling is measured in the same run: copy bandwidth for
-memory-bound cases, a large matmul for the others.  On a CPU shared with other work only ratios within one run mean anything.
+    python bench/run.py [--check] [--op NAME] [--json FILE] [--device cpu|cuda] [--list]
+
+No timing without a correct result: each backend's outputs and gradients must err no more than twice plain PyTorch's own error against fp64, plus a
+few ulp, or the case is reported as WRONG, not timed, and the exit code is 1.  Times are medians of at least 20 repetitions with p20 and p80; on CUDA
+the L2 is cleared before each and the launches are queued ahead, so that a short kernel is not charged for Python.  The ceiling is measured in the
+same run: copy bandwidth for memory-bound cases, a large matmul for the others.  On a CPU shared with other work only ratios within one run mean
+anything.
 """
 
 import argparse
@@ -140,8 +143,8 @@ def timing(case, times: list[float], eager_us: float, ceiling: dict) -> dict:
     median = quantile(times, 0.5)
     gb_s, tflop_s = case.bytes / median * 1e-3, case.flops / median * 1e-6
     limit = max(gb_s / ceiling["copy_gb_s"], tflop_s / ceiling["matmul_tflop_s"])
-    return {"median_us": median, "p20_us": quantile(times, 0.2), "p80_us": quantile(times, 0.8), "repeats": len(times), "gb_s": gb_s, "tflop_s": tflop_s,
-            "percent_of_ceiling": 100 * limit, "times_eager": eager_us / median} | ceiling  # fmt: skip
+    return {"median_us": median, "p20_us": quantile(times, 0.2), "p80_us": quantile(times, 0.8), "repeats": len(times), "gb_s": gb_s,
+            "tflop_s": tflop_s, "percent_of_ceiling": 100 * limit, "times_eager": eager_us / median} | ceiling  # fmt: skip
 
 
 def show(row: dict) -> str:
@@ -154,8 +157,8 @@ def show(row: dict) -> str:
     if "median_us" not in row:
         return f"{start}correct"
     rate = f"{row['gb_s']:.1f} GB/s" if row["gb_s"] else f"{row['tflop_s']:.3f} TFLOP/s"
-    return (f"{start}{row['median_us']:10.1f} us  [{row['p20_us']:.1f}, {row['p80_us']:.1f}]  {rate:>16}  {row['percent_of_ceiling']:5.1f} % of ceiling"
-            f"  {row['times_eager']:.2f}x eager")  # fmt: skip
+    return (f"{start}{row['median_us']:10.1f} us  [{row['p20_us']:.1f}, {row['p80_us']:.1f}]  {rate:>16}"
+            f"  {row['percent_of_ceiling']:5.1f} % of ceiling  {row['times_eager']:.2f}x eager")  # fmt: skip
 
 
 def main() -> int:

@@ -16,8 +16,8 @@ WHITEN_EPS = 1e-8
 def advantages_of(rewards: Tensor, group_ids: Tensor, preset: Preset, *, num_tokens: Tensor | None = None) -> Tensor:
     """Compute one advantage per sequence, over a whole batch of whole groups.
 
-    rewards: (S,), NaN = no verdict: excluded, advantage 0.  group_ids: (S,) int64.  num_tokens: (S,) completion tokens that bear loss, the
-    weights where the preset whitens; None = every sequence counts once.  Returns (S,) fp32 (fp64 for fp64 rewards).  Raises ValueError on a shape mismatch.
+    rewards: (S,), NaN = no verdict: excluded, advantage 0.  group_ids: (S,) int64.  num_tokens: (S,) completion tokens that bear loss, the weights
+    where the preset whitens; None = every sequence counts once.  Returns (S,) fp32 (fp64 for fp64 rewards).  Raises ValueError on a shape mismatch.
     """
     advantages = group_advantage(rewards, group_ids, scale=preset.scale, baseline=preset.baseline, eps=preset.eps)
     if not preset.whiten:

@@ -22,7 +22,10 @@ _context: ContextVar[str | None] = ContextVar("athanor_backend", default=None)
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Make `name` the backend of every kernel call inside the block; "auto" = choose per call, None = say nothing.  Raises ValueError on an unknown name."""
+    """Make `name` the backend of every kernel call inside the block; "auto" = choose per call, None = say nothing.
+
+    Raises ValueError on an unknown name.
+    """
     token = _context.set(_known(name, "use_backend"))
     try:
         yield

@@ -99,7 +99,8 @@ def policy_loss(logps: Tensor, old_logps: Tensor | None, advantages: Tensor, cu_
     logps, old_logps, ref_logps, rollout_logps: (N,) over completion tokens; only logps is differentiated.  old_logps None = logps, detached.
     advantages: (S,), constant within a sequence.  cu_seqlens: (S+1,) over the N tokens.  mask: (N,) bool, False = as if the token were not there
     (its log-probs may be anything, NaN included).  num_tokens, num_sequences: denominators of the whole optimizer step; None = the unmasked
-    tokens and the sequences with any, of this call.  Returns the loss, 0-d, and detached fp32 sums to be added over micro-batches and ranks (ratio_max: maximum):
+    tokens and the sequences with any, of this call.  Returns the loss, 0-d, and detached fp32 sums to be added over
+    micro-batches and ranks (ratio_max: maximum):
     num_tokens, num_sequences, ratio_sum, ratio_max, clip_low and clip_high (tokens whose gradient that bound cut), old_kl_sum (k3 of new from old),
     ref_kl_sum (k3; 0 without ref_logps), rollout_kl_sum (k3 of old from rollout; 0 without rollout_logps), weight_sum, weight_sq_sum (correction).
     Raises ValueError on a shape mismatch or when `variant` needs a tensor that is not given.
@@ -116,7 +117,10 @@ def check_loss_tensors(where, logps, old_logps, ref_logps, rollout_logps, mask, 
     check(logps.ndim == 1, f"{where}: logps is {tuple(logps.shape)}; wanted (N,)")
     named = {"old_logps": old_logps, "ref_logps": ref_logps, "rollout_logps": rollout_logps, "mask": mask}
     for name, value in named.items():
-        check(value is None or value.shape == logps.shape, f"{where}: {name} is {None if value is None else tuple(value.shape)}; wanted {tuple(logps.shape)}")
+        check(
+            value is None or value.shape == logps.shape,
+            f"{where}: {name} is {None if value is None else tuple(value.shape)}; wanted {tuple(logps.shape)}",
+        )
     check(mask is None or mask.dtype == torch.bool, f"{where}: mask is {None if mask is None else mask.dtype}; wanted bool")
     check(cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 1, f"{where}: cu_seqlens is {tuple(cu_seqlens.shape)}; wanted (S+1,)")
     check(variant.kl == "none" or ref_logps is not None, f"{where}: kl {variant.kl!r} needs ref_logps")

@@ -1,8 +1,8 @@
 """The policy losses in Triton: loss, statistics and d loss / d logp in one pass over the tokens; the equations are those of policy_loss.py.
 
 Three launches.  `sequence_fwd_kernel`: one program per sequence sums what a token needs to know of its sequence (unmasked tokens, mean log-ratio,
-log of the sequence's correction weight, sum of the token weights).  `policy_loss_fwd_kernel`: blocks of packed tokens write the coefficient d loss / d logp
-and one row of partial sums per block; a token finds its sequence by binary search in cu_seqlens.  `finish_kernel`: one program adds
+log of the sequence's correction weight, sum of the token weights).  `policy_loss_fwd_kernel`: blocks of packed tokens write the coefficient
+d loss / d logp and one row of partial sums per block; a token finds its sequence by binary search in cu_seqlens.  `finish_kernel`: one program adds
 the rows in index order.  No atomics, so equal inputs give equal bits.  The backward is one multiplication of the stored coefficients.
 
 Surrogate, KL and correction are small functions handed to the kernel as compile-time values; bounds, beta and lengths are run-time numbers,
@@ -23,7 +23,9 @@ SUMS = ("loss", "num_tokens", "ratio_sum", "clip_low", "clip_high", "old_kl_sum"
 
 def policy_loss_triton(logps, old_logps, advantages, cu_seqlens, ref_logps, rollout_logps, mask, variant, num_tokens, num_sequences):
     detached = [None if x is None else x.detach().contiguous() for x in (old_logps, ref_logps, rollout_logps, mask)]
-    loss, sums, count = PolicyLossFunction.apply(logps, advantages.contiguous(), cu_seqlens.contiguous(), *detached, variant, num_tokens, num_sequences)
+    loss, sums, count = PolicyLossFunction.apply(
+        logps, advantages.contiguous(), cu_seqlens.contiguous(), *detached, variant, num_tokens, num_sequences
+    )
     stats = dict(zip(SUMS[1:], sums[1:].unbind(), strict=False)) | {"ratio_max": sums[COLUMNS - 1], "num_sequences": (count > 0).sum().float()}
     return loss, stats
 
@@ -285,7 +287,11 @@ KLS = {"none": _kl_none, "k1": _kl_k1, "k2": _kl_k2, "k3": _kl_k3}
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    token = dict.fromkeys(("logps_ptr", "old_ptr", "ref_ptr", "rollout_ptr"), "*fp32") | {"keep_ptr": "*u8", "cu_ptr": "*i32", "sequence_ptr": "*fp32"}
+    token = dict.fromkeys(("logps_ptr", "old_ptr", "ref_ptr", "rollout_ptr"), "*fp32") | {
+        "keep_ptr": "*u8",
+        "cu_ptr": "*i32",
+        "sequence_ptr": "*fp32",
+    }
     numbers = dict.fromkeys(("lo", "hi", "cap", "tau_positive", "tau_negative", "beta", "weight_low", "weight_high"), "fp32")
     outputs = dict.fromkeys(("advantages_ptr", "per_token_ptr", "dlogps_ptr", "partials_ptr"), "*fp32") | dict.fromkeys(("N", "S", "steps"), "i32")
     full = dict(HAS_MASK=True, HAS_ROLLOUT=True, BLOCK=BLOCK)
@@ -293,9 +299,22 @@ def ahead_of_time() -> list[AheadOfTime]:
                 ("cispo", "k2", _weight_masked, True, "token"), ("sapo", "none", _weight_none, False, "sequence_token"),
                 ("reinforce", "k3", _weight_truncated, False, "token")]  # fmt: skip
     cases = [
-        AheadOfTime(f"policy_loss {surrogate} {kl} {ratio}", policy_loss_fwd_kernel, token | numbers | outputs,
-                    full | dict(SURROGATE=SURROGATES[surrogate], KL=KLS[kl], WEIGHT=weight, SEQUENCE_WEIGHT=by_sequence, HAS_REF=True, RATIO=ratio,
-                                SEQUENCE_MEAN=True, COLUMNS=COLUMNS))  # fmt: skip
+        AheadOfTime(
+            f"policy_loss {surrogate} {kl} {ratio}",
+            policy_loss_fwd_kernel,
+            token | numbers | outputs,
+            full
+            | dict(
+                SURROGATE=SURROGATES[surrogate],
+                KL=KLS[kl],
+                WEIGHT=weight,
+                SEQUENCE_WEIGHT=by_sequence,
+                HAS_REF=True,
+                RATIO=ratio,
+                SEQUENCE_MEAN=True,
+                COLUMNS=COLUMNS,
+            ),
+        )  # fmt: skip
         for surrogate, kl, weight, by_sequence, ratio in settings
     ]
     for weight, by_sequence in ((_weight_truncated, False), (_weight_masked, True)):

@@ -37,6 +37,8 @@ def sample(logits: Tensor, *, temperature: float | Tensor = 1.0, top_k: int = 0,
               f"sample: {name} is {tuple(value.shape)} {value.dtype}; wanted ({logits.shape[0]},) int64")  # fmt: skip
     if isinstance(temperature, Tensor):
         check(temperature.shape == logits.shape[:1], f"sample: temperature is {tuple(temperature.shape)}; wanted a number or ({logits.shape[0]},)")
+        # on a GPU the values are not looked at, so that no call waits for the device
+        check(temperature.is_cuda or bool((temperature >= 0).all()), "sample: temperature holds a value below 0 or NaN; wanted >= 0")
     else:
         check(temperature >= 0 and math.isfinite(temperature), f"sample: temperature is {temperature}; wanted >= 0")
     check(top_k >= 0, f"sample: top_k is {top_k}; wanted >= 0")

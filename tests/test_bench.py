@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def bench(*arguments, **options):
-    return subprocess.run([sys.executable, "bench/run.py", "--device", "cpu", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(
+        [sys.executable, "bench/run.py", "--device", "cpu", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, **options
+    )
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """rmsnorm, rope, swiglu, attention: forward and backward.  On CPU the default recipe's sizes, on a GPU those of an 8B model."""
 
 import torch
+from case import Case, differentiated
 from torch.nn import functional as F
 
 from athanor import kernels as K
-from case import Case, differentiated
 
 
 def cases(device: str) -> list[Case]:

@@ -1,9 +1,9 @@
 """linear_logprob and logprob, forward and backward."""
 
 import torch
+from case import Case, differentiated
 
 from athanor import kernels as K
-from case import Case, differentiated
 
 
 def cases(device: str) -> list[Case]:
@@ -29,7 +29,8 @@ def cases(device: str) -> list[Case]:
              lambda x, w, targets, backend: differentiated(lambda x, w: tuple(K.linear_logprob(x, w, targets, backend=backend)), x, w),
              lambda x, w, targets: differentiated(lambda x, w: eager_linear(x, w, targets), x, w),
              "3 GEMMs of T D V", flops=6 * T * D * V, slack=8),
-        Case("logprob", {"T": T, "V": V}, dtype, lambda g: {"z": 3 * torch.randn(T, V, generator=g, dtype=torch.float64), "targets": make(g)["targets"]},
+        Case("logprob", {"T": T, "V": V}, dtype,
+             lambda g: {"z": 3 * torch.randn(T, V, generator=g, dtype=torch.float64), "targets": make(g)["targets"]},
              lambda z, targets, backend: differentiated(lambda z: tuple(K.logprob(z, targets, backend=backend)), z),
              lambda z, targets: differentiated(lambda z: eager_logps(z, targets), z),
              "forward reads the logits, backward reads and writes them", bytes=3 * T * V * b, slack=4),

@@ -1,9 +1,9 @@
 """group_advantage, policy_loss, grpo_loss: from log-probs and rewards to loss and coefficients."""
 
 import torch
+from case import Case, differentiated
 
 from athanor import kernels as K
-from case import Case, differentiated
 
 VARIANT = K.LossVariant(clip_low=0.2, clip_high=0.28, kl="k3", beta=0.001)
 
@@ -40,7 +40,8 @@ def cases(device: str) -> list[Case]:
              lambda logps, old, ref, rewards, ids, cu: differentiated(lambda x: eager_loss(x, old, ref, eager_advantage(rewards)), logps),
              work, bytes=6 * N * 4, slack=8),
         Case("policy_loss", sizes, torch.float32, make, policy,
-             lambda logps, old, ref, rewards, ids, cu: differentiated(lambda x: eager_loss(x, old, ref, rewards - 0.5), logps), work, bytes=6 * N * 4, slack=8),
+             lambda logps, old, ref, rewards, ids, cu: differentiated(lambda x: eager_loss(x, old, ref, rewards - 0.5), logps),
+             work, bytes=6 * N * 4, slack=8),
         Case("group_advantage", {"S": S, "G": G}, torch.float32, lambda g: {k: v for k, v in make(g).items() if k in ("rewards", "ids")},
              lambda rewards, ids, backend: (K.group_advantage(rewards, ids, backend=backend),), lambda rewards, ids: (eager_advantage(rewards),),
              "reads rewards and ids, writes advantages", bytes=16 * S, slack=4),

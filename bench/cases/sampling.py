@@ -1,13 +1,13 @@
 """sample: one decode step over a batch.  The rival is what generate loops write: softmax, filter by sort, torch.multinomial.
 
-The draws of two random number generators cannot be compared, so the gate compares the log-prob of the drawn token with the eager one of the same token,
-and the entropy.  tests/kernels/test_sample.py holds the draws themselves against brute force.
+The draws of two random number generators cannot be compared, so the gate compares the log-prob of the drawn token with the
+eager one of the same token, and the entropy.  tests/kernels/test_sample.py holds the draws themselves against brute force.
 """
 
 import torch
+from case import Case
 
 from athanor import kernels as K
-from case import Case
 
 
 def cases(device: str) -> list[Case]:

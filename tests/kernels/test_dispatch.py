@@ -74,6 +74,7 @@ def test_every_operation_has_a_reference():
 def test_importing_kernels_imports_no_triton_and_names_are_functions():
     code = (
         "import sys, athanor.kernels as K; assert not any(m.split('.')[0] in ('triton', 'cupy', 'flash_attn') for m in sys.modules);"
-        "from athanor.kernels.policy_loss import k3; from athanor.kernels import policy_loss, sample; assert callable(policy_loss) and callable(sample)"
+        "from athanor.kernels.policy_loss import k3; from athanor.kernels import policy_loss, sample;"
+        "assert callable(policy_loss) and callable(sample)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

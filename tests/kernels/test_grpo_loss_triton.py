@@ -56,8 +56,11 @@ def run(args, tensors, dtype, device, backend, **options):
 
 
 # the long batch for every variant; the small and empty ones, where the interpreter spends as much, for one variant of each ratio
-@pytest.mark.parametrize("v, lengths", [(v, n) for i, v in enumerate(VARIANTS) for n in (LENGTHS if i in (1, 7, 10) else LENGTHS[3:])],
-                         ids=lambda x: f"{x.ratio}-{x.surrogate}-{x.aggregation}-{x.kl}-{x.correction}" if isinstance(x, LossVariant) else str(sum(x)))
+@pytest.mark.parametrize(
+    "v, lengths",
+    [(v, n) for i, v in enumerate(VARIANTS) for n in (LENGTHS if i in (1, 7, 10) else LENGTHS[3:])],
+    ids=lambda x: f"{x.ratio}-{x.surrogate}-{x.aggregation}-{x.kl}-{x.correction}" if isinstance(x, LossVariant) else str(sum(x)),
+)
 def test_errs_no_more_than_the_reference(v, lengths, triton_device, within_rule):
     *args, tensors = batch(lengths)
     loss, grad, stats = run(args, tensors, torch.float32, triton_device, "triton", variant=v)
@@ -123,7 +126,11 @@ def test_loss_scales_with_its_upstream_gradient_and_repeats_bit_for_bit(triton_d
 
 def test_global_denominators_as_numbers_or_device_tensors(triton_device):
     *args, tensors = batch(LENGTHS[2])
-    for v, name in ((variant(), "num_tokens"), (variant(aggregation="sequence_mean"), "num_sequences"), (variant(aggregation="constant"), "num_sequences")):
+    for v, name in (
+        (variant(), "num_tokens"),
+        (variant(aggregation="sequence_mean"), "num_sequences"),
+        (variant(aggregation="constant"), "num_sequences"),
+    ):
         as_number = run(args, tensors, torch.float32, triton_device, "triton", variant=v, **{name: 777})
         as_tensor = run(args, tensors, torch.float32, triton_device, "triton", variant=v, **{name: torch.tensor(777, device=triton_device)})
         want = run(args, tensors, torch.float64, "cpu", "reference", variant=v, **{name: 777})

@@ -140,7 +140,8 @@ def test_no_rows():
 
 @pytest.mark.parametrize("options, message", [
     ({"temperature": -1.0}, "temperature is -1.0; wanted >= 0"), ({"top_p": 0.0}, r"top_p is 0.0; wanted in \(0, 1\]"),
-    ({"top_k": -1}, "top_k is -1"), ({"min_p": 1.5}, "min_p is 1.5"), ({"temperature": torch.ones(3)}, r"temperature is \(3,\)"),
+    ({"top_k": -1}, "top_k is -1"), ({"min_p": 1.5}, "min_p is 1.5"), ({"temperature": torch.tensor([1.0, -1.0])}, "temperature holds a value below 0"),
+    ({"temperature": torch.ones(3)}, r"temperature is \(3,\)"),
 ])  # fmt: skip
 def test_parameters_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=f"sample: {message}"):
