@@ -133,6 +133,14 @@ def test_forbidden_tokens_are_never_drawn_and_nan_rows_are_flagged():
         assert torch.isnan(out.logps).tolist() == [False, True, True] and ((out.tokens >= 0) & (out.tokens < 10)).all()
 
 
+def test_a_uniform_of_zero_or_almost_one_lands_on_an_allowed_token(monkeypatch):
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]])
+    scope = sample.__globals__["op"].backends["reference"].run.__globals__
+    for u, token in ((0.0, 1), (1 - 2.0**-53, 2)):
+        monkeypatch.setitem(scope, "philox_uniform", lambda seeds, positions, u=u: torch.tensor([u], dtype=torch.float64))
+        assert draw(logits).tokens == token
+
+
 def test_no_rows():
     out = draw(torch.empty(0, 5), top_p=0.5)
     assert all(x.shape == (0,) for x in out) and out.tokens.dtype == torch.int64
@@ -140,7 +148,8 @@ def test_no_rows():
 
 @pytest.mark.parametrize("options, message", [
     ({"temperature": -1.0}, "temperature is -1.0; wanted >= 0"), ({"top_p": 0.0}, r"top_p is 0.0; wanted in \(0, 1\]"),
-    ({"top_k": -1}, "top_k is -1"), ({"min_p": 1.5}, "min_p is 1.5"), ({"temperature": torch.tensor([1.0, -1.0])}, "temperature holds a value below 0"),
+    ({"top_k": -1}, "top_k is -1"), ({"min_p": 1.5}, "min_p is 1.5"),
+    ({"temperature": torch.tensor([1.0, -1.0])}, "temperature holds a value below 0"),
     ({"temperature": torch.ones(3)}, r"temperature is \(3,\)"),
 ])  # fmt: skip
 def test_parameters_out_of_range_are_refused(options, message):
