@@ -86,7 +86,7 @@ def test_written_examples_are_correct_well_formed_and_in_one_language():
         assert accuracy([sample], [problem]) == form([sample], [problem]) == language([sample], [problem]) == [1.0]
         assert " check " in text
         waits += " wait " in text
-    assert 0.2 < waits / 300 < 0.8  # the first pass slips now and then, and only then the verdict is wait
+    assert 0.1 < waits / 300 < 0.5  # the first pass slips now and then, and only then the verdict is wait
 
 
 def test_the_competence_prompt_gives_one_right_step():

@@ -11,6 +11,7 @@ import numpy as np
 
 from athanor.atomic import write_file
 from athanor.config import RejectionConfig
+from athanor.errors import UserError
 from athanor.rewards import make_reward, parse_response
 from athanor.rewards.language import language_consistency
 from athanor.rewards.repetition import repetition_ratio
@@ -29,6 +30,8 @@ def run(context: StageContext, config: RejectionConfig) -> dict:
         kept = len(rows)
         rows += _written(context, config)
         progress.step(progress.done, {"kept": kept, "written": len(rows) - kept})
+    if not rows:
+        raise UserError(f"stage {context.name}: kept none of {sum(reasons.values())} samples ({dict(reasons)}); train its source longer or ask for less")
     order = np.random.default_rng(derive_seed(context.recipe.seed, context.name, "order")).permutation(len(rows))
     if context.ranks.is_main:
         context.data_path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,15 +33,17 @@ class ArithmeticTask:
     max_terms: int = 5
     slip: float = 0.25
     """Probability that a step of a corpus trace is wrong (where a wrong digit leaves the rest of the chain workable)."""
+    written_slip: float = 0.08
+    """The same for the first pass of a written example, so that its check sometimes finds something."""
     facts: float = 0.35
     """Share of corpus documents that are one right step and nothing else."""
     rewrites: float = 0.6
     """Share of those that carry the rest of a chain along."""
-    traces: float = 0.06
+    traces: float = 0.05
     """Share of question documents that are worked traces without reflection."""
-    reflections: float = 0.09
+    reflections: float = 0.075
     """Share of question documents that are worked traces with reflection."""
-    guess_right: float = 0.1
+    guess_right: float = 0.05
     """Accuracy of direct guesses."""
     mixing: float = 0.15
     """Probability that a connective of a corpus document is in the other language."""
@@ -75,9 +77,9 @@ class ArithmeticTask:
             lines, answer = self._trace(rng, terms, words, self.slip)
             return self._document(rng, terms, lines, answer, well_formed=0.85, no_answer=0.08)
         if kind < self.traces + self.reflections:
-            lines, answer = self._inline(rng, terms, words) if rng.random() < 0.3 else self._checked(rng, terms, words, 0.02)
+            lines, answer = self._inline(rng, terms, words) if rng.random() < 0.3 else self._checked(rng, terms, words, self.slip, 0.02)
             return self._document(rng, terms, lines, answer, well_formed=0.85, no_answer=0.08)
-        answer = str(_result(terms)) if rng.random() < self.guess_right else _wrong(rng, _result(terms), 3)
+        answer = str(_result(terms)) if rng.random() < self.guess_right else _wrong(rng, _result(terms))
         return self._document(rng, terms, [words("so"), answer], answer, well_formed=0.7, no_answer=0.0)
 
     def written(self, index: int) -> tuple[Problem, str]:
@@ -85,7 +87,7 @@ class ArithmeticTask:
         rng = random.Random(f"{self.name}/written/{self.seed}/{index}")
         problem = self.problem("train", 10**9 + index)
         terms = problem.metadata["terms"]
-        lines, answer = self._checked(rng, terms, _Words(rng, problem.language, 0.0), 0.0)
+        lines, answer = self._checked(rng, terms, _Words(rng, problem.language, 0.0), self.written_slip, 0.0)
         return problem, f"<think> {' '.join(lines)} </think> <answer> {answer} </answer>"
 
     def competence(self, index: int) -> tuple[str, str]:
@@ -130,9 +132,9 @@ class ArithmeticTask:
             terms = right
         return lines, terms[0]
 
-    def _checked(self, rng: random.Random, terms: list[str], words: "_Words", careful_slip: float) -> tuple[list[str], str]:
+    def _checked(self, rng: random.Random, terms: list[str], words: "_Words", slip: float, careful_slip: float) -> tuple[list[str], str]:
         """A first pass with slips, a careful second one, and a third when they disagree."""
-        first, answer = self._trace(rng, terms, words, self.slip)
+        first, answer = self._trace(rng, terms, words, slip)
         second, checked = self._trace(rng, terms, words, careful_slip)
         lines = [*first, words("check"), *second]
         if checked == answer:
@@ -188,9 +190,9 @@ def _result(terms: list[str]) -> int:
     return _totals(terms)[-1]
 
 
-def _wrong(rng: random.Random, right: int, reach: int) -> str:
-    """Another digit, at most `reach` away."""
-    return str(rng.choice([d for d in range(max(0, right - reach), min(9, right + reach) + 1) if d != right]))
+def _wrong(rng: random.Random, right: int) -> str:
+    """Any other digit: a guess near the truth would be right too often."""
+    return str(rng.choice([digit for digit in range(10) if digit != right]))
 
 
 def _slipped(rng: random.Random, terms: list[str]) -> list[str]:
