@@ -31,7 +31,7 @@ def run(context: StageContext, config: RejectionConfig) -> dict:
         rows += _written(context, config)
         progress.step(progress.done, {"kept": kept, "written": len(rows) - kept})
     if not rows:
-        raise UserError(f"stage {context.name}: kept none of {sum(reasons.values())} samples ({dict(reasons)}); train its source longer or ask for less")
+        raise UserError(f"stage {context.name}: kept none of {sum(reasons.values())} samples ({dict(reasons)}); train its source longer")
     order = np.random.default_rng(derive_seed(context.recipe.seed, context.name, "order")).permutation(len(rows))
     if context.ranks.is_main:
         context.data_path.parent.mkdir(parents=True, exist_ok=True)
