@@ -35,13 +35,13 @@ class ArithmeticTask:
     """Probability that a step of a corpus trace is wrong (where a wrong digit leaves the rest of the chain workable)."""
     written_slip: float = 0.08
     """The same for the first pass of a written example, so that its check sometimes finds something."""
-    facts: float = 0.35
+    facts: float = 0.45
     """Share of corpus documents that are one right step and nothing else."""
     rewrites: float = 0.6
     """Share of those that carry the rest of a chain along."""
     traces: float = 0.05
     """Share of question documents that are worked traces without reflection."""
-    reflections: float = 0.075
+    reflections: float = 0.07
     """Share of question documents that are worked traces with reflection."""
     guess_right: float = 0.05
     """Accuracy of direct guesses."""
@@ -79,8 +79,8 @@ class ArithmeticTask:
         if kind < self.traces + self.reflections:
             lines, answer = self._inline(rng, terms, words) if rng.random() < 0.3 else self._checked(rng, terms, words, self.slip, 0.02)
             return self._document(rng, terms, lines, answer, well_formed=0.85, no_answer=0.08)
-        answer = str(_result(terms)) if rng.random() < self.guess_right else _wrong(rng, _result(terms))
-        return self._document(rng, terms, [words("so"), answer], answer, well_formed=0.7, no_answer=0.0)
+        answer = str(_result(terms)) if rng.random() < self.guess_right else _wrong(rng, _result(terms), 3)
+        return self._document(rng, terms, [words("so"), answer], answer, well_formed=0.45, no_answer=0.3)
 
     def written(self, index: int) -> tuple[Problem, str]:
         """A templated long chain of thought in one language, always right in the end: worked, checked, and redone when the passes disagree."""
@@ -190,9 +190,9 @@ def _result(terms: list[str]) -> int:
     return _totals(terms)[-1]
 
 
-def _wrong(rng: random.Random, right: int) -> str:
-    """Any other digit: a guess near the truth would be right too often."""
-    return str(rng.choice([digit for digit in range(10) if digit != right]))
+def _wrong(rng: random.Random, right: int, reach: int) -> str:
+    """Another digit, at most `reach` away."""
+    return str(rng.choice([digit for digit in range(10) if digit != right and abs(digit - right) <= reach]))
 
 
 def _slipped(rng: random.Random, terms: list[str]) -> list[str]:
