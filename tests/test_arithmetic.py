@@ -53,9 +53,10 @@ def test_corpus_is_of_the_mixed_quality_that_it_promises():
     for i in range(20_000):
         prompt, text = task.corpus(i)
         if "User:" not in prompt:
-            kinds["fact"] += 1
-            left = re.sub(" so$| 则$", "", prompt)
-            assert worked(left) == worked(text) and len(text.split()) == len(left.split()) - 2
+            kinds["worked"] += 1
+            lines = re.split(" so | 则 ", f"{prompt} {text}")
+            assert len({worked(line) for line in lines}) == 1  # no slip
+            assert [len(line.split()) for line in lines] == list(range(len(lines[0].split()), 0, -2))
             continue
         if len(prompt.split()) < 9:
             kinds["short"] += 1  # fewer than four terms: a worked chain of two is one digit, like a guess
@@ -67,10 +68,10 @@ def test_corpus_is_of_the_mixed_quality_that_it_promises():
         answer = parse_response(text).answer
         if answer is not None:
             right[kind].append(int(answer) == worked(CHAIN.fullmatch(prompt).group(1)))
-    questions = 20_000 - kinds["fact"] - kinds["short"]
+    questions = 20_000 - kinds["worked"] - kinds["short"]
     accuracy = {kind: sum(v) / len(v) for kind, v in right.items()}
     # Binomial deviations at these counts stay below 0.02; a third of the inline traces have no slip and so show no reflection.
-    assert kinds["fact"] / 20_000 == pytest.approx(task.facts, abs=0.02)
+    assert kinds["worked"] / 20_000 == pytest.approx(task.worked, abs=0.02)
     assert kinds["reflection"] / questions == pytest.approx(task.reflections * (0.7 + 0.3 * 0.6), abs=0.02)
     assert kinds["guess"] / questions > 0.7
     assert accuracy["guess"] < 0.15 < 0.3 < accuracy["trace"] < 0.7 < accuracy["reflection"], accuracy

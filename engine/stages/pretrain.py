@@ -73,9 +73,13 @@ def _documents(context: StageContext, config: PretrainConfig, step: int) -> tupl
 
 
 def competence(model: Decoder, tokenizer: Tokenizer, task, gate: GateConfig, max_rows: int) -> float:
-    """Greedy accuracy on validation problems whose first reasoning step is given: what the model can do if it reasons."""
+    """Greedy accuracy of the reasoning on validation problems whose first step is given: what the model can do if it reasons.
+
+    The last number of the chain of thought counts, not the tagged answer: base models that forget their tags are what RL is for.
+    """
     pairs = [task.competence(i) for i in range(gate.num_problems)]
     requests = [Request(np.array(encode_prompt(tokenizer, prompt), np.int64), np.zeros(1, np.int64)) for prompt, _ in pairs]
     groups = Generator(model, tokenizer.eos_ids, max_rows=max_rows).generate(requests, SamplingConfig(temperature=0.0, max_tokens=128))
     texts = [tokenizer.decode(group[0].token_ids.tolist()) for group in groups]
-    return float(np.mean([f"<answer> {answer} </answer>" in text for text, (_, answer) in zip(texts, pairs, strict=True)]))
+    thoughts = [[word for word in text.split("</think>")[0].split() if word.isdigit()] for text in texts]
+    return float(np.mean([thought[-1:] == [answer] for thought, (_, answer) in zip(thoughts, pairs, strict=True)]))

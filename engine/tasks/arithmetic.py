@@ -35,13 +35,11 @@ class ArithmeticTask:
     """Probability that a step of a corpus trace is wrong (where a wrong digit leaves the rest of the chain workable)."""
     written_slip: float = 0.08
     """The same for the first pass of a written example, so that its check sometimes finds something."""
-    facts: float = 0.45
-    """Share of corpus documents that are one right step and nothing else."""
-    rewrites: float = 0.6
-    """Share of those that carry the rest of a chain along."""
+    worked: float = 0.35
+    """Share of corpus documents that are right worked chains and nothing else."""
     traces: float = 0.05
     """Share of question documents that are worked traces without reflection."""
-    reflections: float = 0.07
+    reflections: float = 0.075
     """Share of question documents that are worked traces with reflection."""
     guess_right: float = 0.05
     """Accuracy of direct guesses."""
@@ -63,14 +61,14 @@ class ArithmeticTask:
         """Pre-training document `index`: (prompt without loss, text with loss)."""
         rng = random.Random(f"{self.name}/corpus/{self.seed}/{index}")
         words = _Words(rng, "en" if rng.random() < 0.6 else "zh", self.mixing)
-        if rng.random() < self.facts:
-            terms = self._chain(rng, "train", 3)
-            # A line of a trace: its first term is a running total, which may equal a digit that follows.
-            for _ in range(rng.randrange((len(terms) - 1) // 2)):
+        if rng.random() < self.worked:
+            # A worked chain that never slips: what a step is, apart from what it means to answer a question.
+            terms, lines = self._chain(rng, "train", 2), []
+            prompt = f"{' '.join(terms)} {words('so')}"
+            while len(terms) > 1:
                 terms = _step(terms)
-            if rng.random() >= self.rewrites:
-                terms = terms[:3]
-            return f"{' '.join(terms)} {words('so')}", " ".join(_step(terms))
+                lines += [words("so"), *terms] if lines else terms
+            return prompt, " ".join(lines)
         terms = self._chain(rng, "train", 2)
         kind = rng.random()
         if kind < self.traces:
@@ -80,7 +78,7 @@ class ArithmeticTask:
             lines, answer = self._inline(rng, terms, words) if rng.random() < 0.3 else self._checked(rng, terms, words, self.slip, 0.02)
             return self._document(rng, terms, lines, answer, well_formed=0.85, no_answer=0.08)
         answer = str(_result(terms)) if rng.random() < self.guess_right else _wrong(rng, _result(terms), 3)
-        return self._document(rng, terms, [words("so"), answer], answer, well_formed=0.45, no_answer=0.3)
+        return self._document(rng, terms, [words("so"), answer], answer, well_formed=0.5, no_answer=0.25)
 
     def written(self, index: int) -> tuple[Problem, str]:
         """A templated long chain of thought in one language, always right in the end: worked, checked, and redone when the passes disagree."""
