@@ -151,7 +151,7 @@ def check(recipe: RecipeConfig, tasks: dict) -> None:
                     raise UserError(f"{where}.reward_model is empty, wanted the stage that trains the model of the preference reward")
                 if entry.reward == "accuracy":
                     for prompt in stage.prompts:
-                        if tasks[prompt.task].domain in (entry.domain, "reasoning"):
+                        if entry.domain in ("any", tasks[prompt.task].domain):
                             require_answers(tasks[prompt.task])
         earlier.append(name)
     for name in recipe.evaluation.stages:

@@ -31,15 +31,15 @@ class ArithmeticTask:
     seed: int = 0
     min_terms: int = 4
     max_terms: int = 5
-    slip: float = 0.25
+    slip: float = 0.35
     """Probability that a step of a corpus trace is wrong (where a wrong digit leaves the rest of the chain workable)."""
     written_slip: float = 0.08
     """The same for the first pass of a written example, so that its check sometimes finds something."""
     worked: float = 0.35
     """Share of corpus documents that are right worked chains and nothing else."""
-    traces: float = 0.05
+    traces: float = 0.025
     """Share of question documents that are worked traces without reflection."""
-    reflections: float = 0.075
+    reflections: float = 0.08
     """Share of question documents that are worked traces with reflection."""
     guess_right: float = 0.05
     """Accuracy of direct guesses."""
