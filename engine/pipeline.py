@@ -153,6 +153,9 @@ def check(recipe: RecipeConfig, tasks: dict) -> None:
                     for prompt in stage.prompts:
                         if entry.domain in ("any", tasks[prompt.task].domain):
                             require_answers(tasks[prompt.task])
+                            if tasks[prompt.task].problem("train", 0).answer is None and tasks[prompt.task].domain == "general":
+                                wanted = 'wanted domain = "reasoning" for that reward'
+                                raise UserError(f"{where}.rewards: accuracy would judge the open-ended task {prompt.task!r}, which has no answers; {wanted}")
         earlier.append(name)
     for name in recipe.evaluation.stages:
         if name not in earlier:
