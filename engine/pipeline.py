@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from athanor.atomic import write_file
-from athanor.config import EvaluationConfig, RecipeConfig
+from athanor.config import EvaluationConfig, GRPOConfig, RecipeConfig
 from athanor.console import Console
 from athanor.errors import UserError
 from athanor.losses import resolve_preset
@@ -144,18 +144,7 @@ def check(recipe: RecipeConfig, tasks: dict) -> None:
         if stage.kind == "grpo":
             grpo.check(name, stage)
             resolve_preset(stage.loss, **stage.loss_overrides)
-            for entry in stage.rewards:
-                if entry.reward != "preference":
-                    make_reward(entry.reward, **entry.settings)
-                elif not stage.reward_model:
-                    raise UserError(f"{where}.reward_model is empty, wanted the stage that trains the model of the preference reward")
-                if entry.reward == "accuracy":
-                    for prompt in stage.prompts:
-                        if entry.domain in ("any", tasks[prompt.task].domain):
-                            require_answers(tasks[prompt.task])
-                            if tasks[prompt.task].problem("train", 0).answer is None and tasks[prompt.task].domain == "general":
-                                wanted = 'wanted domain = "reasoning" for that reward'
-                                raise UserError(f"{where}.rewards: accuracy would judge the open-ended task {prompt.task!r}, which has no answers; {wanted}")
+            _check_rewards(where, stage, tasks)
         earlier.append(name)
     for name in recipe.evaluation.stages:
         if name not in earlier:
@@ -164,6 +153,21 @@ def check(recipe: RecipeConfig, tasks: dict) -> None:
         raise UserError(f"until: unknown stage {recipe.until!r}; {near_misses(recipe.until, earlier)}")
     if recipe.evaluation.stages and recipe.evaluation.task not in tasks:
         raise UserError(f"evaluation.task: unknown task {recipe.evaluation.task!r}; {near_misses(recipe.evaluation.task, list(tasks))}")
+
+
+def _check_rewards(where: str, stage: GRPOConfig, tasks: dict) -> None:
+    """Every reward can be built, and accuracy finds answers in all that it would judge."""
+    for entry in stage.rewards:
+        if entry.reward == "preference":
+            if not stage.reward_model:
+                raise UserError(f"{where}.reward_model is empty, wanted the stage that trains the model of the preference reward")
+            continue
+        make_reward(entry.reward, **entry.settings)
+        for task in (tasks[prompt.task] for prompt in stage.prompts):
+            if entry.reward == "accuracy" and entry.domain in ("any", task.domain):
+                require_answers(task)
+                if task.domain == "general" and task.problem("train", 0).answer is None:
+                    raise UserError(f'{where}.rewards: task {task.name!r} is open-ended and has no answers, wanted accuracy with domain = "reasoning"')
 
 
 def _tasks_of(stage) -> list[str]:
