@@ -167,7 +167,7 @@ def _check_rewards(where: str, stage: GRPOConfig, tasks: dict) -> None:
             if entry.reward == "accuracy" and entry.domain in ("any", task.domain):
                 require_answers(task)
                 if task.domain == "general" and task.problem("train", 0).answer is None:
-                    raise UserError(f'{where}.rewards: task {task.name!r} is open-ended and has no answers, wanted accuracy with domain = "reasoning"')
+                    raise UserError(f'{where}.rewards: task {task.name!r} is open-ended, without answers; wanted domain = "reasoning"')
 
 
 def _tasks_of(stage) -> list[str]:
