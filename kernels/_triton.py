@@ -58,6 +58,9 @@ class AheadOfTime:
     signature: dict[str, str]  # argument -> Triton type, compile-time values left out
     constants: dict[str, object] = field(default_factory=dict)
     num_warps: int = 4
+    num_stages: int = 3
+    registers: int = 96  # allowed per thread
+    matrix: bool = False  # tl.dot on tensor cores: wgmma on sm_90, mma on sm_80
 
     def compile(self, capability: int):
         """Compile for sm_<capability>; returns Triton's CompiledKernel with asm["ptx"] and asm["cubin"]."""
@@ -69,7 +72,8 @@ class AheadOfTime:
         signature = {name: self.signature.get(name, "constexpr") for name in names}
         assert {n for n in names if signature[n] == "constexpr"} == set(self.constants), (names, self.constants)
         source = ASTSource(self.kernel, signature, {(names.index(name),): value for name, value in self.constants.items()})
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": self.num_warps})
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32),
+                              options={"num_warps": self.num_warps, "num_stages": self.num_stages})  # fmt: skip
 
 
 def resources(compiled, folder: Path) -> dict[str, int]:
