@@ -9,7 +9,8 @@ from ._philox import philox_uniform
 from .attention import attention
 from .group_advantage import group_advantage
 from .grpo_loss import grpo_loss
-from .linear_logprob import LogProbs, linear_logprob, logprob
+from .linear_logprob import linear_logprob
+from .logprob import LogProbs, logprob
 from .policy_loss import LossVariant, policy_loss
 from .rmsnorm import rmsnorm
 from .rope import rope

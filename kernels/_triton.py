@@ -55,12 +55,13 @@ class AheadOfTime:
 
     name: str
     kernel: Callable  # a @triton.jit function
-    signature: dict[str, str]  # argument -> Triton type, compile-time values left out
+    signature: dict[str, str]  # argument -> Triton type, compile-time values left out; "*bf16:16", "i32:16" = divisible by 16, as a launch would find
     constants: dict[str, object] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
     registers: int = 96  # allowed per thread
     matrix: bool = False  # tl.dot on tensor cores: wgmma on sm_90, mma on sm_80
+    capabilities: tuple[int, ...] = (80, 90, 100)  # that these tiles are for
 
     def compile(self, capability: int):
         """Compile for sm_<capability>; returns Triton's CompiledKernel with asm["ptx"] and asm["cubin"]."""
@@ -69,9 +70,10 @@ class AheadOfTime:
         from triton.compiler import ASTSource
 
         names = self.kernel.arg_names
-        signature = {name: self.signature.get(name, "constexpr") for name in names}
+        signature = {name: self.signature.get(name, "constexpr").removesuffix(":16") for name in names}
         assert {n for n in names if signature[n] == "constexpr"} == set(self.constants), (names, self.constants)
-        source = ASTSource(self.kernel, signature, {(names.index(name),): value for name, value in self.constants.items()})
+        divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if self.signature.get(name, "").endswith(":16")}
+        source = ASTSource(self.kernel, signature, {(names.index(name),): value for name, value in self.constants.items()}, divisible)
         return triton.compile(source, target=GPUTarget("cuda", capability, 32),
                               options={"num_warps": self.num_warps, "num_stages": self.num_stages})  # fmt: skip
 

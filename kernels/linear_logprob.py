@@ -5,21 +5,13 @@ d logp / d z = onehot(target) - p.  Statistics are fp32 whatever the input (fp64
 in the importance ratio.  The entropy is a metric, not part of a loss: it carries no gradient.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ._dispatch import Backend, accumulation_dtype, check, register
+from .logprob import LogProbs, check_targets, logprob_reference
 
-IGNORE = -100
 CHUNK_LOGITS = 1 << 22  # logits held at once by the reference: 16 MiB in fp32
-
-
-class LogProbs(NamedTuple):
-    logps: Tensor  # (T,) fp32 (fp64 for fp64 input), differentiable
-    entropy: Tensor  # (T,) same dtype, in nats, not differentiable
 
 
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, backend: str | None = None) -> LogProbs:
@@ -31,45 +23,8 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperatu
     """
     check(hidden.ndim == 2 and weight.ndim == 2 and hidden.shape[1] == weight.shape[1],
           f"linear_logprob: weight is {tuple(weight.shape)}, hidden is {tuple(hidden.shape)}; wanted (V, D) and (T, D)")  # fmt: skip
-    _check_targets("linear_logprob", targets, hidden.shape[0], weight.shape[0], temperature)
+    check_targets("linear_logprob", targets, hidden.shape[0], weight.shape[0], temperature)
     return LogProbs(*linear_op(backend, hidden=hidden, weight=weight, targets=targets, temperature=float(temperature)))
-
-
-def logprob(logits: Tensor, targets: Tensor, *, temperature: float = 1.0, backend: str | None = None) -> LogProbs:
-    """Log-probability and entropy of each target under softmax(logits / temperature).
-
-    logits: (T, V).  targets: (T,) int64, -100 = skip (logp 0, no gradient).  Returns LogProbs, differentiable in logits.
-    Raises ValueError as linear_logprob does.
-    """
-    check(logits.ndim == 2, f"logprob: logits is {tuple(logits.shape)}; wanted (T, V)")
-    _check_targets("logprob", targets, logits.shape[0], logits.shape[1], temperature)
-    return LogProbs(*op(backend, logits=logits, targets=targets, temperature=float(temperature)))
-
-
-def _check_targets(where: str, targets: Tensor, rows: int, vocab: int, temperature: float) -> None:
-    check(targets.shape == (rows,) and targets.dtype == torch.int64,
-          f"{where}: targets is {tuple(targets.shape)} {targets.dtype}; wanted ({rows},) int64")  # fmt: skip
-    check(temperature > 0, f"{where}: temperature is {temperature}; wanted > 0")
-    if rows and targets.device.type == "cpu":
-        low, high = torch.aminmax(targets)
-        low, high = int(low), int(high)
-        check(high < vocab and low >= IGNORE and not (low < 0 and bool(((targets < 0) & (targets != IGNORE)).any())),
-              f"{where}: targets run from {low} to {high}; wanted [0, {vocab}) or {IGNORE} = skip")  # fmt: skip
-
-
-def logprob_reference(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    z = logits.to(accumulation_dtype(logits.dtype))
-    if temperature != 1.0:
-        z = z / temperature
-    log_p = F.log_softmax(z, dim=-1)
-    skip = (targets < 0) | (targets >= logits.shape[1])
-    picked = log_p.gather(1, targets.masked_fill(skip, 0).unsqueeze(1)).squeeze(1)
-    return picked.masked_fill(skip, 0.0), _entropy(log_p.detach())
-
-
-def _entropy(log_p: Tensor) -> Tensor:
-    # clamp: a forbidden token has log p = -inf, and 0 * -inf is NaN
-    return -(log_p.exp().mul_(log_p.clamp_min(torch.finfo(log_p.dtype).min))).sum(-1)
 
 
 def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -114,4 +69,3 @@ class LinearLogprobFunction(torch.autograd.Function):
 
 
 linear_op = register("linear_logprob", reference=Backend(linear_logprob_reference))
-op = register("logprob", reference=Backend(logprob_reference))
