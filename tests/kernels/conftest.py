@@ -1,6 +1,7 @@
 """What the kernel tests share: the tolerance rule of the design, as a fixture because tests/ is no package."""
 
 import os
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -48,3 +49,30 @@ def triton_device(request):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs TRITON_INTERPRET=1 before triton is imported: test_interpreter.py runs it in a process of its own")
     return torch.device("cpu")
+
+
+@dataclass
+class Launches:
+    keys: set = field(default_factory=set)  # (kernel, specialisation, options): what Triton would compile
+    grids: list = field(default_factory=list)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Records every launch with the cache key that it has on an H100, and runs nothing.  Needs no GPU; outputs keep what their memory held."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter replaces the compiler in this process")
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    backend, recorded = make_backend(GPUTarget("cuda", 90, 32)), Launches()
+
+    def run(self, *args, grid, warmup, **kwargs):
+        _, specialisation, options = create_function_from_signature(self.signature, self.params, backend)(*args, **kwargs)
+        recorded.keys.add((self.__name__, str(specialisation), str(sorted(options.items()))))
+        recorded.grids.append(grid)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return recorded
