@@ -166,9 +166,7 @@ def policy_loss_reference(logps, old_logps, advantages, cu_seqlens, ref_logps, r
     if v.correction != "none":
         if v.correction == "sequence_mask":
             log_rho = per_sequence(log_rho)[sequence]
-        rho = log_rho.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-        inside = (rho >= v.correction_low) & (rho <= v.correction_high)
-        weight = rho.clamp_max(v.correction_high) if v.correction == "tis" else torch.where(inside, rho, 0.0)
+        weight = correction_weight(v, log_rho)
     loss = weight * term
 
     ref_kl = torch.zeros_like(A)
@@ -176,7 +174,7 @@ def policy_loss_reference(logps, old_logps, advantages, cu_seqlens, ref_logps, r
         e = clean(ref_logps.detach()) - logps
         ref_kl = k3(e.detach())
         if v.kl != "none":
-            loss = loss + v.beta * {"k1": lambda: -e, "k2": lambda: e.square() / 2, "k3": lambda: k3(e)}[v.kl]()
+            loss = loss + v.beta * kl_value(v, e)
 
     loss = loss * m
     if v.aggregation == "token_mean":
@@ -193,6 +191,18 @@ def policy_loss_reference(logps, old_logps, advantages, cu_seqlens, ref_logps, r
         stats["ratio_max"] = (r * m).amax().float() if N else sums.new_zeros(())
         stats["num_sequences"] = (count > 0).sum().float()
     return loss, stats
+
+
+def correction_weight(v: LossVariant, log_rho: Tensor) -> Tensor:
+    """The weight of tis, token_mask or sequence_mask; log_rho is a token's, for sequence_mask the sum over its sequence."""
+    rho = log_rho.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    inside = (rho >= v.correction_low) & (rho <= v.correction_high)
+    return rho.clamp_max(v.correction_high) if v.correction == "tis" else torch.where(inside, rho, 0.0)
+
+
+def kl_value(v: LossVariant, e: Tensor) -> Tensor:
+    """k1, k2 or k3 for e = ref - logp."""
+    return -e if v.kl == "k1" else e.square() / 2 if v.kl == "k2" else k3(e)
 
 
 def k3(e: Tensor) -> Tensor:

@@ -40,11 +40,9 @@ class PolicyLossFunction(torch.autograd.Function):
         ref = logps if ref_logps is None else ref_logps  # a pointer that is never read
         rollout = logps if rollout_logps is None else rollout_logps
         keep = torch.empty(1, dtype=torch.uint8, device=device) if mask is None else mask.view(torch.uint8)
-        # float() because an integer 3 would be compiled as one
-        weight_bounds = float(v.correction_low), float(v.correction_high or 0)
-        bounds = (1 - v.clip_low, 1 + v.clip_high, v.dual_clip or v.delta or float("inf"), v.tau_positive, v.tau_negative, v.beta)
-        weigh = {"none": _weight_none, "tis": _weight_truncated, "token_mask": _weight_masked, "sequence_mask": _weight_masked}[v.correction]
-        flags = dict(WEIGHT=weigh, SEQUENCE_WEIGHT=v.correction == "sequence_mask", HAS_MASK=mask is not None, HAS_ROLLOUT=rollout_logps is not None)
+        bounds, weight_bounds = run_time_numbers(v)
+        flags = dict(WEIGHT=WEIGHTS[v.correction], SEQUENCE_WEIGHT=v.correction == "sequence_mask",
+                     HAS_MASK=mask is not None, HAS_ROLLOUT=rollout_logps is not None)  # fmt: skip
         sequence = torch.zeros(4, S, dtype=torch.float32, device=device)  # rows: count, mean log-ratio, sum of log rho, sum of weights
         dlogps = torch.empty(N, dtype=torch.float32, device=device)
         blocks = max(1, triton.cdiv(N, BLOCK))
@@ -56,7 +54,7 @@ class PolicyLossFunction(torch.autograd.Function):
             per_token = 1 / _denominator(v, sequence[0], num_tokens, num_sequences)
             policy_loss_fwd_kernel[(blocks,)](
                 logps, old, ref, rollout, keep, advantages, cu_seqlens, sequence, per_token, dlogps, partials, N, S, S.bit_length() + 1,
-                *map(float, bounds), *weight_bounds,
+                *bounds, *weight_bounds,
                 SURROGATE=SURROGATES[v.surrogate], KL=KLS[v.kl], **flags, HAS_REF=ref_logps is not None, RATIO=v.ratio,
                 SEQUENCE_MEAN=v.aggregation == "sequence_mean", COLUMNS=COLUMNS, BLOCK=BLOCK, num_warps=4)  # fmt: skip
             finish_kernel[(1,)](partials, sums, blocks, COLUMNS=COLUMNS, ROWS=64, num_warps=4)
@@ -70,6 +68,13 @@ class PolicyLossFunction(torch.autograd.Function):
     def backward(ctx, dloss, _sums, _count):
         (dlogps,) = ctx.saved_tensors
         return (dlogps * dloss).to(ctx.dtype), *[None] * 9
+
+
+def run_time_numbers(v) -> tuple[tuple[float, ...], tuple[float, float]]:
+    """(lo, hi, cap, tau_positive, tau_negative, beta) and (weight_low, weight_high), the kernels' scalar arguments."""
+    # float() because an integer 3 would be compiled as one
+    bounds = (1 - v.clip_low, 1 + v.clip_high, v.dual_clip or v.delta or float("inf"), v.tau_positive, v.tau_negative, v.beta)
+    return tuple(map(float, bounds)), (float(v.correction_low), float(v.correction_high or 0))
 
 
 def _denominator(v, count: Tensor, num_tokens, num_sequences) -> Tensor:
@@ -284,6 +289,7 @@ def _weight_masked(log_rho, low, high):
 SURROGATES = {"clip": _surrogate_clip, "dual_clip": _surrogate_capped, "two_sided": _surrogate_capped, "cispo": _surrogate_cispo,
               "sapo": _surrogate_sapo, "reinforce": _surrogate_reinforce}  # fmt: skip
 KLS = {"none": _kl_none, "k1": _kl_k1, "k2": _kl_k2, "k3": _kl_k3}
+WEIGHTS = {"none": _weight_none, "tis": _weight_truncated, "token_mask": _weight_masked, "sequence_mask": _weight_masked}
 
 
 def ahead_of_time() -> list[AheadOfTime]:
