@@ -19,14 +19,16 @@ class Case:
     work: str  # the formula behind bytes and flops, for the reader
     bytes: float = 0  # that must be read and written at least
     flops: float = 0
-    rivals: dict[str, Callable[..., tuple]] = field(default_factory=dict)  # further ones, by name
+    rivals: dict[str, Callable[..., tuple]] = field(default_factory=dict)  # further ones, by name; None in place of an output they do not give
     slack: float = 2  # ulp of the largest value that the gate allows beyond twice the eager error
+    gate: "Case | None" = None  # the same operation where an fp64 oracle is affordable, tile edges crossed; needed only if this size is too large
+    rows: tuple[str, ...] = ()  # inputs whose first axis is rows that do not influence each other: a sample of rows is checked at full size
 
 
 def differentiated(function: Callable, *leaves: torch.Tensor, upstream: torch.Tensor | None = None) -> tuple:
-    """Outputs and gradients of function(*leaves), with the outputs' sum or `upstream` as the loss."""
+    """Outputs (None ones left out) and gradients of function(*leaves), with the first output's sum or `upstream` times it as the loss."""
     leaves = [x.detach().requires_grad_() for x in leaves]
     out = function(*leaves)
-    outputs = out if isinstance(out, tuple) else (out,)
+    outputs = [x for x in out if x is not None] if isinstance(out, tuple) else [out]
     grads = torch.autograd.grad(outputs[0], leaves, upstream if upstream is not None else torch.ones_like(outputs[0]))
     return (*(x.detach() for x in outputs), *grads)

@@ -91,3 +91,34 @@ def resources(compiled, folder: Path) -> dict[str, int]:
     found = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text))
     assert {"REG", "STACK", "LOCAL"} <= set(found), text
     return {key.lower(): int(value) for key, value in found.items()}
+
+
+# bytes of shared memory that one block may have
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+
+
+def tensor_core_instruction(compiled) -> str | None:
+    """The kind of tensor-core instruction in a compiled kernel, the newest kind first; None if there is none."""
+    ptx = compiled.asm["ptx"]
+    return next((name for name in reversed(MATRIX.values()) if name in ptx), None)
+
+
+def limits_broken(case: AheadOfTime, capability: int, compiled, used: dict[str, int]) -> list[str]:
+    """What a compiled case does that it must not, one line each; `used` is what `resources` returned."""
+    ptx, broken = compiled.asm["ptx"], []
+    if f".target sm_{capability}" not in ptx:
+        broken.append(f"compiled for something else than sm_{capability}")
+    # at the start of a line, after an optional predicate: a name that contains "red." is no reduction
+    if atomics := sorted(set(re.findall(r"(?m)^\s*(?:@!?%\w+\s+)?((?:atom|red)\.\S+)", ptx))):
+        broken.append(f"atomics {', '.join(atomics)}")
+    if case.matrix and MATRIX[capability] not in ptx:
+        broken.append(f"no {MATRIX[capability]}")
+    if compiled.metadata.shared > SHARED[capability]:
+        broken.append(f"{compiled.metadata.shared} bytes of shared memory; at most {SHARED[capability]}")
+    # Far from the limit of 255 registers nothing needs to spill; the few bytes that some ptxas versions reserve are a called slow path's frame.
+    if used["local"] or used["stack"] > 16:
+        broken.append(f"spills: stack {used['stack']}, local {used['local']} bytes")
+    if not 0 < used["reg"] <= case.registers:
+        broken.append(f"{used['reg']} registers; at most {case.registers}")
+    return broken

@@ -4,7 +4,8 @@ import importlib
 import importlib.util
 import os
 import pkgutil
-import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
 
 import athanor.kernels
-from athanor.kernels._triton import resources
+from athanor.kernels._triton import limits_broken, resources
 
 MODULES = [
     importlib.import_module(f"athanor.kernels.{found.name}")
@@ -22,25 +23,29 @@ MODULES = [
     if found.name.endswith("_triton") and not found.name.startswith("_")
 ]
 CASES = [case for module in MODULES for case in module.ahead_of_time()]
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that one block may have
-MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_compiles_without_spilling(case, capability, tmp_path):
+def test_compiles_within_its_limits(case, capability, tmp_path):
+    """No spills, no atomics, registers and shared memory within the case's limits, tensor cores where it says so."""
     if capability not in case.capabilities:
         pytest.skip(f"tiles for sm_{case.capabilities}")
     compiled = case.compile(capability)
-    assert f".target sm_{capability}" in compiled.asm["ptx"]
-    atomics = re.findall(r"(?m)^\s*(?:@!?%\w+\s+)?((?:atom|red)\.\S+)", compiled.asm["ptx"])
-    assert not atomics, atomics
-    if case.matrix:
-        assert MATRIX[capability] in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= SHARED[capability], compiled.metadata.shared
+    assert limits_broken(case, capability, compiled, resources(compiled, tmp_path)) == []
+
+
+def test_a_broken_limit_is_seen(tmp_path):
+    """Each limit against a compiled kernel that exceeds it, so that the empty list above means something."""
+    case = next(case for case in CASES if case.kernel.__name__ == "finish_kernel")
+    compiled = case.compile(90)
     used = resources(compiled, tmp_path)
-    # Far from the limit of 255 registers nothing needs to spill; the few bytes that some ptxas versions reserve are a called slow path's frame.
-    assert used["local"] == 0 and used["stack"] <= 16 and 0 < used["reg"] <= case.registers, used
+    assert limits_broken(replace(case, registers=used["reg"] - 1), 90, compiled, used) == [f"{used['reg']} registers; at most {used['reg'] - 1}"]
+    assert limits_broken(replace(case, matrix=True), 90, compiled, used) == ["no wgmma"]
+    assert limits_broken(case, 90, compiled, used | {"local": 8}) == [f"spills: stack {used['stack']}, local 8 bytes"]
+    greedy = SimpleNamespace(asm={"ptx": ".target sm_90a\n @%p1 atom.global.add.f32 %f1;"}, metadata=SimpleNamespace(shared=1 << 20))
+    assert limits_broken(case, 90, greedy, used) == ["atomics atom.global.add.f32", f"{1 << 20} bytes of shared memory; at most {227 * 1024}"]
+    assert limits_broken(case, 80, compiled, used) == ["compiled for something else than sm_80"]
 
 
 def test_every_kernel_is_among_the_cases():
