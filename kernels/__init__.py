@@ -9,7 +9,9 @@ from ._philox import philox_uniform
 from .attention import attention
 from .group_advantage import group_advantage
 from .grpo_loss import grpo_loss
+from .linear_grpo import linear_grpo
 from .linear_logprob import linear_logprob
+from .logits_grpo import logits_grpo
 from .logprob import LogProbs, logprob
 from .policy_loss import LossVariant, policy_loss
 from .rmsnorm import rmsnorm
@@ -18,6 +20,7 @@ from .sample import Sampled, sample
 from .swiglu import swiglu
 
 __all__ = [
-    "LogProbs", "LossVariant", "Sampled", "attention", "group_advantage", "grpo_loss", "linear_logprob", "logprob", "philox_uniform",
+    "LogProbs", "LossVariant", "Sampled", "attention", "group_advantage", "grpo_loss", "linear_grpo", "linear_logprob",
+    "logits_grpo", "logprob", "philox_uniform",
     "policy_loss", "rmsnorm", "rope", "sample", "swiglu", "use_backend",
 ]  # fmt: skip
