@@ -45,13 +45,17 @@ class Console:
         self._num_stages = num_stages
         self._every_s = every_s
         self._seen: dict[str, int] = {}  # stage -> its number
+        self._warned: set[str] = set()
 
     def note(self, text: str) -> None:
         """One line of information."""
         self._rich.print(escape(text))
 
     def warn(self, text: str) -> None:
-        """One line that the user should not miss."""
+        """One line that the user should not miss, once however often it comes up."""
+        if text in self._warned:
+            return
+        self._warned.add(text)
         self._rich.print(f"[yellow]warning:[/yellow] {escape(text)}")
 
     def skip(self, stage: str, reason: str) -> None:

@@ -15,12 +15,11 @@ from torch import Tensor
 from athanor.config import SamplingConfig
 from athanor.kernels import sample
 from athanor.kv_cache import DecodeAttention, KVCache, PrefillAttention
-from athanor.model.transformer import Decoder
+from athanor.model.transformer import ROW_STEP, Decoder, fill_rows, fill_tokens
 
 # What makes the sampler's log-probs equal the training forward's bit for bit on a CPU (measured, and gated in every run): attention reads its keys
-# in the steps of the training attention, and no matrix product has so few rows that BLAS takes another path for it.
+# in the steps of the training attention, and every matrix product has whole steps of rows (ROW_STEP).
 SPAN_STEP = 16
-MIN_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -93,14 +92,15 @@ class _Run:
         self.requests = requests
         self.results: list[list] = [[None] * len(request.seeds) for request in requests]
         self.total, self.finished, self.active = sum(len(r.seeds) for r in requests), 0, 0
-        R, device = max(min(generator.max_rows, self.total), MIN_ROWS), generator.device
+        device = generator.device
+        self.num_rows = min(generator.max_rows, self.total)
+        R = -(-self.num_rows // ROW_STEP) * ROW_STEP
         longest = max(len(r.prompt_ids) for r in requests) + sampling.max_tokens
         self.cache = KVCache(self.model.config, R, -(-longest // SPAN_STEP) * SPAN_STEP, self.model.embed.weight.dtype, device)
         self.tokens = torch.zeros(R, sampling.max_tokens, dtype=torch.int64, device=device)
         self.logps = torch.zeros(R, sampling.max_tokens, dtype=torch.float32, device=device)
         # Per row: tokens written so far, prompt length, seed, request and member.
         self.rows = torch.zeros(R, 5, dtype=torch.int64, device=device)
-        self.num_rows = R
 
     def admit(self) -> None:
         """Prefill waiting requests once enough rows are free to be worth a forward."""
@@ -128,13 +128,7 @@ class _Run:
         cu_seqlens = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)).to(device)
         positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
         input_ids = torch.from_numpy(np.concatenate(prompts)).to(device)
-        if len(input_ids) < MIN_ROWS:
-            # A filler sequence behind the real ones; nobody reads its rows.
-            filler = MIN_ROWS - len(input_ids)
-            input_ids, positions = (torch.cat((x, x.new_zeros(filler))) for x in (input_ids, positions))
-            bounds = torch.cat((cu_seqlens, cu_seqlens.new_full((1,), MIN_ROWS)))
-        else:
-            bounds = cu_seqlens
+        input_ids, positions, bounds = fill_tokens(input_ids, positions, cu_seqlens)
         hidden = self.model(input_ids, positions, PrefillAttention(self.cache, bounds, members))
         last = hidden[cu_seqlens[1:].long() - 1]
         counts = torch.tensor([len(rows) for rows in members], device=device)
@@ -146,7 +140,7 @@ class _Run:
         if not self.active:
             return
         # Rows beyond the active ones are finished or empty: computed for the row count's sake, never read.
-        rows = self.rows[: max(self.active, MIN_ROWS)]
+        rows = self.rows[: -(-self.active // ROW_STEP) * ROW_STEP]
         n = len(rows)
         positions = (rows[:, 0] + rows[:, 1] - 1).clamp_min(0)
         span = min(-(-(int(positions.max()) + 1) // SPAN_STEP) * SPAN_STEP, self.cache.slots.numel())
@@ -159,9 +153,7 @@ class _Run:
         n = self.active - first
         rows = self.rows[first : self.active]
         s = self.sampling
-        if len(hidden) < MIN_ROWS:
-            hidden = torch.cat((hidden, hidden.new_zeros(MIN_ROWS - len(hidden), hidden.shape[1])))
-        logits = (hidden.float() @ self.model.lm_head_weight.float().T)[:n]
+        logits = (fill_rows(hidden).float() @ self.model.lm_head_weight.float().T)[:n]
         drawn = sample(logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, seeds=rows[:, 2], positions=rows[:, 0])
         at = rows[:, 0:1]
         self.tokens[first : self.active].scatter_(1, at, drawn.tokens[:, None])

@@ -12,6 +12,10 @@ from torch import Tensor
 from athanor.config import ModelConfig
 from athanor.kernels import attention
 
+# BLAS takes other paths for products of one to three rows (seen on AMD Zen 5; on an Intel Xeon they gave the same bits): padding queries to
+# this many keeps a decoded token's sums in the order of the training attention.
+MIN_QUERIES = 8
+
 
 class KVCache:
     """Dense rows (R, K, L, d) per layer, allocated once and written in place."""
@@ -61,5 +65,8 @@ class DecodeAttention:
         keys[self.rows, :, self.positions] = k
         values[self.rows, :, self.positions] = v
         # The H/K query heads that share a key head are queries of one attention: no copy of keys per query head.
-        out = F.scaled_dot_product_attention(q.view(n, K, H // K, d), keys[:n, :, : self.span], values[:n, :, : self.span], attn_mask=self.mask)
-        return out.reshape(n, H, d)
+        queries, shared = q.view(n, K, H // K, d), H // K
+        if q.device.type == "cpu" and shared < MIN_QUERIES:
+            queries = F.pad(queries, (0, 0, 0, MIN_QUERIES - shared))
+        out = F.scaled_dot_product_attention(queries, keys[:n, :, : self.span], values[:n, :, : self.span], attn_mask=self.mask)
+        return out[:, :, :shared].reshape(n, H, d)

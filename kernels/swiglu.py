@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from ._dispatch import Backend, accumulation_dtype, check, register
 
+PARALLEL_GRAIN = 32768  # elements below which PyTorch's elementwise CPU loops stay on one thread (at::internal::GRAIN_SIZE)
+
 
 def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     """Multiply silu of the first half of each row by the second half.
@@ -23,12 +25,31 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     return SwigluFunction.apply(gate_up)
 
 
+def whole_row_shares(x: Tensor) -> list[int]:
+    """Numbers of rows of x (T, F) to compute in one call each, so that no CPU thread starts in the middle of a row.
+
+    PyTorch shares elements among its threads wherever the count falls, and the exp of a share's last few elements is the scalar one, an ulp off the
+    vectorised one: then the bits of a row depend on how many other rows there are.
+    """
+    T, width = x.shape
+    if x.device.type != "cpu" or T == 0:
+        return [T]
+    shares = []
+    while T:
+        rows = T
+        while rows % min(torch.get_num_threads(), -(-rows * width // PARALLEL_GRAIN)):
+            rows -= 1
+        shares.append(rows)
+        T -= rows
+    return shares
+
+
 class SwigluFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up):
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.to(accumulation_dtype(gate_up.dtype)).chunk(2, dim=-1)
-        return F.silu(gate).mul_(up).to(gate_up.dtype)
+        return torch.cat([F.silu(part) for part in gate.split(whole_row_shares(gate))]).mul_(up).to(gate_up.dtype)
 
     @staticmethod
     def backward(ctx, dy):

@@ -56,6 +56,14 @@ def test_other_ranks_are_quiet(capsys):
     assert file.getvalue() == "" and capsys.readouterr() == ("", "")
 
 
+def test_a_warning_is_said_once():
+    file = io.StringIO()
+    console = Console(1, rank=0, file=file)
+    for text in ("slow", "slow", "steep"):
+        console.warn(text)
+    assert file.getvalue().count("slow") == file.getvalue().count("steep") == 1
+
+
 def test_a_stage_that_raises_says_where_it_stopped():
     file = io.StringIO()
     with pytest.raises(KeyError):

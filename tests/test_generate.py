@@ -106,11 +106,20 @@ def test_impossible_requests_are_refused(request_, message):
         Generator(make_model(), {EOS}, max_rows=8).generate([request_], SamplingConfig(max_tokens=10))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_log_probs_equal_the_packed_training_forward_bit_for_bit(architecture):
-    """The strict promise on a CPU: whatever the rollout's batches and the trainer's packing were, the same bits."""
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# 5 threads: uneven shares, as on machines with more cores than the one that runs this
+@pytest.mark.parametrize("architecture, num_threads", [("llama", 1), ("llama", 2), ("llama", 5), ("qwen2", 2), ("qwen3", 1), ("qwen3", 2)])
+def test_log_probs_equal_the_packed_training_forward_bit_for_bit(architecture, num_threads, threads):
+    """The strict promise on a CPU: whatever the rollout's batches, the trainer's packing and the threads' shares were, the same bits."""
     if torch.cuda.is_available():
         pytest.skip("bit equality on CUDA needs the fixed-order kernels")
+    threads(num_threads)
     model, asked = make_model(architecture), requests(num=40, samples=4)
     groups = Generator(model, {EOS}, max_rows=32).generate(asked, SamplingConfig(max_tokens=40))
     prompts = [r.prompt_ids for r, g in zip(asked, groups, strict=True) for _ in g]

@@ -107,6 +107,15 @@ def test_several_updates_see_every_group_once():
     assert metrics["logp_gap_max"] == 0.0  # measured on the first only
 
 
+def test_a_gap_of_rounding_size_warns_and_goes_on(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(CONTEXT, "console", SimpleNamespace(warn=warnings.append), raising=False)
+    model, groups, advantages = rollout()
+    groups[0][0].logps[0] += 1e-4
+    metrics, _ = update(model, groups, advantages)
+    assert metrics["logp_gap_max"] == pytest.approx(1e-4, rel=0.01) and len(warnings) == 1 and "1e-05" in warnings[0]
+
+
 def test_a_rollout_by_other_weights_is_caught():
     model, groups, advantages = rollout()
     with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from athanor.config import ModelConfig
-from athanor.model.transformer import Decoder, PackedAttention, rope_frequencies
+from athanor.model.transformer import ROW_STEP, Decoder, PackedAttention, fill_tokens, rope_frequencies
 from athanor.weights import hf_tensors, model_config_to_hf
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
@@ -164,3 +164,15 @@ def test_initialization_depends_on_the_seed_alone():
 def test_a_decoder_without_a_vocabulary_is_refused():
     with pytest.raises(ValueError, match="vocab_size is 0"):
         Decoder(ModelConfig())
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17])
+def test_filler_tokens_change_nothing_but_the_row_count(tokens):
+    model = Decoder(ModelConfig(vocab_size=19, hidden_size=32, num_hidden_layers=2, intermediate_size=48, initializer_range=0.3)).initialize_(0)
+    packed = torch.arange(tokens) % 19, torch.arange(tokens), torch.tensor([0, tokens], dtype=torch.int32)
+    ids, positions, cu_seqlens = fill_tokens(*packed)
+    assert len(ids) == len(positions) == cu_seqlens[-1] and len(ids) % ROW_STEP == 0 and len(ids) - tokens < ROW_STEP
+    assert torch.equal(ids[:tokens], packed[0]) and torch.equal(cu_seqlens[:2], packed[2])
+    with torch.no_grad():
+        plain, filled = (model(i, p, PackedAttention(c)) for i, p, c in (packed, (ids, positions, cu_seqlens)))
+    torch.testing.assert_close(filled[:tokens], plain, rtol=1e-5, atol=1e-5)

@@ -15,6 +15,24 @@ from torch import Tensor, nn
 from athanor.config import ModelConfig
 from athanor.kernels import attention, rmsnorm, rope, swiglu
 
+# Products of few rows, or of an odd number of rows per CPU thread, take other paths in BLAS and round differently (seen with 5-27 rows on AMD and
+# 1-7 on Intel).  Rollout and trainer therefore run the model on multiples of this many rows, the last ones filler that nobody reads.
+ROW_STEP = 16
+
+
+def fill_rows(x: Tensor, value: float = 0) -> Tensor:
+    """x (n, ...) with rows of `value` behind it, up to the next multiple of ROW_STEP and at least ROW_STEP."""
+    missing = -x.shape[0] % ROW_STEP if x.shape[0] else ROW_STEP
+    return torch.cat((x, x.new_full((missing, *x.shape[1:]), value))) if missing else x
+
+
+def fill_tokens(input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A packed batch with a filler sequence behind it, where one is needed for whole row steps."""
+    filled = fill_rows(input_ids)
+    if len(filled) == len(input_ids):
+        return input_ids, positions, cu_seqlens
+    return filled, fill_rows(positions), torch.cat((cu_seqlens, cu_seqlens.new_full((1,), len(filled))))
+
 
 class Attend(Protocol):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

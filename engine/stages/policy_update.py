@@ -18,6 +18,7 @@ from athanor.samples import Sample
 from athanor.stages.context import StageContext
 from athanor.stages.training import TrainingLoop, completion_logprobs, optimizer_step
 
+ROUNDING_GAP = 1e-5  # nats; fp32 rounding in another order is about this far
 SUMS = ("num_tokens", "ratio_sum", "clip_low", "clip_high", "old_kl_sum", "ref_kl_sum", "entropy_sum")
 
 
@@ -55,6 +56,10 @@ def update_policy(
         raise UserError(
             f"stage {context.name}, step {step + 1}: sampled log-probs differ from the trainer's by {float(gap):.2e}, "
             f"more than max_logp_gap = {config.max_logp_gap}"
+        )
+    if float(gap) > ROUNDING_GAP:
+        context.console.warn(
+            f"{context.name}: sampled log-probs differ from the trainer's by more than {ROUNDING_GAP:g} nats here (logp_gap_max in metrics.jsonl)"
         )
     values = dict(zip(SUMS, sums.tolist(), strict=True))
     tokens = max(values["num_tokens"], 1.0)

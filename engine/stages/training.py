@@ -9,10 +9,12 @@ from torch import Tensor
 from athanor.batch import PackedBatch
 from athanor.checkpoint import load_latest_state, save_state
 from athanor.config import TrainConfig
-from athanor.kernels import linear_logprob
-from athanor.model.transformer import Decoder, PackedAttention
+from athanor.kernels import LogProbs, linear_logprob
+from athanor.model.transformer import Decoder, PackedAttention, fill_rows, fill_tokens
 from athanor.optim import Optimizer
 from athanor.stages.context import StageContext
+
+IGNORE = -100  # a target that linear_logprob skips
 
 
 class TrainingLoop:
@@ -56,8 +58,11 @@ class TrainingLoop:
 
 def completion_logprobs(model: Decoder, batch: PackedBatch, temperature: float = 1.0):
     """Log-probs and entropies (N,) of the trained tokens of a packed micro-batch."""
-    hidden = model(batch.input_ids, batch.positions, PackedAttention(batch.cu_seqlens))
-    return linear_logprob(hidden[batch.loss_rows], model.lm_head_weight, batch.targets, temperature=temperature)
+    input_ids, positions, cu_seqlens = fill_tokens(batch.input_ids, batch.positions, batch.cu_seqlens)
+    hidden = model(input_ids, positions, PackedAttention(cu_seqlens))
+    rows, targets = fill_rows(hidden[batch.loss_rows]), fill_rows(batch.targets, IGNORE)
+    logps, entropy = linear_logprob(rows, model.lm_head_weight, targets, temperature=temperature)[:2]
+    return LogProbs(logps[: batch.num_targets], entropy[: batch.num_targets])
 
 
 def optimizer_step(optimizer: Optimizer, batches: list[PackedBatch], loss_of: Callable[[PackedBatch], Tensor], lr: float) -> tuple[float, float]:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from athanor.kernels import swiglu
+from athanor.kernels.swiglu import PARALLEL_GRAIN, whole_row_shares
 
 SIZES = [(1, 3), (128, 64), (129, 257), (0, 4)]  # one row, aligned, both odd, empty
 
@@ -46,3 +47,19 @@ def test_strided_input_gives_the_same(generator):
 def test_odd_width_is_refused():
     with pytest.raises(ValueError, match=r"swiglu: gate_up is \(2, 5\)"):
         swiglu(torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("width", [48, 96])  # no multiple of 32: half of an odd number of rows ends inside a vector of 16
+def test_the_bits_of_a_row_do_not_depend_on_the_other_rows_or_on_the_threads(width, generator):
+    x = torch.randn(5001, 2 * width, generator=generator)
+    alone = torch.cat([swiglu(part) for part in x.split(100)])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(swiglu(x), alone)
+            for rows in (1, 682, 1001, 3319, 5001):
+                shares = whole_row_shares(x[:rows])
+                assert sum(shares) == rows and all(n % min(threads, -(-n * 2 * width // PARALLEL_GRAIN)) == 0 for n in shares)
+    finally:
+        torch.set_num_threads(before)
