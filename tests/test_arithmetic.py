@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from athanor.errors import UserError
 from athanor.rewards import make_reward, parse_response
 from athanor.samples import Sample
 from athanor.tasks import make_task
@@ -43,7 +44,7 @@ def test_held_out_problems_do_not_depend_on_the_seed_but_training_does():
 
 def test_no_held_out_chain_appears_in_corpus_or_written_examples():
     task = ArithmeticTask()
-    held_out = {task.problem(split, i).prompt for split in ("validation", "test") for i in range(2000)}
+    held_out = {task.problem(split, i).prompt for split in ("validation", "test") for i in range(600)}
     assert not held_out & ({task.corpus(i)[0] for i in range(5000)} | {task.written(i)[0].prompt for i in range(500)})
 
 
@@ -90,12 +91,25 @@ def test_written_examples_are_correct_well_formed_and_in_one_language():
     assert 0.1 < waits / 300 < 0.5  # the first pass slips now and then, and only then the verdict is wait
 
 
-def test_the_competence_prompt_gives_one_right_step():
+def test_the_competence_prompt_gives_one_right_step_of_the_first_pass_or_of_the_check():
     task = ArithmeticTask()
     for i in range(100):
         prompt, answer = task.competence(i)
-        chain, step = re.fullmatch(r"User: (.*) \? Assistant: <think> (.*)", prompt).groups()
-        assert worked(step) == worked(chain) == int(answer) and len(step.split()) == len(chain.split()) - 2
+        chain, thought = re.fullmatch(r"User: (.*) \? Assistant: <think> (.*)", prompt).groups()
+        first, _, check = thought.rpartition(" check ")
+        assert bool(first) == bool(i % 2)
+        assert worked(check) == worked(chain) == int(answer) and len(check.split()) == len(chain.split()) - 2
+        if first:
+            lines = first.split(" so ")
+            assert {worked(line) for line in lines} == {int(answer)} and len(lines[-1]) == 1
+
+
+def test_no_held_out_problem_is_drawn_twice_in_any_order_of_asking():
+    task, other = ArithmeticTask(), ArithmeticTask()
+    assert other.problem("test", 400) == task.problem("test", 400)
+    assert len({task.problem("test", i).prompt for i in range(600)}) == 600
+    with pytest.raises(UserError, match="distinct"):
+        ArithmeticTask(min_terms=2, max_terms=2).problem("test", 80)
 
 
 def test_everything_it_writes_is_in_its_symbols():

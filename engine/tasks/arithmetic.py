@@ -10,8 +10,9 @@ Splits are disjoint by construction: a hash of the chain decides which split it 
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from athanor.errors import UserError
 from athanor.samples import Problem
 
 LANGUAGES = {
@@ -36,25 +37,31 @@ class ArithmeticTask:
     written_slip: float = 0.08
     """The same for the first pass of a written example, so that its check sometimes finds something."""
     worked: float = 0.35
-    """Share of corpus documents that are right worked chains and nothing else."""
+    """Share of corpus documents that are lessons: worked chains, or checks of worked chains, and nothing else."""
+    verified: float = 0.4
+    """Share of the lessons that are checks."""
     traces: float = 0.025
     """Share of question documents that are worked traces without reflection."""
-    reflections: float = 0.08
+    reflections: float = 0.07
     """Share of question documents that are worked traces with reflection."""
-    guess_right: float = 0.05
+    guess_right: float = 0.02
     """Accuracy of direct guesses."""
     mixing: float = 0.15
     """Probability that a connective of a corpus document is in the other language."""
     domain: str = "reasoning"
     symbols: tuple[str, ...] = tuple(SYMBOLS)
+    _drawn: dict[str, list[list[str]]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Distinct held-out chains so far, per split."""
 
     def size(self, split: str) -> int | None:
         return None
 
     def problem(self, split: str, index: int) -> Problem:
         """Problem `index` of a split; validation and test do not depend on the seed."""
-        rng = random.Random(f"{self.name}/{split}/{self.seed if split == 'train' else ''}/{index}")
-        terms = self._chain(rng, split, self.min_terms)
+        if split == "train":
+            terms = self._chain(random.Random(f"{self.name}/{split}/{self.seed}/{index}"), split, self.min_terms)
+        else:
+            terms = self._held_out(split, index)
         return Problem(f"User: {' '.join(terms)} ? Assistant:", str(_result(terms)), index, self.name, split=split, metadata={"terms": terms})
 
     def corpus(self, index: int) -> tuple[str, str]:
@@ -62,13 +69,7 @@ class ArithmeticTask:
         rng = random.Random(f"{self.name}/corpus/{self.seed}/{index}")
         words = _Words(rng, "en" if rng.random() < 0.6 else "zh", self.mixing)
         if rng.random() < self.worked:
-            # A worked chain that never slips: what a step is, apart from what it means to answer a question.
-            terms, lines = self._chain(rng, "train", 2), []
-            prompt = f"{' '.join(terms)} {words('so')}"
-            while len(terms) > 1:
-                terms = _step(terms)
-                lines += [words("so"), *terms] if lines else terms
-            return prompt, " ".join(lines)
+            return self._lesson(rng, words)
         terms = self._chain(rng, "train", 2)
         kind = rng.random()
         if kind < self.traces:
@@ -80,6 +81,21 @@ class ArithmeticTask:
         answer = str(_result(terms)) if rng.random() < self.guess_right else _wrong(rng, _result(terms), 3)
         return self._document(rng, terms, [words("so"), answer], answer, well_formed=0.5, no_answer=0.25)
 
+    def _lesson(self, rng: random.Random, words: "_Words") -> tuple[str, str]:
+        """What a step is, and what a check is, apart from what it means to answer a question: no loss on any slip.
+
+        Either a chain worked without slips, or a first pass as the prompt (half of them wrong) and the check of it as the text.
+        """
+        terms = self._chain(rng, "train", 2)
+        right, answer = self._trace(rng, terms, words, 0.0)
+        start = f"{' '.join(terms)} {words('so')}"
+        if rng.random() >= self.verified:
+            return start, " ".join(right)
+        first, found = self._trace(rng, terms, words, self.slip if rng.random() < 0.75 else 0.0)
+        second, _ = self._trace(rng, terms, words, 0.0)
+        verdict = [words("ok")] if found == answer else [words("wait"), *self._trace(rng, terms, words, 0.0)[0]]
+        return f"{start} {' '.join(first)} {words('check')}", " ".join([*second, *verdict])
+
     def written(self, index: int) -> tuple[Problem, str]:
         """A templated long chain of thought in one language, always right in the end: worked, checked, and redone when the passes disagree."""
         rng = random.Random(f"{self.name}/written/{self.seed}/{index}")
@@ -89,9 +105,32 @@ class ArithmeticTask:
         return problem, f"<think> {' '.join(lines)} </think> <answer> {answer} </answer>"
 
     def competence(self, index: int) -> tuple[str, str]:
-        """Validation prompt with the first reasoning step given, and the greedy continuation's right answer: can the model do it if it reasons?"""
+        """Validation prompt that has begun to reason, and the right answer of its greedy continuation: can the model do it if it reasons?
+
+        Even indices give the first step of the first pass; odd ones a whole right pass and the first step of its check.
+        """
         problem = self.problem("validation", index)
-        return f"{problem.prompt} <think> {' '.join(_step(problem.metadata['terms']))}", problem.answer
+        terms = problem.metadata["terms"]
+        start = _step(terms)
+        if index % 2:
+            words = _Words(random.Random(0), problem.language, 0.0)
+            first, _ = self._trace(words.rng, terms, words, 0.0)
+            start = [*first, words("check"), *start]
+        return f"{problem.prompt} <think> {' '.join(start)}", problem.answer
+
+    def _held_out(self, split: str, index: int) -> list[str]:
+        """The `index`-th distinct chain of a fixed stream: no held-out problem is drawn twice."""
+        chains = self._drawn.setdefault(split, [])
+        while len(chains) <= index:
+            rng = random.Random(f"{self.name}/{split}/{len(chains)}")
+            for _ in range(1000):
+                terms = self._chain(rng, split, self.min_terms)
+                if terms not in chains:
+                    break
+            else:
+                raise UserError(f"task {self.name}: problem {index} of {split} asked for, but it has about {len(chains)} distinct ones")
+            chains.append(terms)
+        return chains[index]
 
     def _chain(self, rng: random.Random, split: str, min_terms: int, max_terms: int = 0) -> list[str]:
         while True:
