@@ -109,7 +109,8 @@ def test_groups_without_contrast_and_overflowing_ratios(triton_device):
     loss, _ = grpo_loss(logps, old, torch.full_like(rewards, 0.1), ids, cu, backend="triton")
     assert loss == 0 and not torch.autograd.grad(loss, logps)[0].any()
     loss, stats = policy_loss(logps, torch.full_like(old, -1e4), torch.where(rewards > 1, -1.0, 0.0), cu, backend="triton")
-    assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, logps)[0]).all() and torch.isfinite(stats["old_kl_sum"])
+    # beyond the limit of the log-ratio the gradient is 0, as the clamp of the reference gives it, and not that of the limit
+    assert torch.isfinite(loss) and not torch.autograd.grad(loss, logps)[0].any() and torch.isfinite(stats["old_kl_sum"])
 
 
 def test_loss_scales_with_its_upstream_gradient_and_repeats_bit_for_bit(triton_device):

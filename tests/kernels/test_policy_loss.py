@@ -169,7 +169,8 @@ def test_overflowing_ratios_stay_finite():
     old = torch.tensor([-1e4, 1e4, -1e4, -1e4])
     A = torch.tensor([1.0, -1.0, -1.0, 0.0])
     loss, stats = policy_loss(logps, old, A, torch.arange(5), ref_logps=-old, variant=variant(kl="k3"))
-    assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, logps)[0]).all()
+    # two are cut by a bound; the third is beyond the limit of the log-ratio, as all are beyond that of the KL: gradient 0
+    assert torch.isfinite(loss) and not torch.autograd.grad(loss, logps)[0].any()
     assert all(torch.isfinite(x) for x in stats.values())
 
 

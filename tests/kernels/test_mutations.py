@@ -1,0 +1,145 @@
+"""Would the tests notice?  Each row plants one bug in a copy of kernels/ and runs the tests of that operation against the copy: they must fail.
+
+The copy is put in the place of athanor.kernels by bench/overlay.py, in a process of its own; Triton files run under the interpreter.  The same tests
+must pass on an untouched copy.  A new kernel adds rows; a row whose text no longer occurs exactly once in its file fails and must be adapted.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TESTS = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Bug:
+    what: str
+    file: str  # in kernels/; *_triton.py runs under the interpreter
+    old: str  # occurs exactly once in the file
+    new: str
+    tests: str  # file in tests/kernels/ that must notice
+    fast: bool = False  # in the fast suite as well
+
+
+GRPO = "test_grpo_loss_triton.py"
+BUGS = [
+    # policy_loss, grpo_loss
+    Bug("dropped mask", "policy_loss.py", "    loss = loss * m\n", "", "test_policy_loss.py"),
+    Bug("masked tokens not cleaned", "policy_loss.py", "torch.where(mask, x.to(dtype), 0.0)", "x.to(dtype)", "test_policy_loss.py"),
+    Bug("wrong clip side", "policy_loss.py", "return -torch.minimum(inner * A, r.clamp(lo, hi) * A), below, above",
+        "return -torch.maximum(inner * A, r.clamp(lo, hi) * A), below, above", "test_policy_loss.py", fast=True),
+    Bug("clip range mirrored", "policy_loss.py", "lo, hi = 1 - v.clip_low, 1 + v.clip_high\n    none",
+        "lo, hi = 1 - v.clip_high, 1 + v.clip_low\n    none", "test_policy_loss.py"),
+    Bug("swapped normaliser", "policy_loss.py", "loss = loss.sum() / num_tokens.clamp_min(1)", "loss = loss.sum() / num_sequences.clamp_min(1)",
+        "test_policy_loss.py"),
+    Bug("gradient through the reference's KL sign", "policy_loss.py", "e = clean(ref_logps.detach()) - logps\n",
+        "e = logps - clean(ref_logps.detach())\n", "test_policy_loss.py"),
+    Bug("dropped mask", "policy_loss_triton.py", "keep = keep & (tl.load(keep_ptr + t, mask=inside, other=0) != 0)", "keep = inside", GRPO),
+    Bug("wrong clip side", "policy_loss_triton.py", "    below, above = (A < 0) & (r < lo), (A > 0) & (r > hi)\n",
+        "    below, above = (A > 0) & (r < lo), (A < 0) & (r > hi)\n", GRPO),
+    Bug("off-by-one segment", "policy_loss_triton.py", "after = inside & (ends <= t)", "after = inside & (ends < t)", GRPO, fast=True),
+    Bug("missing grad scale", "policy_loss_triton.py", "return (dlogps * dloss).to(ctx.dtype)", "return dlogps.to(ctx.dtype)", GRPO),
+    Bug("missing 1/n of the sequence ratio", "policy_loss_triton.py", "tl.load(sequence_ptr + 3 * S + s, mask=keep, other=0.0) / n",
+        "tl.load(sequence_ptr + 3 * S + s, mask=keep, other=0.0)", GRPO),
+    Bug("swapped normaliser", "policy_loss_triton.py", '    if v.aggregation == "token_mean":\n        given = count.sum() if',
+        '    if v.aggregation != "token_mean":\n        given = count.sum() if', GRPO),
+    Bug("fp16 accumulation", "policy_loss_triton.py", "        log_ratio += tl.load(logps_ptr + t, mask=keep, other=0.0).to(tl.float32) - old\n",
+        "        log_ratio = (log_ratio + tl.load(logps_ptr + t, mask=keep, other=0.0).to(tl.float32) - old).to(tl.float16).to(tl.float32)\n", GRPO),
+    Bug("slope of a clamped ratio", "policy_loss_triton.py", "tl.where(unclamped, 1.0, 0.0), lo", "tl.where(unclamped, 1.0, 1.0), lo", GRPO),
+    # group_advantage
+    Bug("sample std", "group_advantage.py", "(total(centred.square()) / count.clamp_min(1))",
+        "(total(centred.square()) / (count - 1).clamp_min(1))", "test_group_advantage.py"),
+    Bug("constant group not recognised", "group_advantage.py", "torch.where(valid & (low < high)[group], advantages, 0.0)",
+        "torch.where(valid, advantages, 0.0)", "test_group_advantage.py"),
+    Bug("off-by-one segment", "group_advantage_triton.py", "start, end = tl.load(offsets_ptr + p), tl.load(offsets_ptr + p + 1)",
+        "start, end = tl.load(offsets_ptr + p), tl.load(offsets_ptr + p + 1) - 1", "test_group_advantage_triton.py"),
+    Bug("missing leave-one-out factor", "group_advantage_triton.py", "factor = n / tl.maximum(n - 1.0, 1.0)", "factor = n / n",
+        "test_group_advantage_triton.py"),
+    Bug("fp16 accumulation", "group_advantage_triton.py", "    mean = tl.sum(total, 0) / tl.maximum(n, 1.0)\n",
+        "    mean = tl.sum(total.to(tl.float16), 0).to(tl.float32) / tl.maximum(n, 1.0)\n", "test_group_advantage_triton.py"),
+    # logprob, linear_logprob
+    Bug("missing 1/temperature", "logprob.py", "        z = z / temperature\n", "        z = z + 0\n", "test_logprob.py"),
+    Bug("missing vocabulary tail mask", "logprob_triton.py", 'mask=i + lanes < V, other=float("-inf")).to(tl.float32)\n        new',
+        "mask=i + lanes < V, other=0.0).to(tl.float32)\n        new", "test_logprob_triton.py"),
+    Bug("missing 1/temperature in the gradient", "logprob_triton.py", "tl.load(dlogps_ptr + row) * inv_temperature, 0.0)",
+        "tl.load(dlogps_ptr + row), 0.0)", "test_logprob_triton.py"),
+    Bug("fp16 accumulation", "logprob_triton.py", "S, U, m = S + e, U + de, new",
+        "S, U, m = (S + e).to(tl.float16).to(tl.float32), U + de, new", "test_logprob_triton.py"),
+    Bug("missing grad scale", "logprob_triton.py", "tl.load(dlogps_ptr + row) * inv_temperature, 0.0)", "inv_temperature, 0.0)",
+        "test_logprob_triton.py"),
+    # rmsnorm, rope, swiglu
+    Bug("eps left out", "rmsnorm.py", ".div_(x.shape[-1]).add_(eps))", ".div_(x.shape[-1]))", "test_rmsnorm.py"),
+    Bug("rotation backwards", "rope.py", "_rotate(dy, cos, -sin)", "_rotate(dy, cos, sin)", "test_rope.py"),
+]  # fmt: skip
+
+
+def run_tests(kernels: Path, tests: str, interpreted: bool) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("ATHANOR_BACKEND", "TRITON_INTERPRET"):
+        environment.pop(name, None)
+    if interpreted:
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, str(ROOT / "bench/overlay.py"), str(kernels), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["--rootdir", str(ROOT), str(TESTS / tests)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def copy_of_kernels(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def plant(bug: Bug, kernels: Path) -> None:
+    path = kernels / bug.file
+    text = path.read_text()
+    assert text.count(bug.old) == 1, f"the text of {bug.what!r} occurs {text.count(bug.old)} times in kernels/{bug.file}: adapt this row of BUGS"
+    path.write_text(text.replace(bug.old, bug.new))
+
+
+def needs_triton(bug_file: str) -> bool:
+    if bug_file.endswith("_triton.py"):
+        pytest.importorskip("triton")
+        return True
+    return False
+
+
+@pytest.mark.parametrize("bug", [pytest.param(b, marks=[] if b.fast else pytest.mark.slow, id=f"{b.file}-{b.what}".replace(" ", "-")) for b in BUGS])
+def test_a_planted_bug_is_noticed(bug, tmp_path):
+    interpreted = needs_triton(bug.file)
+    kernels = copy_of_kernels(tmp_path)
+    plant(bug, kernels)
+    done = run_tests(kernels, bug.tests, interpreted)
+    # 1 = tests failed; anything else (2: not even collected, 5: nothing ran) shows nothing about the tests
+    assert done.returncode == 1, f"survived, or did not run:\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
+    assert re.search(r"\d+ failed", done.stdout), done.stdout[-3000:]
+    # what fails is a comparison: a copy that merely crashes would be noticed by anything
+    assert re.search(r"(?m)^E\s+(AssertionError|assert |Failed)", done.stdout), done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("tests", [pytest.param(name, marks=[] if any(b.fast and b.tests == name for b in BUGS) else pytest.mark.slow)
+                                   for name in sorted({bug.tests for bug in BUGS})])  # fmt: skip
+def test_an_untouched_copy_passes(tests, tmp_path):
+    interpreted = needs_triton(next(bug.file for bug in BUGS if bug.tests == tests))
+    done = run_tests(copy_of_kernels(tmp_path), tests, interpreted)
+    assert done.returncode == 0 and int(re.search(r"(\d+) passed", done.stdout)[1]) >= 5, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_the_copy_is_what_runs(tmp_path):
+    kernels = copy_of_kernels(tmp_path)
+    code = "import sys, athanor.kernels; print(sys.modules['athanor.kernels.rope'].__file__)"
+    (tmp_path / "where.py").write_text(code)
+    done = subprocess.run([sys.executable, str(ROOT / "bench/overlay.py"), str(kernels), str(tmp_path / "where.py")], capture_output=True, text=True)
+    assert done.stdout.strip() == str(kernels / "rope.py"), done.stderr
+
+
+def test_every_kind_of_bug_is_planted():
+    """The kinds that the design names; the rest of the table is more of them."""
+    kinds = ["dropped mask", "wrong clip side", "missing 1/temperature", "off-by-one segment", "fp16 accumulation", "missing vocabulary tail mask",
+             "missing grad scale", "swapped normaliser"]  # fmt: skip
+    assert {kind for kind in kinds if any(bug.what == kind for bug in BUGS)} == set(kinds)
