@@ -1,10 +1,11 @@
-"""Files and folders that are complete or absent, whatever kills the process or the machine.
+"""Files and folders that are complete or absent, whatever kills the process or the machine; and JSON read back with clear errors.
 
 A new version is written beside its target under a hidden name, flushed to the disk and renamed over it.  A folder that exists cannot be renamed over
 in one call, so it steps aside first (`.NAME.old`); `recover` puts it back when the process died between the two renames.
 One writer per target is assumed: left-over hidden names of a dead writer are reused or removed by the next one.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -27,6 +28,20 @@ def write_file(path: str | Path, data: str | bytes) -> None:
         _fsync(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_json(path: str | Path, where: str) -> dict:
+    """The JSON object in a file.  Raises UserError, which begins with `where`, when it is missing, malformed or no object."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{where}: {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {path} holds a {type(value).__name__}, wanted an object")
+    return value
 
 
 @contextmanager

@@ -4,7 +4,6 @@ metrics.jsonl is the record: a line is on disk before the next step begins, and 
 that was killed and resumed has every step once.  TensorBoard is a view of it under tensorboard/<stage>/, so stages overlay.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -107,41 +106,6 @@ class MetricsWriter:
                 self._events[stage].add_event(Event(step=max(0, self._purge_steps[stage]), wall_time=now, session_log=start))
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in numbers.items() if value is not None])
         self._events[stage].add_event(Event(step=step, wall_time=now, summary=summary))
-
-
-class Timers:
-    """Wall-clock seconds by name, summed until taken:  `with timers("rollout_s"): ...`  then  `timers.take()`."""
-
-    def __init__(self):
-        self._seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str):
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def take(self) -> dict[str, float]:
-        """Return the sums and start again from zero."""
-        taken, self._seconds = self._seconds, {}
-        return taken
-
-
-class Counters:
-    """Sums by name until taken:  `counters.add("tokens", 512)`  then  `counters.take()`."""
-
-    def __init__(self):
-        self._sums: dict[str, float] = {}
-
-    def add(self, name: str, amount: float = 1) -> None:
-        self._sums[name] = self._sums.get(name, 0) + amount
-
-    def take(self) -> dict[str, float]:
-        """Return the sums and start again from zero."""
-        taken, self._sums = self._sums, {}
-        return taken
 
 
 def _parse_lines(path: Path) -> list[tuple[bytes, dict]]:

@@ -9,7 +9,7 @@ import re
 import time
 from pathlib import Path
 
-from athanor.atomic import write_file
+from athanor.atomic import read_json, write_file
 from athanor.console import format_duration, format_figure
 from athanor.errors import UserError
 from athanor.manifest import Manifest
@@ -46,7 +46,7 @@ def write_report(run_dir: Path | str) -> Path:
     import jinja2
 
     run_dir = Path(run_dir)
-    config, samples = _read_json(run_dir / "config.json"), _read_samples(run_dir / "samples.jsonl")
+    config, samples = read_json(run_dir / "config.json", "report"), _read_samples(run_dir / "samples.jsonl")
     if not (run_dir / "manifest.json").exists():
         raise UserError(f"{run_dir}: no manifest.json, so there is nothing to report; wanted a run folder")
     manifest = Manifest(run_dir).data
@@ -333,16 +333,6 @@ def _pass(stage: dict) -> float | None:
 
 def _rate(value) -> str:
     return "–" if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path}: not there, so there is nothing to report; wanted a run folder") from None
-    except ValueError as error:
-        raise UserError(f"{path}: malformed JSON ({error})") from None
-    return data
 
 
 def _read_samples(path: Path) -> list[dict]:

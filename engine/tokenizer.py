@@ -53,8 +53,11 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception for whatever it cannot parse
             raise UserError(f"tokenizer: {file} is not a valid tokenizer.json: {error}") from error
         folder = file.parent
-        config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
-        generation_config, model_config = _read_json(folder / "generation_config.json"), _read_json(folder / "config.json")
+        names = "special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json"
+        special, config, generation_config, model_config = (
+            atomic.read_json(folder / name, "tokenizer") if (folder / name).is_file() else {} for name in names
+        )
+        config = {**special, **config}
         eos_ids = dict.fromkeys([*_as_list(generation_config.get("eos_token_id")), *_as_list(model_config.get("eos_token_id"))])
         if eos_ids:
             generation_config["eos_token_id"] = list(eos_ids)
@@ -191,18 +194,6 @@ def _jinja_environment():
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     return environment
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"tokenizer: {path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"tokenizer: {path} holds a {type(value).__name__}, wanted an object")
-    return value
 
 
 def _content(token: str | dict | None) -> str | None:

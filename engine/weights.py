@@ -49,7 +49,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
     atomic.recover(path)
     if not path.is_dir():
         raise UserError(f"load_model: folder {path} does not exist")
-    config = model_config_from_hf(_read_json(path / "config.json"))
+    config = model_config_from_hf(atomic.read_json(path / "config.json", "load_model"))
     with torch.device("meta"):
         model = Decoder(config)
     model = model.to(dtype).to_empty(device=device)
@@ -261,7 +261,7 @@ def _checked(shard, name: str, source: Source, file: Path) -> Tensor:
 def _tensor_files(path: Path) -> dict[str, str]:
     """Tensor name -> file name, from the index or from the single file."""
     if (path / INDEX_FILE).is_file():
-        weight_map = _read_json(path / INDEX_FILE).get("weight_map")
+        weight_map = atomic.read_json(path / INDEX_FILE, "load_model").get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f"load_model: {path / INDEX_FILE} has no weight_map")
         for file in sorted(set(weight_map.values())):
@@ -289,15 +289,3 @@ def _open(file: Path):
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise UserError(f"load_model: {path} does not exist")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"load_model: {path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"load_model: {path} holds a {type(value).__name__}, wanted an object")
-    return value

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from athanor.errors import UserError
-from athanor.metrics import Counters, MetricsWriter, Timers, read_metrics
+from athanor.metrics import MetricsWriter, read_metrics
 
 
 def steps(run_dir, stage):
@@ -108,24 +108,3 @@ def test_tensorboard_shows_every_step_once_after_a_kill_and_a_resume(tmp_path):
     assert events.Tags()["scalars"] == ["reward"]
     assert [(event.step, event.value) for event in events.Scalars("reward")] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)]
     assert len(EventAccumulator(str(tmp_path / "tensorboard" / "base")).Reload().Scalars("loss")) == 5
-
-
-def test_timers_and_counters_add_up_until_taken():
-    timers, counters = Timers(), Counters()
-    for _ in range(2):
-        with timers("rollout_s"):
-            time.sleep(0.01)
-        counters.add("tokens", 5)
-    counters.add("groups")
-    taken = timers.take()
-    assert taken.keys() == {"rollout_s"} and 0.02 <= taken["rollout_s"] < 5
-    assert counters.take() == {"tokens": 10, "groups": 1}
-    assert timers.take() == {} and counters.take() == {}
-
-
-def test_a_timer_counts_a_block_that_raises():
-    timers = Timers()
-    with pytest.raises(KeyError):
-        with timers("reward_s"):
-            raise KeyError
-    assert timers.take()["reward_s"] >= 0

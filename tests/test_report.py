@@ -204,7 +204,7 @@ def test_a_folder_that_is_no_run_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="config.json"):
         write_report(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="malformed JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         write_report(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="manifest.json"):

@@ -353,9 +353,7 @@ def test_r1_totals_by_domain_and_step():
     assert early.total.tolist() == [3.0, 1.0, 2.0] and early.total.dtype == np.float64
     assert late.total.tolist() == [3.0, 1.0, 2.5] and table.score(samples, step=12).total.tolist() == [3.0, 1.0, 2.0]
     assert late.parts == {"accuracy": [1.0, 0.0, None], "format": [1.0, 1.0, 1.0], "language": [1.0, 0.0, 1.0], "preference": [None, None, 0.25]}
-    assert late.mean_parts() == {"accuracy": 0.5, "format": 1.0, "language": pytest.approx(2 / 3), "preference": 0.25}
     assert preference.seen == 1  # a reward model never sees what it does not count for
-    assert table.needs_answers
 
 
 def test_filters_see_the_raw_score_under_shaping():

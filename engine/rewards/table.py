@@ -51,11 +51,6 @@ class RewardScores:
     raw: np.ndarray  # (S,) float64: accuracy alone where it applies, else the total.  Group filters look at this, never at shaped totals
     applied: np.ndarray  # (S,) bool: at least one reward applied; the others carry no signal and belong in no group statistic
 
-    def mean_parts(self) -> dict[str, float]:
-        """Mean of each reward over the samples it applied to; a reward that applied to none is left out."""
-        columns = {name: [value for value in values if value is not None] for name, values in self.parts.items()}
-        return {name: float(np.mean(column)) for name, column in columns.items() if column}
-
 
 class RewardTable:
     """Typed table of rewards.  Raises UserError when two lines of one name can count for the same sample."""
@@ -70,11 +65,6 @@ class RewardTable:
                     raise UserError(
                         f"reward table: two lines of {a.reward.__name__!r} count for the same samples (domains {b.domain} and {a.domain})"
                     )
-
-    @property
-    def needs_answers(self) -> bool:
-        """Does a line compare with gold answers?"""
-        return any(entry.reward.__name__ == "accuracy" for entry in self.entries)
 
     def score(self, samples: list[Sample], step: int = 0) -> RewardScores:
         """Score samples at a training step (0-based within the stage).  Each reward sees only the samples it counts for, in one call."""
