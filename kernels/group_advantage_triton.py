@@ -33,7 +33,8 @@ def group_advantage_triton(rewards: Tensor, group_ids: Tensor, scale: str, basel
     return advantages
 
 
-@triton.jit
+# the rewards may be a slice of a larger tensor: its alignment must not compile anything
+@triton.jit(do_not_specialize_on_alignment=["rewards_ptr"])
 def group_advantage_kernel(rewards_ptr, order_ptr, offsets_ptr, spread_ptr, advantages_ptr, eps,
                            SCALE: tl.constexpr, LEAVE_ONE_OUT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     p = tl.program_id(0).to(tl.int64)
@@ -74,7 +75,7 @@ def group_advantage_kernel(rewards_ptr, order_ptr, offsets_ptr, spread_ptr, adva
         tl.store(advantages_ptr + member, a, mask=i + lanes < end)
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S"], do_not_specialize_on_alignment=["rewards_ptr"])
 def batch_spread_kernel(rewards_ptr, spread_ptr, S, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK).to(tl.int64)
     count, total, squares = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)

@@ -86,8 +86,12 @@ def _denominator(v, count: Tensor, num_tokens, num_sequences) -> Tensor:
     return given.clamp_min(1).float() * (v.max_tokens if v.aggregation == "constant" else 1)
 
 
-# integers are not specialised: a count that happens to be 1 or a multiple of 16 must not compile anything
-@triton.jit(do_not_specialize=["S"])
+# Integers are not specialised: a count that happens to be 1 or a multiple of 16 must not compile anything.  Nor is the alignment of what a caller may
+# have cut out of a larger tensor, as every micro-batch is.
+CUT = ["logps_ptr", "old_ptr", "ref_ptr", "rollout_ptr", "keep_ptr", "advantages_ptr", "cu_ptr"]
+
+
+@triton.jit(do_not_specialize=["S"], do_not_specialize_on_alignment=CUT)
 def sequence_fwd_kernel(logps_ptr, old_ptr, rollout_ptr, keep_ptr, cu_ptr, sequence_ptr, S, weight_low, weight_high,
                         WEIGHT: tl.constexpr, SEQUENCE_WEIGHT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ROLLOUT: tl.constexpr,
                         BLOCK: tl.constexpr):  # fmt: skip
@@ -119,7 +123,7 @@ def sequence_fwd_kernel(logps_ptr, old_ptr, rollout_ptr, keep_ptr, cu_ptr, seque
     tl.store(sequence_ptr + 3 * S + s, total_weight)
 
 
-@triton.jit(do_not_specialize=["N", "S", "steps"])
+@triton.jit(do_not_specialize=["N", "S", "steps"], do_not_specialize_on_alignment=CUT)
 def policy_loss_fwd_kernel(
     logps_ptr, old_ptr, ref_ptr, rollout_ptr, keep_ptr, advantages_ptr, cu_ptr, sequence_ptr, per_token_ptr, dlogps_ptr, partials_ptr, N, S, steps,
     lo, hi, cap, tau_positive, tau_negative, beta, weight_low, weight_high,
