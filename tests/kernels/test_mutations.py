@@ -57,7 +57,8 @@ BUGS = [
     Bug("fp16 accumulation", "policy_loss_triton.py", "        log_ratio += tl.load(logps_ptr + t, mask=keep, other=0.0).to(tl.float32) - old\n",
         "        log_ratio = (log_ratio + tl.load(logps_ptr + t, mask=keep, other=0.0).to(tl.float32) - old).to(tl.float16).to(tl.float32)\n", GRPO),
     Bug("slope of a clamped ratio", "policy_loss_triton.py", "tl.where(unclamped, 1.0, 0.0), lo", "tl.where(unclamped, 1.0, 1.0), lo", GRPO),
-    Bug("length compiled in", "policy_loss_triton.py", '@triton.jit(do_not_specialize=["N", "S", "steps"], ', "@triton.jit(", "test_recompilation.py"),
+    Bug("length compiled in", "policy_loss_triton.py", '@triton.jit(do_not_specialize=["N", "S", "steps"], ', "@triton.jit(",
+        "test_recompilation.py"),
     Bug("alignment of a micro-batch compiled in", "policy_loss_triton.py", '@triton.jit(do_not_specialize=["S"], do_not_specialize_on_alignment=CUT)',
         '@triton.jit(do_not_specialize=["S"])', "test_recompilation.py"),
     # group_advantage
