@@ -1,71 +1,144 @@
-"""Log-probability and entropy of a token under a softmax, from logits or straight from hidden states and the lm_head.
+"""Log-probability and entropy of a token under the softmax of its logits, straight from hidden states and the lm_head.
 
-z = hidden weight^T / temperature,  logp = z[target] - logsumexp(z),  H = logsumexp(z) - sum_v p_v z_v.
-d logp / d z = onehot(target) - p.  Statistics are fp32 whatever the input (fp64 for fp64): a bf16 logit near 30 is off by 0.06, a 6 % error
-in the importance ratio.  The entropy is a metric, not part of a loss: it carries no gradient.
+The equations are those of logprob.py with logits = hidden weight^T, which are computed in fp32 (fp64 for fp64) and never stored as a whole.
 """
 
 import torch
 from torch import Tensor
 
 from ._dispatch import Backend, accumulation_dtype, check, register
+from ._triton import why_not_triton
 from .logprob import LogProbs, check_targets, logprob_reference
 
-CHUNK_LOGITS = 1 << 22  # logits held at once by the reference: 16 MiB in fp32
+# The reference's constants, for a CPU.
+PLAIN_LOGITS = 1 << 22  # so few are left to autograd, which keeps them all (16 MiB in fp32) and a few copies
+TILE = (1024, 1024)  # tokens x vocabulary, beyond that: 4 MiB in fp32.  The fastest of 8 shapes, by a few percent
+KEPT_LOGITS = 1 << 24  # of which so many (64 MiB), and at most an eighth, are kept for the backward, which need not compute them again
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, backend: str | None = None) -> LogProbs:
+def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, return_argmax: bool = False,
+                   backend: str | None = None) -> LogProbs:  # fmt: skip
     """Log-probability and entropy of each target under softmax(hidden @ weight.T / temperature), without storing all logits.
 
-    hidden: (T, D).  weight: (V, D).  targets: (T,) int64, -100 = skip (logp 0, no gradient).
+    hidden: (T, D).  weight: (V, D).  targets: (T,) int64, -100 = skip (logp 0, no gradient).  return_argmax: also the most likely token of each row,
+    ties to the lowest index (a greedy check costs `out.argmax == targets`); of a row with a NaN it is some token.
     Returns LogProbs; logps is differentiable in hidden and weight.  Raises ValueError on a shape mismatch, a target outside
     [0, V) (checked on CPU; on a GPU such a row counts as skipped, so that no call waits for the device) or a temperature that is not positive.
     """
     check(hidden.ndim == 2 and weight.ndim == 2 and hidden.shape[1] == weight.shape[1],
           f"linear_logprob: weight is {tuple(weight.shape)}, hidden is {tuple(hidden.shape)}; wanted (V, D) and (T, D)")  # fmt: skip
     check_targets("linear_logprob", targets, hidden.shape[0], weight.shape[0], temperature)
-    return LogProbs(*linear_op(backend, hidden=hidden, weight=weight, targets=targets, temperature=float(temperature)))
+    return LogProbs(*linear_op(backend, hidden=hidden, weight=weight, targets=targets, temperature=float(temperature), return_argmax=return_argmax))
 
 
-def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    if hidden.shape[0] * weight.shape[0] <= CHUNK_LOGITS:
+def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_argmax: bool) -> tuple:
+    if hidden.shape[0] * weight.shape[0] <= PLAIN_LOGITS:
         wide = accumulation_dtype(hidden.dtype)
-        return logprob_reference(hidden.to(wide) @ weight.to(wide).T, targets, temperature)
-    return LinearLogprobFunction.apply(hidden, weight, targets, temperature)
+        logits = hidden.to(wide) @ weight.to(wide).T
+        return *logprob_reference(logits, targets, temperature), logits.argmax(-1) if return_argmax else None
+    keep = min(KEPT_LOGITS, hidden.shape[0] * weight.shape[0] // 8) if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad) else 0
+    return LinearLogprobFunction.apply(hidden, weight, targets, temperature, return_argmax, keep)
 
 
 class LinearLogprobFunction(torch.autograd.Function):
-    """Chunks of rows; the backward recomputes each chunk's logits from the saved hidden states and log-sum-exp."""
+    """One TILE of logits at a time, in a buffer that stays in the cache; the first tiles, `keep` logits in all, are kept for the backward.
+
+    Forward: m = largest logit so far, S = sum exp((x - m) / temperature), U = sum (x - m) exp((x - m) / temperature), rescaled at a new maximum.
+    Backward: with lse = m + temperature log S and each tile's logits again, q = onehot - exp((x - lse) / temperature); the row factor
+    c = dlogp / temperature goes to the small operands:  d_hidden = c (q W),  d_weight = q^T (c hidden).
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
-        wide = accumulation_dtype(hidden.dtype)
-        w = weight.to(wide)
-        step = max(1, CHUNK_LOGITS // weight.shape[0])
-        parts = [logprob_reference(x.to(wide) @ w.T, t, temperature) for x, t in zip(hidden.split(step), targets.split(step), strict=True)]
-        logps, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.step = temperature, step
-        ctx.mark_non_differentiable(entropy)
-        return logps, entropy
+    def forward(ctx, hidden, weight, targets, temperature, return_argmax, keep):
+        T, V = hidden.shape[0], weight.shape[0]
+        x = hidden.detach().to(accumulation_dtype(hidden.dtype))
+        lowest = torch.finfo(x.dtype).min
+        m, S, U, x_target = x.new_full((T,), lowest), x.new_zeros(T), x.new_zeros(T), x.new_zeros(T)
+        argmax = targets.new_zeros(T) if return_argmax else None
+        buffers, ctx.kept = x.new_empty(3, TILE[0] * TILE[1]), []
+        for rows, cols in _tiles(T, V):
+            z, d, e = (buffer[: (rows.stop - rows.start) * (cols.stop - cols.start)].view(rows.stop - rows.start, -1) for buffer in buffers)
+            if z.numel() <= keep:
+                z, keep = torch.empty_like(z), keep - z.numel()
+                ctx.kept.append(z)
+            else:
+                d, keep = z, 0
+            torch.mm(x[rows], weight[cols].detach().to(x.dtype).T, out=z)
+            y = targets[rows] - cols.start
+            here = (y >= 0) & (y < z.shape[1])
+            x_target[rows] += torch.where(here, z.gather(1, y.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1), 0.0)
+            largest = z.amax(1)
+            if return_argmax:
+                argmax[rows] = torch.where(largest > m[rows], z.argmax(1) + cols.start, argmax[rows])
+            new = torch.maximum(m[rows], largest)
+            shift = (m[rows] - new).clamp_min(lowest)
+            factor = (shift / temperature).exp()
+            torch.sub(z, new.unsqueeze(1), out=d)
+            (torch.exp(d, out=e) if temperature == 1.0 else torch.div(d, temperature, out=e).exp_())
+            de = torch.bmm(d.unsqueeze(1), e.unsqueeze(2)).flatten()
+            if de.isnan().any():  # a logit of -inf, and -inf * 0 is NaN
+                de = torch.linalg.vecdot(d.clamp_min_(lowest), e)
+            U[rows] = U[rows] * factor + shift * factor * S[rows] + de
+            S[rows] = S[rows] * factor + e.sum(1)
+            m[rows] = new
+        nothing = S == 0
+        log_S = S.masked_fill(nothing, 1.0).log()
+        skip = (targets < 0) | (targets >= V)
+        logps = ((x_target - m) / temperature - log_S).masked_fill(nothing, -torch.inf).masked_fill(skip, 0.0)
+        entropy = (log_S - U / S / temperature).masked_fill(nothing, 0.0)
+        ctx.save_for_backward(hidden, weight, targets, m + temperature * log_S, skip | nothing)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy, *([argmax] if return_argmax else []))
+        return logps, entropy, argmax
 
     @staticmethod
-    def backward(ctx, dlogps, _):
-        hidden, weight, targets = ctx.saved_tensors
-        wide = accumulation_dtype(hidden.dtype)
-        w = weight.to(wide)
-        dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(w)
-        for i in range(0, hidden.shape[0], ctx.step):
-            rows = slice(i, i + ctx.step)
-            x, t = hidden[rows].to(wide), targets[rows]
-            skip = (t < 0) | (t >= weight.shape[0])
-            coef = dlogps[rows].masked_fill(skip, 0.0).unsqueeze(1) / ctx.temperature
-            dz = torch.softmax((x @ w.T).div_(ctx.temperature), -1).mul_(-coef)
-            dz.scatter_add_(1, t.masked_fill(skip, 0).unsqueeze(1), coef)
-            dhidden[rows] = (dz @ w).to(hidden.dtype)
-            dweight.addmm_(dz.T, x)
-        return dhidden, dweight.to(weight.dtype), None, None
+    def backward(ctx, dlogps, _entropy, _argmax):
+        hidden, weight, targets, lse, skip = ctx.saved_tensors
+        (T, V), wide = (hidden.shape[0], weight.shape[0]), lse.dtype
+        x = hidden.detach().to(wide)
+        c = (dlogps.masked_fill(skip, 0.0) / ctx.temperature).unsqueeze(1)
+        lse = torch.where(c == 0, torch.inf, lse.unsqueeze(1))  # q = 0 where nothing flows back, whatever the logits
+        targets = targets.masked_fill(c.squeeze(1) == 0, -1)
+        cx = c * x
+        dhidden = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        buffer = x.new_empty(TILE[0] * TILE[1])
+        for i, (rows, cols) in enumerate(_tiles(T, V)):
+            w, q = weight[cols].detach().to(wide), buffer[: (rows.stop - rows.start) * (cols.stop - cols.start)].view(rows.stop - rows.start, -1)
+            z = ctx.kept[i] if i < len(ctx.kept) else torch.mm(x[rows], w.T, out=q)
+            torch.sub(z, lse[rows], out=q)
+            (q if ctx.temperature == 1.0 else q.div_(ctx.temperature)).exp_()
+            y = targets[rows] - cols.start
+            here = (y >= 0) & (y < q.shape[1])
+            q.scatter_add_(1, y.clamp(0, q.shape[1] - 1).unsqueeze(1), -here.to(wide).unsqueeze(1))
+            if dhidden is not None:
+                dhidden[rows].addmm_(q, w, alpha=-1)
+            if dweight is not None:
+                dweight[cols].addmm_(q.T, cx[rows], alpha=-1)
+        dhidden = None if dhidden is None else dhidden.mul_(c).to(hidden.dtype)
+        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None
 
 
-linear_op = register("linear_logprob", reference=Backend(linear_logprob_reference))
+def _tiles(T: int, V: int):
+    """Rows and columns of one tile after the other."""
+    for col in range(0, V, TILE[1]):
+        for row in range(0, T, TILE[0]):
+            yield slice(row, min(row + TILE[0], T)), slice(col, min(col + TILE[1], V))
+
+
+def _triton(**call) -> tuple:
+    from .linear_logprob_triton import linear_logprob_triton
+
+    return linear_logprob_triton(**call)
+
+
+def _why_not(call: dict) -> str | None:
+    hidden, weight = call["hidden"], call["weight"]
+    if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"hidden is {hidden.dtype}, weight is {weight.dtype}; the kernels take both in fp32, fp16 or bf16 (fp64 is the reference's)"
+    if weight.stride(1) != 1:
+        return f"the numbers of a row of weight are not neighbours in memory (strides {weight.stride()})"
+    return why_not_triton(call)
+
+
+linear_op = register("linear_logprob", triton=Backend(_triton, _why_not), reference=Backend(linear_logprob_reference))
