@@ -1,6 +1,7 @@
 """What a benchmark case declares: inputs, the operation, what a user would otherwise run, and the bytes and flops that it cannot avoid."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -25,8 +26,24 @@ class Case:
     rows: tuple[str, ...] = ()  # inputs whose first axis is rows that do not influence each other: a sample of rows is checked at full size
 
 
+_compiling = False
+
+
+@contextmanager
+def compiled() -> Iterator[None]:
+    """Inside the block `differentiated` puts its function through torch.compile: forward and backward, but not the call of autograd around them."""
+    global _compiling
+    _compiling = True
+    try:
+        yield
+    finally:
+        _compiling = False
+
+
 def differentiated(function: Callable, *leaves: torch.Tensor, upstream: torch.Tensor | None = None) -> tuple:
     """Outputs (None ones left out) and gradients of function(*leaves), with the first output's sum or `upstream` times it as the loss."""
+    if _compiling:
+        function = torch.compile(function, dynamic=False)  # found again by its code, so that only the first call compiles
     leaves = [x.detach().requires_grad_() for x in leaves]
     out = function(*leaves)
     outputs = [x for x in out if x is not None] if isinstance(out, tuple) else [out]

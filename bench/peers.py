@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from case import differentiated
+from case import compiled, differentiated
 
 PACKAGES = {"liger": ("liger_kernel", "liger-kernel"), "cce": ("cut_cross_entropy", "cut-cross-entropy"), "quack": ("quack", "quack-kernels")}
 
@@ -108,11 +108,21 @@ def bind(adapter: Callable) -> Callable[..., tuple]:
     return lambda **inputs: adapter(**{name: inputs[name] for name in wanted})
 
 
+def torch_compile(case) -> Callable[..., tuple]:
+    """The eager rival with its forward and backward compiled."""
+
+    def run(**inputs):
+        with compiled():
+            return case.eager(**inputs)
+
+    return run
+
+
 def peers_of(case, device: str) -> dict[str, Callable[..., tuple]]:
     """Contenders beside eager: the case's own rivals, torch.compile on a GPU, and the installed peers that run on this device."""
     found = dict(case.rivals)
     if device == "cuda":
-        found["torch.compile"] = torch.compile(case.eager, dynamic=False)
+        found["torch.compile"] = torch_compile(case)
         here = installed()
         found |= {f"{name} {here[name]}": bind(f) for name, f in PEERS.get(case.op, {}).items() if name in here}
     return found
