@@ -22,17 +22,16 @@ logits of the rows with gradient: 1 + 3 GEMMs.  Not here: an entropy bonus, logi
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._dispatch import Backend, accumulation_dtype, check, register
 from ._triton import why_not_triton
-from .logits_grpo import REFERENCE, Steps, Tokens, check_batch, loss_and_statistics, loss_tokens, token_level
+from .logits_grpo import REFERENCE, HandOverFunction, Steps, Tokens, check_batch, loss_and_statistics, loss_tokens, token_level
 from .logprob import check_targets
 from .policy_loss import LossVariant
 
 # Logits in a chunk.  cuda: 4096 rows of V = 131072, 2 GiB in fp32 (not measured on a GPU yet); every further chunk reads and writes dweight once
-# more.  cpu: 16 MiB in fp32.
-CHUNK_LOGITS = {"cuda": 1 << 29, "cpu": 1 << 22}
+# more.  cpu: 32 MiB in fp32, 256 rows of V = 32000: half as many cost 5 % more time at D = 1024 (2-core x86, one thread).
+CHUNK_LOGITS = {"cuda": 1 << 29, "cpu": 1 << 23}
 
 
 def linear_grpo(hidden: Tensor, weight: Tensor, targets: Tensor, old_logps: Tensor | None, advantages: Tensor | None, cu_seqlens: Tensor, *,
@@ -48,9 +47,10 @@ def linear_grpo(hidden: Tensor, weight: Tensor, targets: Tensor, old_logps: Tens
     chunk_tokens: rows whose logits exist at once, None = CHUNK_LOGITS / V.  compact: leave rows without gradient out (module docstring); False never
     waits for the device on the Triton backend.
     Returns the loss, 0-d, and policy_loss's statistics plus entropy_sum (nats, over the unmasked tokens).  Without a gradient to compute it stops
-    after the first GEMM; a frozen hidden or weight saves its GEMM.  backward multiplies the stored gradients by the upstream scalar; a second
-    backward needs retain_graph=True as usual.  Extra memory: a chunk of logits in fp32 and in the inputs' dtype, and dweight in fp32 if there are
-    several chunks.  fp16 is computed in fp32 (a gradient made before loss scaling would underflow), and so is any half precision on a CPU.
+    after the first GEMM; a frozen hidden or weight saves its GEMM.  backward hands the stored gradients out, multiplied by the upstream gradient
+    where they lie: a second backward (retain_graph=True) raises RuntimeError.  Extra memory: a chunk of logits in fp32 and in the inputs' dtype, and
+    dweight in fp32 if there are several chunks.  fp16 is computed in fp32 (a gradient made before loss scaling would underflow), and so is any half
+    precision on a CPU.
     A NaN in a row of hidden makes the loss and dweight NaN, and of dhidden that row only; in a masked row it does nothing.
     Raises ValueError on a shape or dtype mismatch, both or neither of advantages and rewards, a target outside [0, V) (checked on CPU; on a GPU
     such a row counts as masked).
@@ -99,7 +99,8 @@ def linear_loss(steps: Steps, hidden, weight, targets, old_logps, advantages, cu
                 pass_.recompute(rows, coefs)
     if not want:
         return loss, stats
-    return GradientInForwardFunction.apply(hidden, weight, loss, pass_.dhidden, pass_.finished_dweight()), stats
+    gradients = pass_.dhidden, pass_.finished_dweight()
+    return HandOverFunction.apply("linear_grpo", loss, steps.scale, gradients, hidden, weight), stats
 
 
 class Chunks:
@@ -188,22 +189,6 @@ class Chunks:
         if self.wanted[1] and self.dweight is None:
             return torch.zeros(self.weight.shape, dtype=self.dtype, device=self.weight.device)
         return self.dweight
-
-
-class GradientInForwardFunction(torch.autograd.Function):
-    """The loss, whose gradients are at hand: backward scales them, and rounds to the inputs' dtype what was accumulated in a wider one."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, loss, dhidden, dweight):
-        ctx.save_for_backward(dhidden, dweight)
-        ctx.dtype = hidden.dtype
-        return loss.view_as(loss)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss):
-        scaled = [None if x is None else torch.mul(x, dloss, out=torch.empty_like(x, dtype=ctx.dtype)) for x in ctx.saved_tensors]
-        return *scaled, None, None, None
 
 
 def linear_grpo_reference(**call) -> tuple[Tensor, dict[str, Tensor]]:

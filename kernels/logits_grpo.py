@@ -29,7 +29,7 @@ from .policy_loss import (
     surrogate_reference,
 )
 
-PIECE = 1 << 22  # logits worked on at once by the reference: 16 MiB in fp32, of which it holds two
+PIECE = 1 << 19  # logits worked on at once by the reference: 2 MiB in fp32, of which it holds two
 
 
 def logits_grpo(logits: Tensor, targets: Tensor, old_logps: Tensor | None, advantages: Tensor | None, cu_seqlens: Tensor, *,
@@ -118,7 +118,7 @@ class Steps(NamedTuple):
     loss: Callable  # policy_loss
     rows: Callable  # (logits, tokens, variant or None for no coefs, temperature, dlogits to write or None) -> Rows
     dlogits: Callable  # (logits, targets, m, S, coefs, temperature, out, rows=None): gradient of all rows, or of those listed, into out
-    scale: Callable  # (x, factor): x *= factor, a 0-d tensor, without touching x where the factor is 1
+    scale: Callable  # (x, factor): matrix x *= factor, a 0-d tensor, without touching x where the factor is 1
 
 
 def token_level(v: LossVariant, old_logps: Tensor | None) -> bool:
@@ -158,7 +158,9 @@ def loss_and_statistics(steps: Steps, logps: Tensor, entropy: Tensor, want_coefs
     logps = logps.detach().requires_grad_(want_coefs)
     with torch.set_grad_enabled(want_coefs):
         loss, stats = steps.loss(logps=logps, **call)
-    coefs = torch.autograd.grad(loss, logps)[0] if want_coefs else None
+    coefs = None
+    if want_coefs:
+        coefs = torch.where(logps.isnan(), logps.detach(), torch.autograd.grad(loss, logps)[0])  # clamp's derivative is 0 at NaN
     return loss.detach(), stats | {"entropy_sum": entropy.sum(dtype=torch.float64).float()}, coefs
 
 
@@ -185,27 +187,31 @@ def logits_loss(steps: Steps, logits, targets, old_logps, advantages, cu_seqlens
         steps.dlogits(x, targets, rows.m, rows.S, coefs.masked_fill_(rows.m == -torch.inf, 0), temperature, dlogits)
     if inplace:  # a Triton kernel's writes are unknown to autograd
         torch.autograd.graph.increment_version(logits)
-    return HandOverFunction.apply(logits, loss, dlogits, steps.scale), stats
+    return HandOverFunction.apply("logits_grpo", loss, steps.scale, (dlogits,), logits), stats
 
 
 class HandOverFunction(torch.autograd.Function):
-    """The loss, whose gradient is at hand and is given away: copying it would cost as much as making it."""
+    """The loss, whose gradients are at hand and are given away once, scaled where they lie: a copy would cost as much as making them."""
 
     @staticmethod
-    def forward(ctx, logits, loss, dlogits, scale):
-        ctx.save_for_backward(dlogits)
-        ctx.scale, ctx.given_away = scale, False
+    def forward(ctx, where, loss, scale, gradients, *inputs):
+        ctx.save_for_backward(*gradients)
+        ctx.where, ctx.scale, ctx.dtypes, ctx.given_away = where, scale, [x.dtype for x in inputs], False
         return loss.view_as(loss)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
         if ctx.given_away:
-            raise RuntimeError("logits_grpo: its gradient was handed out by the first backward; call logits_grpo again")
-        (dlogits,) = ctx.saved_tensors
+            raise RuntimeError(f"{ctx.where}: its gradients were handed out by the first backward; call {ctx.where} again")
+        gradients = list(ctx.saved_tensors)
         ctx.given_away = True
-        ctx.scale(dlogits, dloss)
-        return dlogits, None, None, None
+        for i, (x, dtype) in enumerate(zip(gradients, ctx.dtypes, strict=True)):
+            if x is not None and x.dtype == dtype:
+                ctx.scale(x, dloss)
+            elif x is not None:  # accumulated in a wider dtype: scaled and rounded in one pass
+                gradients[i] = torch.mul(x, dloss, out=torch.empty_like(x, dtype=dtype))
+        return None, None, None, None, *gradients
 
 
 def rows_reference(logits: Tensor, tokens: Tokens, variant: LossVariant | None, temperature: float, dlogits: Tensor | None = None) -> Rows:
@@ -250,7 +256,8 @@ def coefficients_reference(logps: Tensor, tokens: Tokens, v: LossVariant) -> Ten
             term = term * correction_weight(v, tokens.rho if v.correction == "sequence_mask" else old - tokens.rho)
         if v.kl != "none":
             term = term + v.beta * kl_value(v, tokens.ref - logps)
-        return torch.autograd.grad((tokens.scale * term).sum(), logps)[0]
+        coefs = torch.autograd.grad((tokens.scale * term).sum(), logps)[0]
+    return torch.where(logps.isnan(), logps.detach(), coefs)  # clamp's derivative is 0 at NaN, which would hide it
 
 
 def dlogits_reference(logits, targets, m, S, coefs, temperature, out, rows=None) -> None:

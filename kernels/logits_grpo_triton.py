@@ -111,21 +111,22 @@ def logits_grpo_kernel(
 
 def scale_triton(x: Tensor, factor: Tensor) -> None:
     """x *= factor in place; the device finds out by itself that the factor is 1 and nothing is to be done."""
-    T, V = x.shape
-    if T:
+    rows, columns = x.shape
+    if x.numel():
         with on_device_of(x):
-            scale_kernel[(T,)](x, factor.to(torch.float32), V, x.stride(0), BLOCK=block_of(V, 4096), num_warps=8)
+            scale_kernel[(min(rows, 1024),)](x, factor.to(torch.float32), rows, columns, x.stride(0), BLOCK=block_of(columns, 4096), num_warps=8)
 
 
-@triton.jit(do_not_specialize_on_alignment=["factor_ptr"])
-def scale_kernel(x_ptr, factor_ptr, V, stride, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["factor_ptr"])
+def scale_kernel(x_ptr, factor_ptr, rows, columns, stride, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
-    x_ptr += tl.program_id(0).to(tl.int64) * stride
     lanes = tl.arange(0, BLOCK)
     if factor != 1.0:
-        for i in range(0, V, BLOCK):
-            x = tl.load(x_ptr + i + lanes, mask=i + lanes < V, other=0.0)
-            tl.store(x_ptr + i + lanes, (x.to(tl.float32) * factor).to(x_ptr.dtype.element_ty), mask=i + lanes < V)
+        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+            row_ptr = x_ptr + row.to(tl.int64) * stride
+            for i in range(0, columns, BLOCK):
+                x = tl.load(row_ptr + i + lanes, mask=i + lanes < columns, other=0.0)
+                tl.store(row_ptr + i + lanes, (x.to(tl.float32) * factor).to(x_ptr.dtype.element_ty), mask=i + lanes < columns)
 
 
 TRITON = Steps(group_advantage_triton, policy_loss_triton, rows_triton, dlogits_triton, scale_triton)
@@ -147,5 +148,5 @@ def ahead_of_time() -> list[AheadOfTime]:
         cases.append(AheadOfTime(f"logits_grpo {dtype} {surrogate} {kl} {correction} {coefs} {gradient}", logits_grpo_kernel,
                                  tokens | numbers | sizes | {"logits_ptr": f"*{dtype}:16", "dlogits_ptr": f"*{dtype}:16"}, flags, WARPS[gradient],
                                  registers=64 if gradient else 96))  # fmt: skip
-    return [*cases, AheadOfTime("logits_grpo scale", scale_kernel, {"x_ptr": "*bf16:16", "factor_ptr": "*fp32", "V": "i32:16", "stride": "i32:16"},
-                                {"BLOCK": 4096}, 8)]  # fmt: skip
+    scale = {"x_ptr": "*bf16:16", "factor_ptr": "*fp32", "rows": "i32", "columns": "i32:16", "stride": "i32:16"}
+    return [*cases, AheadOfTime("logits_grpo scale", scale_kernel, scale, {"BLOCK": 4096}, 8)]

@@ -166,6 +166,8 @@ def policy_loss_fwd_kernel(
         if SEQUENCE_WEIGHT:
             log_rho = tl.load(sequence_ptr + 2 * S + s, mask=keep, other=0.0)
         c = WEIGHT(log_rho, weight_low, weight_high)
+    # maximum and minimum drop a NaN, which would hide a broken log-prob from loss and gradient
+    term, coef = tl.where(log_ratio == log_ratio, term, log_ratio), tl.where(log_ratio == log_ratio, coef, log_ratio)
     loss = w * c * term
     if RATIO == "sequence":  # through the mean: every token of the sequence receives the sum of the weights over it, divided by n
         dlogp = w * coef * tl.load(sequence_ptr + 3 * S + s, mask=keep, other=0.0) / n
