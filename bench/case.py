@@ -14,7 +14,7 @@ class Case:
     op: str  # name in athanor.kernels._dispatch.OPS
     sizes: dict[str, int]
     dtype: torch.dtype
-    make: Callable[[torch.Generator], dict]  # inputs on CPU in fp64 or integers; random, never zeros
+    make: Callable[[torch.Generator], dict]  # inputs in fp64 or integers, on the current default device; random, never zeros
     run: Callable[..., tuple]  # (backend=..., **inputs) -> tensors
     eager: Callable[..., tuple]  # (**inputs) -> the same tensors from plain PyTorch: the rival, and in fp64 the oracle
     work: str  # the formula behind bytes and flops, for the reader
@@ -23,6 +23,7 @@ class Case:
     rivals: dict[str, Callable[..., tuple]] = field(default_factory=dict)  # further ones, by name; None in place of an output they do not give
     slack: float = 2  # ulp of the largest value that the gate allows beyond twice the eager error
     gate: "Case | None" = None  # the same operation where an fp64 oracle is affordable, tile edges crossed; needed only if this size is too large
+    fp32: tuple[str, ...] = ()  # inputs that are fp32 whatever the dtype, as log-probs and advantages are
     rows: tuple[str, ...] = ()  # inputs whose first axis is rows that do not influence each other: a sample of rows is checked at full size
 
 

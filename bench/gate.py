@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 CPU_ORACLE_BYTES = 2 << 30  # fp64 temporaries that the gate may take on a CPU; on a GPU 80 % of what is free
-TEMPORARIES = 12  # fp64 tensors of the largest size that eager forward and backward hold at once, by counting in the cases; an upper guess
+TEMPORARIES = 8  # fp64 tensors of the largest size that eager forward and backward hold at once; logprob's, which needs most, has seven
 SAMPLED_ROWS = 64
 
 
@@ -27,10 +27,16 @@ class Verdict:
     finite: bool = True  # False: NaN, infinity, or the wrong shape; the error says nothing then
 
 
-def inputs_of(case, device: str, dtype: torch.dtype) -> dict:
-    made = case.make(torch.Generator().manual_seed(0))
-    rounded = {k: v.to(case.dtype) if v.is_floating_point() else v for k, v in made.items()}  # fp64 sees the same rounded numbers
-    return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in rounded.items()}
+def inputs_of(case, device: str) -> dict:
+    """The case's inputs in its dtype, made on the device: 1e9 random numbers take the GPU milliseconds and one CPU thread ten seconds."""
+    with torch.device(device):
+        made = case.make(torch.Generator(device).manual_seed(0))
+    return {k: v.to(torch.float32 if k in case.fp32 else case.dtype) if v.is_floating_point() else v for k, v in made.items()}
+
+
+def in_fp64(inputs: dict) -> dict:
+    """The same rounded numbers, for the oracle."""
+    return {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
 
 
 @contextmanager
@@ -93,7 +99,7 @@ class Gate:
     def __init__(self, case, device: str, counterpart=None):
         """counterpart: () -> a case of the same operation at a smaller size, or None; asked only when it is needed."""
         self.case, self.device = case, device
-        self.inputs = inputs_of(case, device, case.dtype)
+        self.inputs = inputs_of(case, device)
         self.small = None
         if not affordable(case, self.inputs, device):
             small = case.gate or (counterpart() if counterpart else None)
@@ -103,7 +109,7 @@ class Gate:
             self.sample()
             return
         self.plain = case.eager(**self.inputs)
-        self.oracle = case.eager(**inputs_of(case, device, torch.float64))
+        self.oracle = case.eager(**in_fp64(self.inputs))
 
     def sample(self) -> None:
         """The oracle of a few rows of the full size: first, last, and random ones between."""
@@ -115,7 +121,7 @@ class Gate:
         self.chosen = torch.cat([torch.tensor([0, count - 1]), drawn]).unique().to(self.device)
         part = {k: v[self.chosen] if k in self.case.rows else v for k, v in self.inputs.items()}
         self.plain = self.case.eager(**part)
-        self.oracle = self.case.eager(**{k: v.double() if v.is_floating_point() else v for k, v in part.items()})
+        self.oracle = self.case.eager(**in_fp64(part))
 
     @property
     def scope(self) -> str:

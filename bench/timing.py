@@ -39,12 +39,13 @@ def times_us(contenders: dict[str, Callable], device: str, repeats: int) -> dict
 
 
 def _cuda_times(function: Callable, repeats: int) -> tuple[list[float], bool]:
-    start_s, host_s = time.perf_counter(), 0.0
-    while time.perf_counter() - start_s < WARM_UP_S or host_s == 0.0:
+    start_s, calls = time.perf_counter(), 0
+    while calls < 3 or time.perf_counter() - start_s < WARM_UP_S:
         before = time.perf_counter()
         function()
         host_s = time.perf_counter() - before  # of the last call: compilation is in the first
         torch.cuda.synchronize()
+        calls += 1
     cache = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     cycles = int(2e9 * min(2 * host_s + 2e-4, 0.05))  # at about 2 GHz, twice what the host took to queue the call
     times, queued = [], True
