@@ -36,7 +36,8 @@ def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor, te
         wide = accumulation_dtype(hidden.dtype)
         logits = hidden.to(wide) @ weight.to(wide).T
         return *logprob_reference(logits, targets, temperature), logits.argmax(-1) if return_argmax else None
-    keep = min(KEPT_LOGITS, hidden.shape[0] * weight.shape[0] // 8) if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad) else 0
+    backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    keep = min(KEPT_LOGITS, hidden.shape[0] * weight.shape[0] // 8) if backward else 0
     return LinearLogprobFunction.apply(hidden, weight, targets, temperature, return_argmax, keep)
 
 
