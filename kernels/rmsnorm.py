@@ -2,52 +2,78 @@
 
 One rounding order, used by rollout and trainer: everything in fp32 (fp64 for fp64 input), one cast at the end.  Hugging Face's eager
 modules cast before the multiplication by the weight instead; the two differ in bf16 only.
+
+With a residual the norm is taken of s = x + residual *after* s is rounded to the dtype of x, so that whoever reads s sees the numbers that were
+normed, and y is the one that rmsnorm(x + residual) gives.  Backward: the gradient of s joins in fp32, before the one cast.
+
+A row whose sum of squares exceeds fp32 (|x| around 1e19) comes out as zeros, as in torch.nn.functional.rms_norm.
 """
 
 import torch
 from torch import Tensor
 
 from ._dispatch import Backend, accumulation_dtype, check, register
+from ._triton import why_not_triton
 
 
-def rmsnorm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tensor:
-    """Divide each row by its root mean square and multiply by the weight.
+def rmsnorm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None,
+            backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Divide each row by its root mean square and multiply by the weight; with a residual, add it first.
 
-    x: (..., D).  weight: (D,).  Returns the shape and dtype of x, differentiable in both.  Raises ValueError on a shape mismatch.
+    x: (..., D).  weight: (D,).  residual: shape and dtype of x.  Returns y of the shape and dtype of x, or (y, s) with s = x + residual when a
+    residual is given; differentiable in all.  Raises ValueError on a shape or dtype mismatch.
+
+    Rows whose elements are neighbours in memory are read in place when all axes but one before the last form one stride (a head slice of a fused
+    qkv matrix does); any other layout is copied first by the Triton backend.
     """
     check(weight.ndim == 1 and x.ndim >= 1 and x.shape[-1] == weight.shape[0],
           f"rmsnorm: weight is {tuple(weight.shape)}, x is {tuple(x.shape)}; wanted weight (D,) and x (..., D)")  # fmt: skip
-    return op(backend, x=x, weight=weight, eps=eps)
+    if residual is not None:
+        check(residual.shape == x.shape and residual.dtype == x.dtype,
+              f"rmsnorm: residual is {tuple(residual.shape)} {residual.dtype}; wanted that of x, {tuple(x.shape)} {x.dtype}")  # fmt: skip
+    return op(backend, x=x, weight=weight, eps=eps, residual=residual)
 
 
-def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return RMSNormFunction.apply(x, weight, eps)
+def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    return RMSNormFunction.apply(x, weight, eps, residual)
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """With n = x * rstd and g = dy * weight:  dx = rstd * (g - n * mean(g * n)),  dweight = sum over rows of dy * n."""
+    """With n = s * rstd and g = dy * weight:  dx = dresidual = rstd * (g - n * mean(g * n)) + ds,  dweight = sum over rows of dy * n."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
-        wide = x.to(accumulation_dtype(x.dtype))
+    def forward(ctx, x, weight, eps, residual):
+        ctx.set_materialize_grads(False)
+        s = x if residual is None else x + residual
+        wide = s.to(accumulation_dtype(x.dtype))
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
-        ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).mul_(weight).to(x.dtype)
+        ctx.save_for_backward(s, weight, rstd)
+        y = (wide * rstd).mul_(weight).to(x.dtype)
+        return y if residual is None else (y, s)
 
     @staticmethod
-    def backward(ctx, dy):
-        x, weight, rstd = ctx.saved_tensors
-        wide, dy = x.to(rstd.dtype), dy.to(rstd.dtype)
+    def backward(ctx, dy, ds=None):
+        s, weight, rstd = ctx.saved_tensors
+        if dy is None:
+            return ds, None, None, ds
+        wide, dy = s.to(rstd.dtype), dy.to(rstd.dtype)
         dx = dweight = None
         normed = wide * rstd
         if ctx.needs_input_grad[1]:
-            dweight = (dy * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
+            dweight = (dy * normed).reshape(-1, s.shape[-1]).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
             grad = dy * weight
             dot = (grad * normed).mean(-1, keepdim=True)
-            dx = grad.sub_(normed.mul_(dot)).mul_(rstd).to(x.dtype)
-        return dx, dweight, None
+            grad.sub_(normed.mul_(dot)).mul_(rstd)
+            dx = (grad if ds is None else grad.add_(ds)).to(s.dtype)
+        return dx, dweight, None, dx if ctx.needs_input_grad[3] else None
 
 
-op = register("rmsnorm", reference=Backend(rmsnorm_reference))
+def _triton(**call) -> Tensor | tuple[Tensor, Tensor]:
+    from .rmsnorm_triton import rmsnorm_triton
+
+    return rmsnorm_triton(**call)
+
+
+op = register("rmsnorm", triton=Backend(_triton, why_not_triton), reference=Backend(rmsnorm_reference))
