@@ -79,3 +79,84 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(JITFunction, "run", run)
     return recorded
+
+
+class GrpoOracle:
+    """Batches for logits_grpo and linear_grpo, and their loss written out over autograd, one sequence at a time (kernels.md appendix B)."""
+
+    EXTRA = {"two_sided": {"delta": 1.7}, "dual_clip": {"dual_clip": 2}, "constant": {"max_tokens": 20}}
+    BOUNDS = {
+        "tis": {"correction_high": 1.3},
+        "token_mask": {"correction_low": 0.7, "correction_high": 1.4},
+        "sequence_mask": {"correction_high": 1.5},
+    }
+
+    def variant(self, ratio="token", surrogate="clip", aggregation="token_mean", kl="none", correction="none"):
+        from athanor.kernels import LossVariant
+
+        more = self.EXTRA.get(surrogate, {}) | self.EXTRA.get(aggregation, {}) | self.BOUNDS.get(correction, {})
+        return LossVariant(ratio=ratio, surrogate=surrogate, aggregation=aggregation, kl=kl, correction=correction, beta=0.05 * (kl != "none"),
+                           clip_high=0.3, **more)  # fmt: skip
+
+    def batch(self, lengths=(5, 0, 9, 1, 8), V=37, D=11, seed=0):
+        """Inputs in fp64.  The old policy is near enough that some tokens clip and some do not; sequence 2 has advantage 0; some targets are -100."""
+        g = torch.Generator().manual_seed(seed)
+        randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+        T, S = sum(lengths), len(lengths)
+        hidden, weight, targets = randn(T, D), randn(V, D) / D**0.5, torch.randint(0, V, (T,), generator=g)
+        logps = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+        old, ref = logps + 0.3 * randn(T), logps + 0.4 * randn(T)
+        advantages = randn(S)
+        advantages[2:3] = 0.0
+        tokens = dict(ref_logps=ref, rollout_logps=old + 0.2 * randn(T), mask=torch.rand(T, generator=g) < 0.8)
+        cu = torch.cat([torch.zeros(1, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)])
+        targets[torch.rand(T, generator=g) < 0.1] = -100
+        return hidden, weight, (targets, old, advantages, cu), tokens
+
+    def loss(self, logits, targets, old, advantages, cu, ref_logps, rollout_logps, mask, v, temperature=1.0, num_tokens=None, num_sequences=None):
+        """The loss in logits' dtype, differentiable, and the entropy sum."""
+        log_p = (logits / temperature).log_softmax(-1)
+        keep = mask & (targets >= 0)
+        rows = [torch.tensor([t for t in range(a, b) if keep[t]], dtype=torch.long) for a, b in zip(cu.tolist(), cu.tolist()[1:], strict=False)]
+        num_tokens = max(int(keep.sum()), 1) if num_tokens is None else num_tokens
+        num_sequences = max(sum(len(r) > 0 for r in rows), 1) if num_sequences is None else num_sequences
+        lo, hi = 1 - v.clip_low, 1 + v.clip_high
+        total = logits.sum() * 0 if logits.isfinite().all() else logits.new_zeros(())
+        for s, row in enumerate(rows):
+            if not len(row):
+                continue
+            a, lp = advantages[s], log_p[row, targets[row]]
+            o = lp.detach() if old is None else old[row]
+            d = lp - o
+            if v.ratio == "sequence":
+                d = d.mean().expand(len(row))
+            if v.ratio == "sequence_token":
+                d = lp - lp.detach() + d.mean().detach()
+            r = d.exp()
+            clipped = -torch.min(r * a, r.clamp(lo, hi) * a)
+            tau = v.tau_positive if a > 0 else v.tau_negative
+            term = {
+                "clip": lambda x=clipped: x,
+                "dual_clip": lambda x=clipped, a=a: torch.min(x, -v.dual_clip * a) if a < 0 else x,
+                "two_sided": lambda r=r, a=a: -torch.min(r.clamp(max=v.delta) * a, r.clamp(lo, hi) * a),
+                "cispo": lambda r=r, a=a, lp=lp: -r.detach().clamp(lo, hi) * a * lp,
+                "sapo": lambda r=r, a=a, tau=tau: -(4 / tau) * torch.sigmoid(tau * (r - 1)) * a,
+                "reinforce": lambda a=a, lp=lp: -a * lp,
+            }[v.surrogate]()
+            if v.correction != "none":
+                log_rho = o - rollout_logps[row]
+                rho = (log_rho.sum().expand(len(row)) if v.correction == "sequence_mask" else log_rho).exp()
+                inside = (rho >= v.correction_low) & (rho <= v.correction_high)
+                term = term * (rho.clamp(max=v.correction_high) if v.correction == "tis" else rho * inside)
+            if v.kl != "none":
+                e = ref_logps[row] - lp
+                term = term + v.beta * {"k1": -e, "k2": e.square() / 2, "k3": e.exp() - e - 1}[v.kl]
+            denominator = {"token_mean": num_tokens, "sequence_mean": num_sequences * len(row)}.get(v.aggregation) or num_sequences * v.max_tokens
+            total = total + term.sum() / denominator
+        kept = log_p.detach()[keep]
+        return total, -(kept.exp() * kept.clamp_min(torch.finfo(kept.dtype).min)).sum()
+
+
+@pytest.fixture
+def grpo():
+    return GrpoOracle()
