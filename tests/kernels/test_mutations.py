@@ -32,7 +32,7 @@ class Bug:
         return self.tests.endswith("_triton.py")
 
 
-GRPO = "test_grpo_loss_triton.py"
+GRPO, LINEAR = "test_grpo_loss_triton.py", "test_linear_logprob_triton.py"
 BUGS = [
     # policy_loss, grpo_loss
     Bug("dropped mask", "policy_loss.py", "    loss = loss * m\n", "", "test_policy_loss.py"),
@@ -82,6 +82,18 @@ BUGS = [
         "S, U, m = (S + e).to(tl.float16).to(tl.float32), U + de, new", "test_logprob_triton.py"),
     Bug("missing grad scale", "logprob_triton.py", "tl.load(dlogps_ptr + row) * inv_temperature, 0.0)", "inv_temperature, 0.0)",
         "test_logprob_triton.py"),
+    Bug("missing 1/temperature", "linear_logprob.py", "c = (dlogps.masked_fill(skip, 0.0) / ctx.temperature)", "c = (dlogps.masked_fill(skip, 0.0))",
+        "test_linear_logprob.py"),
+    Bug("tiles joined without rescaling", "linear_logprob.py", "S[rows] = S[rows] * factor + e.sum(1)", "S[rows] = S[rows] + e.sum(1)",
+        "test_linear_logprob.py"),
+    Bug("off-by-one tile", "linear_logprob.py", "slice(col, min(col + TILE[1], V))", "slice(col, min(col + TILE[1], V - 1))",
+        "test_linear_logprob.py"),
+    Bug("missing vocabulary tail mask", "linear_logprob_triton.py", 'x = tl.where((cols < V)[None, :], x, float("-inf"))', "x = x + 0.0", LINEAR),
+    Bug("fp16 accumulation", "linear_logprob_triton.py", 'weight.load([col0, k]).T, acc, input_precision="ieee")',
+        'weight.load([col0, k]).T, acc, input_precision="ieee").to(tl.float16).to(tl.float32)', LINEAR),
+    Bug("off-by-one slice", "linear_logprob_triton.py", "for i in range(0, slices, SLICES):", "for i in range(0, slices - 1, SLICES):", LINEAR),
+    Bug("missing 1/temperature", "linear_logprob_triton.py", "dlogps, 0.0) / ctx.temperature", "dlogps, 0.0)", LINEAR),
+    Bug("missing grad scale", "linear_logprob_triton.py", "torch.mul(dw, unit, out=", "torch.mul(dw, 1.0, out=", LINEAR),
     # rmsnorm, rope, swiglu
     Bug("eps left out", "rmsnorm.py", ".div_(x.shape[-1]).add_(eps))", ".div_(x.shape[-1]))", "test_rmsnorm.py"),
     Bug("rotation backwards", "rope.py", "_rotate(dy, cos, -sin)", "_rotate(dy, cos, sin)", "test_rope.py"),
@@ -96,7 +108,7 @@ def run_tests(kernels: Path, tests: str, interpreted: bool) -> subprocess.Comple
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, str(ROOT / "bench/overlay.py"), str(kernels), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command += ["--rootdir", str(ROOT), str(TESTS / tests)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def copy_of_kernels(tmp_path: Path) -> Path:
