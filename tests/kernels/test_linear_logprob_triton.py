@@ -157,6 +157,8 @@ def test_upstream_gradient_scales_down_to_what_fp16_cannot_hold(triton_device, g
 def test_rows_without_gradient_are_exactly_zero_and_the_others_unchanged(triton_device, generator):
     hidden, weight, targets, g = inputs(50, 16, 60, generator)
     targets.clamp_(min=0)
+    hidden[:, 0] = 1
+    weight[:, 0] -= 1000  # a skipped tile has logits of 0, far above the others
     full = run(hidden, weight, targets, g, device=triton_device)[2]
     g[16:32] = 0  # a whole tile, and
     g[40] = 0
@@ -164,7 +166,7 @@ def test_rows_without_gradient_are_exactly_zero_and_the_others_unchanged(triton_
     dead = g == 0
     assert not dhidden[dead].any() and torch.equal(dhidden[~dead], full[~dead])
     alive = run(hidden[~dead], weight, targets[~dead], g[~dead], device=triton_device)[3]
-    assert torch.allclose(dweight, alive, atol=1e-5)
+    assert torch.allclose(dweight, alive, atol=1e-3)
 
 
 @pytest.mark.parametrize("label", [-100, -1, 60, 63, 2**40, -(2**40)])
