@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._dispatch import Backend, accumulation_dtype, check, register
+from ._triton import why_not_triton
 
 PARALLEL_GRAIN = 32768  # elements below which PyTorch's elementwise CPU loops stay on one thread (at::internal::GRAIN_SIZE)
 
@@ -15,7 +16,8 @@ PARALLEL_GRAIN = 32768  # elements below which PyTorch's elementwise CPU loops s
 def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     """Multiply silu of the first half of each row by the second half.
 
-    gate_up: (T, 2F), gate first.  Returns (T, F) of the same dtype; computed in fp32.  Raises ValueError when the last axis is odd.
+    gate_up: (T, 2F), gate first, rows of any stride.  Returns (T, F) of the same dtype, differentiable; computed in fp32, rounded once.
+    Raises ValueError when the last axis is odd.
     """
     check(gate_up.ndim == 2 and gate_up.shape[1] % 2 == 0, f"swiglu: gate_up is {tuple(gate_up.shape)}; wanted (T, 2F)")
     return op(backend, gate_up=gate_up)
@@ -66,4 +68,10 @@ class SwigluFunction(torch.autograd.Function):
         return out.to(gate_up.dtype)
 
 
-op = register("swiglu", reference=Backend(swiglu_reference))
+def _triton(**call) -> Tensor:
+    from .swiglu_triton import swiglu_triton
+
+    return swiglu_triton(**call)
+
+
+op = register("swiglu", triton=Backend(_triton, why_not_triton), reference=Backend(swiglu_reference))
