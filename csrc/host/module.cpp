@@ -5,6 +5,7 @@
 #include <string>
 
 #include "packing.hpp"
+#include "rollout_bindings.hpp"
 
 namespace py = pybind11;
 
@@ -36,7 +37,8 @@ py::tuple best_fit_pack(const py::array& lengths, std::int64_t capacity) {
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-    m.doc() = "Host-side C++ of Athanor: sequence packing.";
+    m.doc() = "Host-side C++ of Athanor: sequence packing, KV block pool, continuous-batching scheduler.";
+    athanor::bind_rollout(m);
     m.def("best_fit_pack", &best_fit_pack, py::arg("lengths"), py::arg("capacity"),
           R"(Pack sequences into bins of `capacity` tokens by best fit decreasing: each into the fullest bin that still holds it.
 
