@@ -91,14 +91,15 @@ class LinearLogprobFunction(torch.autograd.Function):
         argmax = torch.empty(T, dtype=torch.int64, device=device) if return_argmax else None
         if T:
             partials = torch.empty(4, slices, T, dtype=torch.float32, device=device)
-            index = torch.empty(slices, T, dtype=torch.int32, device=device) if return_argmax else targets
+            # without argmax, pointers that are never used, always to an aligned address: another one would compile anew
+            index = torch.empty(slices, T, dtype=torch.int32, device=device) if return_argmax else partials
             call = operands(hidden, weight, fewer_stages(tiles) if return_argmax else tiles)
             with on_device_of(hidden):
                 linear_logprob_fwd_kernel[(triton.cdiv(T, tiles.BM) * slices,)](
                     targets_ptr=targets, partials_ptr=partials, index_ptr=index, T=T, V=V, inv_temperature=1 / temperature,
                     SLICE=tiles.SLICE, ARGMAX=return_argmax, **call)  # fmt: skip
                 linear_logprob_merge_kernel[(triton.cdiv(T, MERGE_TOKENS),)](
-                    partials, index, targets, logps, entropy, m, S, argmax if return_argmax else targets, T, V, slices, 1 / temperature,
+                    partials, index, targets, logps, entropy, m, S, argmax if return_argmax else m, T, V, slices, 1 / temperature,
                     ARGMAX=return_argmax, SLICES=MERGE_SLICES, TOKENS=MERGE_TOKENS, num_warps=4)  # fmt: skip
         ctx.save_for_backward(hidden, weight, targets, m, S)
         ctx.temperature = temperature

@@ -20,7 +20,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: a finite start for the maximum, since -inf minus -inf is NaN
 
 
-def logprob_triton(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def logprob_triton(logits: Tensor, targets: Tensor, temperature: float, support: None = None) -> tuple[Tensor, Tensor]:
+    assert support is None  # why_not refuses it
     return LogprobFunction.apply(logits, targets.contiguous(), temperature)
 
 
