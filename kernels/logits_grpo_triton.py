@@ -121,9 +121,10 @@ def scale_triton(x: Tensor, factor: Tensor) -> None:
 def scale_kernel(x_ptr, factor_ptr, rows, columns, stride, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
     lanes = tl.arange(0, BLOCK)
+    first, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     if factor != 1.0:
-        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-            row_ptr = x_ptr + row.to(tl.int64) * stride
+        for k in range(0, tl.cdiv(rows - first, step)):
+            row_ptr = x_ptr + (first + k * step) * stride
             for i in range(0, columns, BLOCK):
                 x = tl.load(row_ptr + i + lanes, mask=i + lanes < columns, other=0.0)
                 tl.store(row_ptr + i + lanes, (x.to(tl.float32) * factor).to(x_ptr.dtype.element_ty), mask=i + lanes < columns)

@@ -1,0 +1,197 @@
+"""The row kernel of logits_grpo against the formula in fp64 (fixture `grpo`): blocks of 16 so that 37 logits are three, the last one ragged."""
+
+import os
+
+import pytest
+import torch
+
+from athanor.kernels import LossVariant, logits_grpo
+
+# every choice of every axis; the old policy given and not
+CHOICES = [
+    ("token", "clip", "token_mean", "k3", "tis"),
+    ("token", "dual_clip", "sequence_mean", "k1", "token_mask"),
+    ("token", "two_sided", "constant", "k2", "sequence_mask"),
+    ("token", "cispo", "token_mean", "none", "none"),
+    ("token", "sapo", "sequence_mean", "k3", "token_mask"),
+    ("token", "reinforce", "constant", "none", "tis"),
+    ("sequence", "clip", "sequence_mean", "k2", "sequence_mask"),
+    ("sequence_token", "two_sided", "token_mean", "none", "none"),
+]
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]  # the interpreter's casts to bf16 truncate
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from athanor.kernels import linear_grpo_triton, logits_grpo_triton
+
+        monkeypatch.setattr(logits_grpo_triton, "BLOCK", {True: 16, False: 16})
+        monkeypatch.setattr(linear_grpo_triton, "BLOCK", 16)
+
+
+def move(x, device, dtype=torch.float32):
+    return x if x is None else x.to(device, dtype) if x.is_floating_point() else x.to(device)
+
+
+def run(logits, args, tokens, device, dtype=torch.float32, upstream=1.0, **options):
+    leaf = logits.to(device, dtype).requires_grad_()
+    args, tokens = [move(x, device) for x in args], {k: move(x, device) for k, x in tokens.items()}
+    z = leaf * 1
+    loss, stats = logits_grpo(z, *args, **tokens, backend="triton", **options)
+    grad = torch.autograd.grad(loss * upstream, leaf)[0]
+    if options.get("inplace"):
+        assert torch.equal(z.detach(), grad) or grad.isnan().any()
+    return loss.detach().cpu(), grad.cpu(), {k: x.cpu() for k, x in stats.items()}
+
+
+def formula(grpo, logits, args, tokens, v, dtype=torch.float64, **options):
+    wide = torch.promote_types(dtype, torch.float32)
+    args, tokens = [move(move(x, "cpu"), "cpu", wide) for x in args], {k: move(move(x, "cpu"), "cpu", wide) for k, x in tokens.items()}
+    logits = logits.to(wide).detach().requires_grad_()
+    loss, entropy = grpo.loss(logits, *args, **tokens, v=v, **options)
+    return loss.detach(), torch.autograd.grad(loss, logits)[0].to(dtype), entropy
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("i", range(len(CHOICES)), ids=lambda i: "-".join(CHOICES[i]))
+def test_errs_no_more_than_the_eager_chain(i, dtype, triton_device, grpo, within_rule):
+    v, temperature = grpo.variant(*CHOICES[i]), (1.0, 0.5, 5.0)[i % 3]
+    hidden, weight, (targets, old, *rest), tokens = grpo.batch(seed=i)
+    z = (2 * hidden @ weight.T).to(dtype)
+    args = (targets, None if i % 4 == 0 else old, *rest)
+    loss, grad, stats = run(z, args, tokens, triton_device, dtype, variant=v, temperature=temperature, inplace=i % 2 == 1)
+    plain_loss, plain_grad, _ = formula(grpo, z, args, tokens, v, dtype, temperature=temperature)
+    want_loss, want_grad, entropy = formula(grpo, z.double(), args, tokens, v, temperature=temperature)
+    assert abs(loss - want_loss) <= 2 * abs(plain_loss - want_loss) + 4e-6
+    within_rule(grad, plain_grad, want_grad)
+    assert torch.isclose(stats["entropy_sum"].double(), entropy, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("lengths, V", [((0, 0), 5), ((), 5), ((1,), 1), ((0, 7, 0), 16), ((3,), 17)])
+def test_edges(lengths, V, ratio, triton_device, grpo, within_rule):
+    hidden, weight, args, tokens = grpo.batch(lengths, V)
+    z, v = hidden @ weight.T, grpo.variant(ratio)
+    loss, grad, _ = run(z, args, tokens, triton_device, variant=v)
+    plain_loss, plain_grad, _ = formula(grpo, z.float(), args, tokens, v, torch.float32)
+    want_loss, want_grad, _ = formula(grpo, z.float().double(), args, tokens, v)
+    assert abs(loss - want_loss) <= 2 * abs(plain_loss - want_loss) + 4e-6
+    within_rule(grad, plain_grad, want_grad)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf])
+def test_masked_rows_may_hold_garbage(garbage, inplace, triton_device, grpo):
+    hidden, weight, (targets, old, A, cu), tokens = grpo.batch()
+    z, keep = hidden @ weight.T, tokens["mask"] & (targets >= 0)
+    for ratio in ("token", "sequence"):
+        v = grpo.variant(ratio, kl="k3", correction="tis")
+        loss, grad, stats = run(z, (targets, old, A, cu), tokens, triton_device, variant=v)
+        bad = {k: x if k == "mask" else torch.where(keep, x, garbage) for k, x in tokens.items()}
+        got = run(torch.where(keep[:, None], z, garbage), (targets, torch.where(keep, old, garbage), A, cu), bad, triton_device, variant=v,
+                  inplace=inplace)  # fmt: skip
+        assert got[0] == loss and torch.equal(got[1], grad) and got[2] == stats and not grad[~keep].any() and grad[keep].any()
+
+
+def test_forbidden_tokens_and_broken_rows(triton_device, grpo):
+    """-inf: some of a row (a whole block of it, too), all but the target, the target, all.  A NaN or +inf poisons its row and the loss."""
+    hidden, weight, (targets, old, A, cu), _ = grpo.batch((6, 6), V=37)
+    targets, A = targets.clamp_min(0), torch.tensor([1.0, 0.7])
+    z = hidden @ weight.T
+    some, first_block, only, target, nothing, broken = range(6)
+    columns = torch.arange(37)
+    z[some, (targets[some] + columns[1:9]) % 37] = -torch.inf
+    targets[first_block] = 20
+    z[first_block, :16] = -torch.inf
+    z[only] = torch.where(columns == targets[only], z[only], -torch.inf)
+    z[target, targets[target]] = -torch.inf
+    z[nothing] = -torch.inf
+    z64 = z.float().double()
+    v = LossVariant(surrogate="cispo", clip_low=1.0, clip_high=1e6, aggregation="constant", max_tokens=4)
+    loss, grad, stats = run(z, (targets, old, A, cu), {}, triton_device, variant=v)
+    r = (z64.log_softmax(-1).gather(1, targets[:, None]).squeeze(1) - old.float().double()).clamp(-20, 20).exp()
+    coefs = -r * A.repeat_interleave(6) / 8
+    want = coefs[:, None] * (torch.nn.functional.one_hot(targets, 37) - z64.softmax(-1))
+    want[nothing] = 0
+    assert loss == torch.inf and torch.isfinite(grad).all() and torch.isfinite(stats["entropy_sum"])
+    assert (grad.double() - want).abs().max() <= 2e-6 * want.abs().max() and not grad[only].any() and not grad[nothing].any()
+    for bad in (torch.nan, torch.inf):
+        for surrogate in ("clip", "cispo"):
+            v = LossVariant(surrogate=surrogate, aggregation="constant", max_tokens=4, clip_high=1e6, clip_low=1.0)
+            z[target, targets[target]] = 1.0
+            z[nothing] = 0.5
+            _, clean, _ = run(z, (targets, old, A, cu), {}, triton_device, variant=v)
+            poisoned = z.clone()
+            poisoned[broken, 3] = bad
+            loss, grad, stats = run(poisoned, (targets, old, A, cu), {}, triton_device, variant=v)
+            others = torch.arange(12) != broken
+            assert loss.isnan() and grad[broken].isnan().all() and torch.equal(grad[others], clean[others]) and stats["entropy_sum"].isnan()
+
+
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_far_offsets_and_one_hot_rows(offset, triton_device, grpo):
+    hidden, weight, (targets, old, A, cu), _ = grpo.batch((4, 4), V=37)
+    targets, A = targets.clamp_min(0), torch.tensor([1.0, -1.0])
+    z = (hidden @ weight.T * 64).round() / 64  # exact beside the offset in fp32
+    z[1] = torch.where(torch.arange(37) == targets[1], 1e5, -1e5).double()
+    loose = LossVariant(clip_low=1.0, clip_high=1e9)
+    loss, grad, stats = run(z + offset, (targets, old, A, cu), {}, triton_device, variant=loose)
+    want = run(z, (targets, old, A, cu), {}, triton_device, variant=loose)
+    assert loss == want[0] and torch.equal(grad, want[1]) and stats == want[2] and not grad[1].any() and grad[0].any()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_upstream_gradient_dead_rows_and_repeats(inplace, triton_device, grpo):
+    hidden, weight, (targets, old, A, cu), tokens = grpo.batch()
+    z, args = hidden @ weight.T, (targets, old, A, cu)
+    loss, once, stats = run(z, args, tokens, triton_device, inplace=inplace)
+    again = run(z, args, tokens, triton_device, inplace=not inplace)
+    assert torch.equal(loss, again[0]) and torch.equal(once, again[1]) and stats == again[2]
+    assert torch.equal(run(z, args, tokens, triton_device, upstream=4, inplace=inplace)[1], 4 * once)
+    assert torch.allclose(run(z, args, tokens, triton_device, upstream=3, inplace=inplace)[1], 3 * once, rtol=3e-7, atol=0)
+    assert A[2] == 0 and not once[5:14].any() and once[14:].any()
+
+
+def test_rows_may_be_further_apart_than_they_are_long(triton_device, grpo):
+    hidden, weight, args, tokens = grpo.batch()
+    z = hidden @ weight.T
+    want = run(z, args, tokens, triton_device)
+    padded = torch.full((len(z), 48), torch.nan)
+    padded[:, :37] = z
+    wide = padded.to(triton_device)
+    leaf = wide.requires_grad_()
+    view = (leaf * 1)[:, :37]
+    moved = [move(x, triton_device) for x in args], {k: move(x, triton_device) for k, x in tokens.items()}
+    loss, _ = logits_grpo(view, *moved[0], **moved[1], backend="triton", inplace=True)
+    assert torch.equal(torch.autograd.grad(loss, leaf)[0].cpu()[:, :37], want[1])
+
+
+def test_no_new_length_or_temperature_compiles_anything(launches, grpo):
+    from athanor.kernels.group_advantage_triton import group_advantage_triton  # noqa: F401
+    from athanor.kernels.logits_grpo import loss_tokens
+    from athanor.kernels.logits_grpo_triton import TRITON
+
+    keys = None
+    for i in range(50):
+        hidden, weight, (targets, old, A, cu), tokens = grpo.batch((i + 1, 3, 0), V=64)
+        z, v = (hidden @ weight.T).float(), grpo.variant(kl="k3", correction="tis")
+        call = dict(old_logps=old.float(), advantages=A, cu_seqlens=cu, **tokens, variant=v, num_tokens=i + 1, num_sequences=None)
+        _, tokens = loss_tokens(targets, 64, dtype=torch.float32, **call)
+        rows = TRITON.rows(z, tokens, v, 0.5 + i / 10, torch.empty_like(z))
+        TRITON.rows(z, tokens, None, 0.5 + i / 10)
+        TRITON.dlogits(z, targets, rows.m, rows.S, rows.coefs, 0.5 + i / 10, torch.empty_like(z[1:]), torch.arange(1, len(z)))
+        TRITON.scale(z, torch.tensor(1.0 + i))
+        keys = keys or set(launches.keys)
+        assert launches.keys == keys
+    assert {name for name, *_ in keys} == {"logits_grpo_kernel", "dlogits_kernel", "scale_kernel"}
+
+
+def test_65536_rows_and_more_are_one_dimension_of_the_grid(launches):
+    from athanor.kernels.logits_grpo import Tokens
+    from athanor.kernels.logits_grpo_triton import TRITON
+
+    T = 70_000
+    x = torch.zeros(T)
+    TRITON.rows(torch.zeros(T, 1), Tokens(torch.zeros(T, dtype=torch.long), x, x, x, None, None), LossVariant(), 1.0)
+    assert launches.grids == [(T,)]
