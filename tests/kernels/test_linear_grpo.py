@@ -99,6 +99,19 @@ def test_chunk_edges(lengths, chunk, compact, ratio, grpo, close64):
         close64(a, b, what)
 
 
+def test_rows_found_dead_in_a_later_chunk_are_dropped_where_no_row_was_before(grpo, close64):
+    """Without mask or zero advantage the chunks are slices of all rows; what the clip then drops in the second one must be found again there."""
+    hidden, weight, (targets, old, A, cu), tokens = grpo.batch((9, 8))
+    args, v = (targets.clamp_min(0), old, A, cu), grpo.variant()
+    tokens["mask"] = torch.ones(17, dtype=torch.bool)
+    got, stats = run(hidden, weight, args, tokens, variant=v, chunk_tokens=5)
+    want, _ = formula(grpo, hidden, weight, args, tokens, v)
+    dead = (want[1] == 0).all(1)
+    assert A.all() and dead[5:].any() and not dead[5:].all() and stats["num_tokens"] == 17
+    for a, b, what in zip(got, want, LEAVES, strict=True):
+        close64(a, b, what)
+
+
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_masked_tokens_may_hold_garbage(ratio, compact, grpo):
