@@ -13,6 +13,7 @@ from .linear_grpo import linear_grpo
 from .linear_logprob import linear_logprob
 from .logits_grpo import logits_grpo
 from .logprob import LogProbs, logprob
+from .paged_attention import paged_attention
 from .policy_loss import LossVariant, policy_loss
 from .rmsnorm import rmsnorm
 from .rope import rope
@@ -22,5 +23,5 @@ from .swiglu import swiglu
 __all__ = [
     "LogProbs", "LossVariant", "Sampled", "attention", "group_advantage", "grpo_loss", "linear_grpo", "linear_logprob",
     "logits_grpo", "logprob", "philox_uniform",
-    "policy_loss", "rmsnorm", "rope", "sample", "swiglu", "use_backend",
+    "paged_attention", "policy_loss", "rmsnorm", "rope", "sample", "swiglu", "use_backend",
 ]  # fmt: skip

@@ -8,17 +8,17 @@ and the chunks are merged in ascending order:  M = max_c m_c,  L = sum_c exp(m_c
 CHUNK depends on nothing: not on the number of rows, on other rows' lengths, on the group or on the device.  So a row's bits are its own.
 
 Shared prefix.  Rows of a group (samples of one prompt) name the same blocks for the prompt's full blocks.  Chunks that lie wholly in the prefix are
-computed for the group at once: the queries of several rows are the rows of one product, and the chunk is read once for all of them.  What is left of the
-prefix, less than CHUNK tokens, is read by each row (its last block is the row's own copy anyway).  The partials of a row are then merged as always, and
-a row of a matrix product does not depend on the other rows: the result has the same bits with sharing and without.
+computed for the group at once: the queries of several rows are the rows of one product, and the chunk is read once for all of them.  What is left of
+the prefix, less than CHUNK tokens, is read by each row (its last block is the row's own copy anyway).  The partials of a row are then merged as
+always, and a row of a matrix product does not depend on the other rows: the result has the same bits with sharing and without.
 
-Layout.  Caches are (num_blocks, Hkv, block_size, d): what a program reads, one head of one block, is one contiguous piece (64 x 128 bf16 = 16 KiB), and
-the heads of a block are neighbours.  Keys and values may be views of one allocation; only d must be contiguous.
+Layout.  Caches are (num_blocks, Hkv, block_size, d): what a program reads, one head of one block, is one contiguous piece (64 x 128 bf16 = 16 KiB),
+and the heads of a block are neighbours.  Keys and values may be views of one allocation; only d must be contiguous.
 
-Traffic.  Keys and values are read once: 2 b d Hkv tokens bytes (b bytes per element, tokens = sum of seq_lens less (G - 1) x the shared chunks of each
-group); the partials are written and read once: 2 x 4 (d + 2) H bytes per row and chunk, 3 % of the keys and values at H / Hkv = 4 in bf16.
-Predictions for an H200 at 4.3 TB/s, from these formulas and not measured: 256 rows x 4096 tokens, 32/8 heads of 128, bf16: 4.29 GB + 0.14 GB = 1.03 ms
-(goal 1.10).  16 groups of 16, prefix 2048 + 2048 own: 2.15 + 0.13 + 0.14 GB = 0.56 ms (goal 0.60).
+Traffic.  Keys and values are read once: 2 b d Hkv tokens bytes (b bytes per element, tokens = sum of seq_lens less (G - 1) x the shared chunks of
+each group); the partials are written and read once: 2 x 4 (d + 2) H bytes per row and chunk, 3 % of the keys and values at H / Hkv = 4 in bf16.
+Predictions for an H200 at 4.3 TB/s, from these formulas and not measured: 256 rows x 4096 tokens, 32/8 heads of 128, bf16: 4.29 GB + 0.14 GB = 1.03
+ms (goal 1.10).  16 groups of 16, prefix 2048 + 2048 own: 2.15 + 0.13 + 0.14 GB = 0.56 ms (goal 0.60).
 """
 
 import torch
@@ -51,7 +51,8 @@ def paged_attention(
     check_cache("paged_attention", key_cache, value_cache, block_table, q.shape[0] if q.ndim else 0)
     R, (_, Hkv, block_size, d) = q.shape[0], key_cache.shape
     check(q.ndim == 3 and q.shape[2] == d and q.dtype == key_cache.dtype,
-          f"paged_attention: q is {tuple(q.shape)} {q.dtype}, key_cache {tuple(key_cache.shape)} {key_cache.dtype}; wanted (R, H, {d}) in its dtype")  # fmt: skip
+          f"paged_attention: q is {tuple(q.shape)} {q.dtype}, key_cache {tuple(key_cache.shape)} {key_cache.dtype}; "
+          f"wanted (R, H, {d}) in its dtype")  # fmt: skip
     check(q.shape[1] % Hkv == 0, f"paged_attention: {q.shape[1]} query heads are not a multiple of {Hkv} key heads")
     check(seq_lens.shape == (R,) and seq_lens.dtype == torch.int32,
           f"paged_attention: seq_lens is {tuple(seq_lens.shape)} {seq_lens.dtype}; wanted ({R},) int32")  # fmt: skip
