@@ -195,3 +195,26 @@ def test_65536_rows_and_more_are_one_dimension_of_the_grid(launches):
     x = torch.zeros(T)
     TRITON.rows(torch.zeros(T, 1), Tokens(torch.zeros(T, dtype=torch.long), x, x, x, None, None), LossVariant(), 1.0)
     assert launches.grids == [(T,)]
+
+
+@pytest.mark.slow  # the interpreter copies the 4.3 GB between the rows
+def test_rows_beyond_two_to_the_31_elements(triton_device, grpo):
+    """Three rows 2^30 + 16 elements apart: the same bits as side by side."""
+    from athanor.kernels.logits_grpo import Tokens
+    from athanor.kernels.logits_grpo_triton import TRITON
+
+    stride = (1 << 30) + 16
+    hidden, weight, *_ = grpo.batch((3,))
+    near = (hidden @ weight.T).to(triton_device, torch.float16)
+    far = torch.empty(2 * stride + 37, dtype=torch.float16, device=triton_device).as_strided((3, 37), (stride, 1)).copy_(near)
+    targets, ones = torch.tensor([4, 0, 36], device=triton_device), torch.ones(3, device=triton_device)
+    tokens = Tokens(targets, ones, ones, None, None, None)
+    results = []
+    for z in (near, far):
+        rows = TRITON.rows(z, tokens, LossVariant(), 1.0)
+        picked = torch.empty(2, 37, dtype=torch.float32, device=triton_device)
+        TRITON.dlogits(z, targets, rows.m, rows.S, rows.coefs, 1.0, picked, torch.tensor([0, 2], device=triton_device))
+        again = TRITON.rows(z, tokens, LossVariant(), 1.0, z)  # in place
+        TRITON.scale(z, torch.tensor(3.0, device=triton_device))
+        results.append([*rows, *again, picked, z])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and results[0][-1][2].any()
