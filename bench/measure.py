@@ -103,7 +103,7 @@ def rows_of(case, device: str, ceiling: dict | None, repeats: int, say: Callable
             row = judged(gate, name, peer)
             # a peer beyond the rule (most round logits to bf16) is timed all the same, with its error beside it; nonsense is not
             if row.pop("comparable", False):
-                contenders[name] = lambda peer=peer: peer(**inputs)
+                contenders[name] = peer.timed(**inputs) if hasattr(peer, "timed") else lambda peer=peer: peer(**inputs)
             rows.append({"kind": "peer"} | row)
         say(f"{case.op} {sizes_of(case)}: timing {', '.join(contenders)}")
         times = times_us(contenders, device, repeats)

@@ -7,6 +7,7 @@ d42911f, quack 0.6.4); never run so far, because none of them is installed where
 Not here: torchao, whose kernels for training are fp8 casts and matmuls, for which this repository has no operation yet.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import inspect
@@ -87,12 +88,98 @@ def quack_logprob(z, targets):
     return logps, None, dz
 
 
+def cce_scoring(x, w, targets):
+    from cut_cross_entropy import linear_cross_entropy
+
+    with torch.no_grad():
+        return -linear_cross_entropy(x, w, targets, reduction="none"), None
+
+
+def liger_scoring(x, w, targets):
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    with torch.no_grad():
+        return -liger_fused_linear_cross_entropy(x, w, targets, reduction="none"), None
+
+
+def cce_linear_grpo(x, w, targets, old, A, cu):
+    """Its loss per token takes any upstream gradient, so the GRPO loss is put behind it."""
+    from cases.linear_grpo import eager_loss
+    from cut_cross_entropy import linear_cross_entropy
+
+    return differentiated(lambda x, w: eager_loss(-linear_cross_entropy(x, w, targets, reduction="none"), old, A, cu), x, w)
+
+
+def staged(prepare: Callable, call: Callable, finish: Callable) -> Callable[..., tuple]:
+    """An adapter to a peer with a layout of its own: what `prepare` makes of the inputs and `finish` of the results is checked but not timed."""
+
+    @functools.wraps(prepare)
+    def run(**inputs):
+        state = prepare(**inputs)
+        return finish(call(state), state)
+
+    def timed(**inputs):
+        state = prepare(**inputs)
+        return lambda: call(state)
+
+    run.timed = timed
+    return run
+
+
+def padded(x: torch.Tensor, cu: torch.Tensor, extra: int = 0) -> torch.Tensor:
+    """(T, ...) -> (S, L + extra, ...), L the longest sequence, zeros behind each."""
+    lengths = cu.diff().tolist()
+    out = x.new_zeros(len(lengths), max(lengths) + extra, *x.shape[1:])
+    for row, part in zip(out, x.split(lengths), strict=True):
+        row[: len(part)] = part
+    return out
+
+
+def unpadded(x: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+    return torch.cat([row[:n] for row, n in zip(x, cu.diff().tolist(), strict=True)])
+
+
+def _batches(targets, old, A, cu) -> dict:
+    return {"ids": padded(targets, cu), "old": padded(old, cu), "mask": padded(torch.ones_like(old), cu), "A": A, "cu": cu}
+
+
+def _logits_batch(z, targets, old, A, cu):
+    return _batches(targets, old, A, cu) | {"logits": padded(z, cu, extra=1)}
+
+
+def _liger_logits_grpo(s):
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    def loss(logits):  # not in place, so that every repetition sees the same logits; it reads and writes as much either way
+        return triton_grpo_loss(logits, s["old"], None, s["ids"], s["A"], s["mask"], temperature=1.0, beta=0.0, eps_low=0.2, eps_high=0.2,
+                                inplace=False, loss_type="bnpo", reduce=True)[0]  # fmt: skip
+
+    return differentiated(loss, s["logits"])
+
+
+def _hidden_batch(x, w, targets, old, A, cu):
+    return _batches(targets, old, A, cu) | {"x": padded(x, cu), "w": w}
+
+
+def _liger_linear_grpo(s):
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    grpo = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.2, loss_type="bnpo", temperature=1.0)
+    return differentiated(lambda x, w: grpo(x, w, s["ids"], s["mask"], s["A"], old_per_token_logps=s["old"])[0], s["x"], s["w"])
+
+
+liger_logits_grpo = staged(_logits_batch, _liger_logits_grpo, lambda got, s: (got[0], unpadded(got[1], s["cu"])))
+liger_linear_grpo = staged(_hidden_batch, _liger_linear_grpo, lambda got, s: (got[0], unpadded(got[1], s["cu"]), got[2]))
+
+SCORING = {"liger": liger_scoring, "cce": cce_scoring}  # linear_logprob without its backward; quack gives the sum alone
 PEERS: dict[str, dict[str, Callable]] = {
     "rmsnorm": {"liger": liger_rmsnorm, "quack": quack_rmsnorm},
     "rope": {"liger": liger_rope, "quack": quack_rope},
     "swiglu": {"liger": liger_swiglu},
     "linear_logprob": {"liger": liger_linear_logprob, "cce": cce_linear_logprob, "quack": quack_linear_logprob},
     "logprob": {"quack": quack_logprob},
+    "linear_grpo": {"liger": liger_linear_grpo, "cce": cce_linear_grpo},
+    "logits_grpo": {"liger": liger_logits_grpo},
 }
 
 
@@ -105,7 +192,17 @@ def installed() -> dict[str, str]:
 def bind(adapter: Callable) -> Callable[..., tuple]:
     """The adapter as a function of all of the case's inputs."""
     wanted = list(inspect.signature(adapter).parameters)
-    return lambda **inputs: adapter(**{name: inputs[name] for name in wanted})
+
+    def run(**inputs):
+        return adapter(**{name: inputs[name] for name in wanted})
+
+    if hasattr(adapter, "timed"):
+        run.timed = lambda **inputs: adapter.timed(**{name: inputs[name] for name in wanted})
+    return run
+
+
+def adapters_of(case) -> dict[str, Callable]:
+    return SCORING if case.op == "linear_logprob" and case.sizes.get("backward") == 0 else PEERS.get(case.op, {})
 
 
 def torch_compile(case) -> Callable[..., tuple]:
@@ -124,5 +221,5 @@ def peers_of(case, device: str) -> dict[str, Callable[..., tuple]]:
     if device == "cuda":
         found["torch.compile"] = torch_compile(case)
         here = installed()
-        found |= {f"{name} {here[name]}": bind(f) for name, f in PEERS.get(case.op, {}).items() if name in here}
+        found |= {f"{name} {here[name]}": bind(f) for name, f in adapters_of(case).items() if name in here}
     return found

@@ -141,7 +141,7 @@ def test_peak_memory_counts_temporaries_and_outputs(modules):
 def test_peers_take_inputs_that_their_case_has(device, modules):
     import inspect
 
-    for op, adapters in modules.peers.PEERS.items():
+    for op, adapters in [*modules.peers.PEERS.items(), ("linear_logprob", modules.peers.SCORING)]:
         case = case_of(modules, op, device)
         # shapes do not matter for names; the GPU's inputs would not fit here, and both devices' cases share their makers
         made = set(case_of(modules, op).make(torch.Generator().manual_seed(0)))
@@ -160,6 +160,36 @@ def test_an_installed_peer_is_called_with_its_own_conventions(modules, monkeypat
     case = case_of(modules, "linear_logprob")
     verdict = modules.gate.Gate(case, "cpu").check(modules.peers.bind(modules.peers.PEERS["linear_logprob"]["cce"]))
     assert verdict.wrong is None and len(verdict.errors) == 3  # log-prob and both gradients; it gives no entropy
+
+
+def test_a_peer_with_a_padded_layout_is_fed_and_read_by_sequence(modules, monkeypatch):
+    """A stand-in for liger's GRPO loss with its signature and layout: (B, L + 1, V) logits, the last row of each sequence unused."""
+
+    def triton_grpo_loss(logits, old_logp, ref_logp, completion_ids, advantages, completion_mask=None, temperature=0.9, beta=0.04, eps_low=0.2,
+                         eps_high=0.4, inplace=True, loss_type="dapo", reduce=False):  # fmt: skip
+        assert ref_logp is None and beta == 0 and not inplace and loss_type == "bnpo" and reduce
+        logps = (logits[:, :-1].float() / temperature).log_softmax(-1).gather(2, completion_ids[..., None]).squeeze(2)
+        ratio = (logps - old_logp).exp()
+        A = advantages[:, None]
+        loss = -torch.minimum(ratio * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A)
+        return (loss * completion_mask).sum() / completion_mask.sum(), []
+
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.grpo_loss", SimpleNamespace(triton_grpo_loss=triton_grpo_loss))
+    case = case_of(modules, "logits_grpo")
+    peer = modules.peers.bind(modules.peers.PEERS["logits_grpo"]["liger"])
+    gate = modules.gate.Gate(case, "cpu")
+    verdict = gate.check(peer)
+    assert verdict.wrong is None and len(verdict.errors) == 2
+    loss, gradient = peer.timed(**gate.inputs)()
+    S, L = case.sizes["T"] // 20, max(gate.inputs["cu"].diff().tolist())
+    assert gradient.shape == (20, L + 1, case.sizes["V"]) and L >= S and not gradient[:, -1].any()
+
+
+def test_a_peer_that_gives_nothing_is_not_called_correct(modules):
+    gate = modules.gate.Gate(case_of(modules, "swiglu"), "cpu")
+    assert gate.check(lambda **inputs: (None, None)).wrong == "none of the outputs is given, so nothing was compared"
 
 
 def test_older_kernels_are_measured_by_the_same_cases(tmp_path):
