@@ -224,6 +224,19 @@ def test_compile_reports_every_kernel_and_fails_over_a_limit(modules, monkeypatc
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["over"] == 1
 
 
+def test_cuda_sources_are_compiled_with_warnings_as_errors(modules, monkeypatch, tmp_path):
+    import compile_report
+
+    monkeypatch.setattr(compile_report, "CUDA", tmp_path)
+    assert compile_report.why_no_cuda() == "no CUDA sources (csrc/cuda holds no .cu file)" and list(compile_report.cuda_rows()) == []
+    (tmp_path / "good.cu").write_text('extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2.0f; }')
+    (tmp_path / "warns.cu").write_text('extern "C" __global__ void unused(float* x) { int y; x[threadIdx.x] *= 2.0f; }')
+    if compile_report.why_no_cuda():
+        pytest.skip(compile_report.why_no_cuda())
+    good, warns = compile_report.cuda_rows()
+    assert good["broken"] == [] and good["op"] == "good" and '"y" was declared but never referenced' in warns["broken"][0]
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--op", "rmsnrom"], "--op: no operation 'rmsnrom'; did you mean 'rmsnorm'"),
     (["--repeats", "3"], "--repeats 3: wanted at least 20"),
