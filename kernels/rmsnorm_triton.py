@@ -227,7 +227,9 @@ def rmsnorm_long_dweight_kernel(s_ptr, dy_ptr, rstd_ptr, partials_ptr, N, per_sl
     slab = (tl.program_id(0) // pieces).to(tl.int64)
     columns = tl.program_id(0) % pieces * BLOCK + tl.arange(0, BLOCK)
     dweight = tl.zeros([BLOCK], tl.float32)
-    for row in range(slab * per_slab, tl.minimum((slab + 1) * per_slab, N)):
+    start = slab * per_slab
+    for i in range(0, tl.minimum(N - start, per_slab)):
+        row = start + i
         s = tl.load(s_ptr + row_starts(row, s_inner, s_outer_stride, s_inner_stride) + columns, mask=columns < D, other=0.0)
         dy = tl.load(dy_ptr + row_starts(row, dy_inner, dy_outer_stride, dy_inner_stride) + columns, mask=columns < D, other=0.0)
         dweight += dy.to(tl.float32) * (s.to(tl.float32) * tl.load(rstd_ptr + row))

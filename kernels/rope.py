@@ -1,30 +1,45 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864) in Hugging Face's rotate-half layout.
+"""Rotary position embedding (Su et al., arXiv 2104.09864) in Hugging Face's rotate-half layout, with Qwen3's QK norm in front where asked for.
 
 A head of size d is two halves (a, b), and position t turns each pair (a_i, b_i) by the angle of (cos_ti, sin_ti):
 a' = a cos - b sin,  b' = b cos + a sin.  The gradient is the same rotation by the opposite angle.  Angles and products are fp32, one cast at the end.
+
+QK norm (Qwen3, arXiv 2505.09388, section 2): each head is normed over d (`rmsnorm`, one weight for all query heads, one for all key heads) before
+it is turned.  The rounding order is that of rope(rmsnorm(q), rmsnorm(k)): the normed head is rounded to its dtype, then turned in fp32 and rounded
+again.  The reference is that composition, to the bit.
 """
 
 import torch
 from torch import Tensor
 
 from ._dispatch import Backend, accumulation_dtype, check, register
+from ._triton import why_not_triton
+from .rmsnorm import rmsnorm_reference
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys by their positions.
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6,
+         backend: str | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Rotate queries and keys by their positions, normed by the weights first when these are given.
 
-    q: (T, H, d).  k: (T, Hkv, d).  cos, sin: (T, d/2) for the position of each token, no gradient.  Returns new (q, k), dtypes kept.
-    Raises ValueError on a shape mismatch or an odd d.
+    q: (T, H, d).  k: (T, Hkv, d), both may be slices of a fused qkv.  cos, sin: (T, d/2) for the position of each token, no gradient.
+    q_weight, k_weight: (d,), both or neither.  Returns new contiguous (q, k), dtypes kept, differentiable in q, k and the weights.
+    Raises ValueError on a shape mismatch, an odd d, or one weight without the other.
     """
     T, _, d = q.shape
     check(k.ndim == 3 and k.shape[0] == T and k.shape[2] == d and d % 2 == 0,
           f"rope: q is {tuple(q.shape)}, k is {tuple(k.shape)}; wanted (T, H, d) and (T, Hkv, d) with even d")  # fmt: skip
     check(cos.shape == sin.shape == (T, d // 2),
           f"rope: cos is {tuple(cos.shape)}, sin is {tuple(sin.shape)}; wanted {(T, d // 2)} for q {tuple(q.shape)}")  # fmt: skip
-    return op(backend, q=q, k=k, cos=cos, sin=sin)
+    check((q_weight is None) == (k_weight is None), "rope: one of q_weight and k_weight is missing; wanted both or neither")
+    if q_weight is not None:
+        check(q_weight.shape == k_weight.shape == (d,),
+              f"rope: q_weight is {tuple(q_weight.shape)}, k_weight is {tuple(k_weight.shape)}; wanted {(d,)} for q {tuple(q.shape)}")  # fmt: skip
+    return op(backend, q=q, k=k, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight, eps=eps)
 
 
-def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None = None, k_weight: Tensor | None = None,
+                   eps: float = 1e-6) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if q_weight is not None:
+        q, k = rmsnorm_reference(q, q_weight, eps), rmsnorm_reference(k, k_weight, eps)
     return RopeFunction.apply(q, cos, sin), RopeFunction.apply(k, cos, sin)
 
 
@@ -51,4 +66,10 @@ class RopeFunction(torch.autograd.Function):
         return _rotate(dy, cos, -sin), None, None
 
 
-op = register("rope", reference=Backend(rope_reference))
+def _triton(**call) -> tuple[Tensor, Tensor]:
+    from .rope_triton import rope_triton
+
+    return rope_triton(**call)
+
+
+op = register("rope", triton=Backend(_triton, why_not_triton), reference=Backend(rope_reference))
