@@ -112,6 +112,21 @@ def test_rows_found_dead_in_a_later_chunk_are_dropped_where_no_row_was_before(gr
         close64(a, b, what)
 
 
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_rows_dropped_from_chunks_of_neighbours(ratio, grpo, close64):
+    """No row is dead beforehand, so that the chunks are slices, and every chunk has rows that its ratios cut."""
+    hidden, weight, (targets, old, A, cu), tokens = grpo.batch((8, 8, 7))
+    targets, A = targets.clamp_min(0), torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
+    tokens["mask"] = torch.ones(23, dtype=torch.bool)
+    v = LossVariant(ratio=ratio, clip_low=0.02, clip_high=0.02)
+    got, _ = run(hidden, weight, (targets, old, A, cu), tokens, variant=v, chunk_tokens=8)
+    want, _ = formula(grpo, hidden, weight, (targets, old, A, cu), tokens, v)
+    for a, b, what in zip(got, want, LEAVES, strict=True):
+        close64(a, b, what)
+    dead = ~got[1].any(1)
+    assert ratio == "sequence" or all(0 < dead[i : i + 8].sum() < len(dead[i : i + 8]) for i in (0, 8, 16))
+
+
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_masked_tokens_may_hold_garbage(ratio, compact, grpo):

@@ -153,6 +153,15 @@ def test_upstream_gradient_dead_rows_and_repeats(inplace, triton_device, grpo):
     assert A[2] == 0 and not once[5:14].any() and once[14:].any()
 
 
+def test_overwriting_what_another_backward_needs_raises(triton_device, grpo):
+    hidden, weight, args, tokens = grpo.batch()
+    leaf = (hidden @ weight.T).to(triton_device, torch.float32).requires_grad_()
+    args, tokens = [move(x, triton_device) for x in args], {k: move(x, triton_device) for k, x in tokens.items()}
+    loss, _ = logits_grpo(leaf.tanh(), *args, **tokens, backend="triton", inplace=True)  # tanh keeps its output
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_rows_may_be_further_apart_than_they_are_long(triton_device, grpo):
     hidden, weight, args, tokens = grpo.batch()
     z = hidden @ weight.T
