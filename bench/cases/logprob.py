@@ -63,7 +63,8 @@ def linear_case(T: int, D: int, V: int, backward: bool, dtype: torch.dtype) -> C
     gate = linear_case(300, 520, 5003, backward, dtype) if T * V > 1 << 28 else None
     return Case("linear_logprob", {"T": T, "D": D, "V": V, "backward": int(backward)}, dtype, make, run, eager, work,
                 flops=(6 if backward else 2) * T * D * V, bytes=(3 if backward else 1) * (T + V) * D * dtype.itemsize,
-                rivals={"half logits": rival} if dtype != torch.float32 else {}, slack=8, gate=gate, rows=() if backward else ("x", "targets"))  # fmt: skip
+                rivals={"half logits": rival} if dtype != torch.float32 else {}, slack=8, gate=gate,
+                rows=() if backward else ("x", "targets"))  # fmt: skip
 
 
 def logits_case(T: int, V: int, dtype: torch.dtype) -> Case:
