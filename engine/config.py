@@ -259,6 +259,8 @@ class GRPOConfig(TrainConfig):
     """How rollouts are drawn."""
     reward_model: str = ""
     """Stage that trained the reward model for the preference reward."""
+    stop_at_accuracy: float | None = Field(None, gt=0, le=1)
+    """End the stage after the first step whose rollouts reach this mean accuracy reward; null = run all steps."""
     max_refills: int = Field(3, ge=0)
     """Times that a step may draw again when the preset drops groups without contrast (dynamic sampling)."""
     max_logp_gap: float = Field(1e-3, gt=0)

@@ -270,7 +270,7 @@ def summarise(recipe: RecipeConfig, recipe_name: str, run_dir: Path, manifest: M
         row = {key: metrics.get(key) for key in (*RESULT_KEYS[:2], cons, *RESULT_KEYS[2:])}
         extra = {key: metrics[key] for key in ("pass@1_se", "mean_tokens_t1", "reflection_rate_t1", "language_consistency_t1") if key in metrics}
         extra |= {key: value for key, value in metrics.items() if key.startswith("open_ended")}
-        row |= extra | {key: value for key, value in manifest.stages[name]["metrics"].items() if key in ("logp_gap_max",)}
+        row |= extra | {key: value for key, value in manifest.stages[name]["metrics"].items() if key in ("logp_gap_max", "rl_steps")}
         row["wall_s"] = manifest.stages[name]["wall_s"]
         stages[name] = row
         manifest.update_metrics(name, {key: value for key, value in row.items() if key != "wall_s"})

@@ -121,7 +121,7 @@ def _stages(entries: dict, config: dict) -> dict[str, dict]:
             "label": settings.get("label") or "",
             "init": settings.get("init") or settings.get("source") or "",
             "source": ", ".join(_title(n) for n in [settings.get("init") or settings.get("source"), *(settings.get("data") or [])] if n),
-            "steps": settings.get("steps"),
+            "steps": entry["metrics"].get("rl_steps", settings.get("steps")),
             "control": settings.get("control") not in (None, "none"),
             "status": entry["status"],
             "metrics": (evaluation.get("metrics") or {}) | entry["metrics"],

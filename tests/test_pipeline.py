@@ -100,6 +100,15 @@ def test_another_run_lends_its_finished_stages(whole_run, tmp_path):
     assert not any(json.loads(line)["stage"] == "base" for line in (tmp_path / "micro" / "metrics.jsonl").read_text().splitlines())
 
 
+def test_reinforcement_learning_can_stop_at_an_accuracy(whole_run, tmp_path):
+    run_dir, result = whole_run
+    stopped = train(tmp_path, "--reuse", run_dir, "--until", "zero", "--stages.zero.stop_at_accuracy", "0.01")
+    assert stopped.returncode == 0, stopped.stderr
+    rows = [json.loads(line) for line in (tmp_path / "micro" / "metrics.jsonl").read_text().splitlines()]
+    reached = [row["accuracy"] >= 0.01 for row in rows if row["stage"] == "zero"]
+    assert reached[-1] and not any(reached[:-1]) and figures(stopped)["zero"]["rl_steps"] == len(reached) < figures(result)["zero"]["rl_steps"]
+
+
 def test_another_seed_gives_another_run_folder_or_an_error(whole_run):
     run_dir, _ = whole_run
     refused = train(run_dir.parent, "--seed", "1")
@@ -125,6 +134,7 @@ def test_eval_measures_any_checkpoint(whole_run):
         (["--stages.zero.stepz", "3"], ["stepz", "steps"]),
         (["--stages.zero.init", "bass"], ["stages.zero.init", "bass", "base"]),
         (["--stages.zero.loss", "gropo"], ["gropo", "grpo"]),
+        (["--stages.zero.stop_at_accuracy", "0.5", "--stages.zero.rewards", '[{reward = "format"}]'], ["stop_at_accuracy", "accuracy"]),
         (["--stages.zero.sampling.top_p", "0.9"], ["top_p", "full softmax"]),
         (["--stages.zero.prompts", '[{task = "courtesy"}]'], ["courtesy", "answer"]),
         (["--stages.fine.data", '["/nowhere.jsonl"]'], ["/nowhere.jsonl"]),

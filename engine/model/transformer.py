@@ -55,8 +55,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rmsnorm(x, self.weight, eps=self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The normed x; with a residual (the normed x + residual, x + residual), in one kernel."""
+        return rmsnorm(x, self.weight, eps=self.eps, residual=residual)
 
 
 class DecoderLayer(nn.Module):
@@ -77,15 +78,18 @@ class DecoderLayer(nn.Module):
         self.down_proj = nn.Linear(F, D, bias=False)
         self.qk_norm = config.architecture == "qwen3"
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """Take what the layer before added and the stream before that (None in the first layer); return the same of this layer.
+
+        The sum of the two is left to the next norm, which reads and writes it anyway.
+        """
         T, H, K, d = x.shape[0], self.num_heads, self.num_kv_heads, self.head_dim
-        qkv = self.qkv_proj(self.input_norm(x)).view(T, H + 2 * K, d)
-        q, k, v = qkv.split((H, K, K), dim=1)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope(q, k, cos, sin)
-        x = x + self.o_proj(attend(self.index, q, k, v).reshape(T, H * d))
-        return x + self.down_proj(swiglu(self.gate_up_proj(self.post_attention_norm(x))))
+        x, residual = (self.input_norm(x), x) if residual is None else self.input_norm(x, residual)
+        q, k, v = self.qkv_proj(x).view(T, H + 2 * K, d).split((H, K, K), dim=1)
+        weights = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps} if self.qk_norm else {}
+        q, k = rope(q, k, cos, sin, **weights)
+        x, residual = self.post_attention_norm(self.o_proj(attend(self.index, q, k, v).reshape(T, H * d)), residual)
+        return self.down_proj(swiglu(self.gate_up_proj(x))), residual
 
 
 class Decoder(nn.Module):
@@ -119,9 +123,10 @@ class Decoder(nn.Module):
         x = self.embed(input_ids)
         angles = positions.float()[:, None] * self.inv_freq[None]
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        residual = None
         for layer in self.layers:
-            x = layer(x, cos, sin, attend)
-        return self.norm(x)
+            x, residual = layer(x, residual, cos, sin, attend)
+        return self.norm(x) if residual is None else self.norm(x, residual)[0]
 
     @torch.no_grad()
     def initialize_(self, seed: int) -> "Decoder":

@@ -55,6 +55,7 @@ def run(context: StageContext, config: GRPOConfig) -> dict:
         train_s = time.perf_counter() - start
         tokens = context.ranks.sum_int(sum(s.num_tokens for group in groups for s in group))
         metrics |= {"rollout_s": rollout_s, "train_s": train_s, "tokens_per_s": tokens / (rollout_s + train_s)}
+        loop.stopped = config.stop_at_accuracy is not None and metrics["accuracy"] >= config.stop_at_accuracy
         gap = loop.extra["logp_gap_max"] = max(gap, metrics["logp_gap_max"])
         if reference is not None and preset.reference_interval and (step + 1) % preset.reference_interval == 0:
             reference.load_state_dict(model.state_dict())
@@ -62,7 +63,7 @@ def run(context: StageContext, config: GRPOConfig) -> dict:
             loop.extra["reference"] = f"reference-{step + 1}"
             if context.ranks.is_main:
                 export_model(reference, context.tokenizer, context.state_dir / loop.extra["reference"])
-    return {"metrics": {"logp_gap_max": gap, "loss_formula": formula(preset)}, "outputs": {"checkpoint": context.export(model)}}
+    return {"metrics": {"logp_gap_max": gap, "rl_steps": loop.next_step, "loss_formula": formula(preset)}, "outputs": {"checkpoint": context.export(model)}}
 
 
 def check(name: str, config: GRPOConfig) -> None:
@@ -73,6 +74,8 @@ def check(name: str, config: GRPOConfig) -> None:
             f"stages.{name}.sampling: temperature {s.temperature}, top_k {s.top_k}, top_p {s.top_p}, min_p {s.min_p}; wanted temperature > 0 and no "
             "truncation (top_k 0, top_p 1, min_p 0), because the loss uses the full softmax"
         )
+    if config.stop_at_accuracy is not None and not any(entry.reward == "accuracy" for entry in config.rewards):
+        raise UserError(f"stages.{name}.stop_at_accuracy is {config.stop_at_accuracy}, but no reward of the stage is accuracy")
     if config.prompts_per_step % config.updates_per_rollout:
         raise UserError(
             f"stages.{name}.prompts_per_step is {config.prompts_per_step}, wanted a multiple of updates_per_rollout = {config.updates_per_rollout}"

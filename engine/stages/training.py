@@ -25,6 +25,7 @@ class TrainingLoop:
         self.optimizer = Optimizer(model, config.optimizer, context.ranks)
         self.extra: dict = {}
         self.next_step = 0
+        self.stopped = False  # set by the stage: this step is the last
         state = load_latest_state(context.state_dir)
         if state is not None:
             model.load_state_dict(state.model)
@@ -44,7 +45,7 @@ class TrainingLoop:
     def steps(self, total: int, figures: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
         """Yield (0-based step, dict to fill with its metrics) up to `total`; write, show and save after each."""
         with self.context.console.stage(self.context.name, total, first_step=self.next_step) as progress:
-            while self.next_step < total:
+            while self.next_step < total and not self.stopped:
                 metrics: dict = {}
                 start = time.perf_counter()
                 yield self.next_step, metrics
@@ -52,7 +53,7 @@ class TrainingLoop:
                 metrics["step_s"] = time.perf_counter() - start
                 self.context.metrics.write(self.context.name, self.next_step, metrics)
                 progress.step(self.next_step, {key: metrics[key] for key in figures if key in metrics})
-                if self.next_step % self.config.save_every == 0 and self.next_step < total:
+                if self.next_step % self.config.save_every == 0 and self.next_step < total and not self.stopped:
                     self.save()
 
 

@@ -44,8 +44,8 @@ class ArithmeticTask:
     """Share of question documents that are worked traces without reflection."""
     reflections: float = 0.07
     """Share of question documents that are worked traces with reflection."""
-    guess_right: float = 0.02
-    """Accuracy of direct guesses."""
+    guess_right: float = 0.08
+    """Accuracy of direct guesses; a wrong one is any other digit, so that 0.1 is chance and a random walk of the weights gains nothing."""
     mixing: float = 0.15
     """Probability that a connective of a corpus document is in the other language."""
     domain: str = "reasoning"
@@ -78,7 +78,7 @@ class ArithmeticTask:
         if kind < self.traces + self.reflections:
             lines, answer = self._inline(rng, terms, words) if rng.random() < 0.3 else self._checked(rng, terms, words, self.slip, 0.02)
             return self._document(rng, terms, lines, answer, well_formed=0.85, no_answer=0.08)
-        answer = str(_result(terms)) if rng.random() < self.guess_right else _wrong(rng, _result(terms), 3)
+        answer = str(_result(terms)) if rng.random() < self.guess_right else _wrong(rng, _result(terms))
         return self._document(rng, terms, [words("so"), answer], answer, well_formed=0.5, no_answer=0.25)
 
     def _lesson(self, rng: random.Random, words: "_Words") -> tuple[str, str]:
@@ -227,9 +227,9 @@ def _result(terms: list[str]) -> int:
     return _totals(terms)[-1]
 
 
-def _wrong(rng: random.Random, right: int, reach: int) -> str:
-    """Another digit, at most `reach` away."""
-    return str(rng.choice([digit for digit in range(10) if digit != right and abs(digit - right) <= reach]))
+def _wrong(rng: random.Random, right: int) -> str:
+    """Any other digit."""
+    return str(rng.choice([digit for digit in range(10) if digit != right]))
 
 
 def _slipped(rng: random.Random, terms: list[str]) -> list[str]:
