@@ -6,6 +6,9 @@ metric, not part of a loss: it carries no gradient.
 
 A logit of -inf is a forbidden token: probability 0, no part in the entropy.  A target that is forbidden has logp -inf and a finite gradient.  A row
 that forbids everything has logp -inf, entropy 0 and gradient 0.  A NaN or +inf makes its own row NaN and no other.
+
+With a support K (what top-k, top-p or min-p left of the row when its token was drawn), z is restricted to K + {target}:
+    logp = log p[target] - log sum_{v in K} p_v,   d logp / d z = onehot(target) - p restricted to K and renormalised.
 """
 
 from typing import NamedTuple
@@ -20,22 +23,47 @@ from ._triton import why_not_triton
 IGNORE = -100
 
 
+class Support(NamedTuple):
+    """The tokens that top-k, top-p or min-p kept: logit > threshold, or logit == threshold and index <= last_kept.  Logits before temperature."""
+
+    thresholds: Tensor  # (T,) floating point, -inf = not truncated
+    last_kept: Tensor  # (T,) int64
+
+
 class LogProbs(NamedTuple):
     logps: Tensor  # (T,) fp32 (fp64 for fp64 input), differentiable
     entropy: Tensor  # (T,) same dtype, in nats, not differentiable
     argmax: Tensor | None = None  # (T,) int64, the most likely token, ties to the lowest index; None unless asked for
 
 
-def logprob(logits: Tensor, targets: Tensor, *, temperature: float = 1.0, backend: str | None = None) -> LogProbs:
+def logprob(logits: Tensor, targets: Tensor, *, temperature: float = 1.0, support: tuple[Tensor, Tensor] | None = None,
+            backend: str | None = None) -> LogProbs:  # fmt: skip
     """Log-probability and entropy of each target under softmax(logits / temperature).
 
-    logits: (T, V).  targets: (T,) int64, -100 = skip (logp 0, no gradient).
+    logits: (T, V).  targets: (T,) int64, -100 = skip (logp 0, no gradient).  support: `Sampled.support` of the draws, thresholds (T,) and last_kept
+    (T,) int64: the softmax is over the tokens that the sampler kept.  It is rebuilt from these logits: the same ones give the same tokens; after an
+    optimizer step it is whatever now lies above the old threshold.  The target always counts as kept, so that its logp stays finite.
     Returns LogProbs; logps is differentiable in logits.  Raises ValueError on a shape mismatch, a target outside [0, V) (checked on CPU; on a GPU
     such a row counts as skipped, so that no call waits for the device) or a temperature that is not positive.
     """
     check(logits.ndim == 2, f"logprob: logits is {tuple(logits.shape)}; wanted (T, V)")
     check_targets("logprob", targets, logits.shape[0], logits.shape[1], temperature)
-    return LogProbs(*op(backend, logits=logits, targets=targets, temperature=float(temperature)))
+    if support is not None:
+        check_support("logprob", support, logits.shape[0])
+    return LogProbs(*op(backend, logits=logits, targets=targets, temperature=float(temperature), support=support))
+
+
+def check_support(where: str, support: tuple[Tensor, Tensor], rows: int) -> None:
+    thresholds, last_kept = support
+    check(thresholds.shape == (rows,) and thresholds.is_floating_point() and last_kept.shape == (rows,) and last_kept.dtype == torch.int64,
+          f"{where}: support is {tuple(thresholds.shape)} {thresholds.dtype} and {tuple(last_kept.shape)} {last_kept.dtype}; wanted ({rows},) "
+          f"floating-point thresholds and ({rows},) int64 last_kept")  # fmt: skip
+
+
+def supported(x: Tensor, support: tuple[Tensor, Tensor]) -> Tensor:
+    """(T, V) bool.  Written so that a NaN counts as kept: it must show in the result."""
+    thresholds, last_kept = (t.unsqueeze(1) for t in support)
+    return ~((x < thresholds) | ((x == thresholds) & (torch.arange(x.shape[1], device=x.device) > last_kept)))
 
 
 def check_targets(where: str, targets: Tensor, rows: int, vocab: int, temperature: float) -> None:
@@ -49,7 +77,7 @@ def check_targets(where: str, targets: Tensor, rows: int, vocab: int, temperatur
               f"{where}: targets run from {low} to {high}; wanted [0, {vocab}) or {IGNORE} = skip")  # fmt: skip
 
 
-def logprob_reference(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def logprob_reference(logits: Tensor, targets: Tensor, temperature: float, support: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     z = logits.to(accumulation_dtype(logits.dtype))
     if temperature != 1.0:
         z = z / temperature
@@ -57,8 +85,16 @@ def logprob_reference(logits: Tensor, targets: Tensor, temperature: float) -> tu
     nothing = (z.detach() == -torch.inf).all(-1)
     log_p = F.log_softmax(z.masked_fill(nothing.unsqueeze(1), 0.0), dim=-1)
     skip = (targets < 0) | (targets >= logits.shape[1])
-    picked = log_p.gather(1, targets.masked_fill(skip, 0).unsqueeze(1)).squeeze(1).masked_fill(nothing, -torch.inf)
-    return picked.masked_fill(skip, 0.0), _entropy(log_p.detach()).masked_fill(nothing, 0.0)
+    picked, log_p_kept = log_p.gather(1, targets.masked_fill(skip, 0).unsqueeze(1)).squeeze(1), log_p.detach()
+    if support is not None:
+        keep = supported(logits.detach().to(z.dtype), support) | (torch.arange(z.shape[1], device=z.device) == targets.unsqueeze(1))
+        # The sampler's sum in the sampler's order, so that logp has its bits: fp64, left to right (a sum adds pairwise, which may differ).
+        total = torch.where(keep, log_p.exp(), 0.0).double().cumsum(1)[:, -1].log()
+        truncated = (picked.double() - total).to(z.dtype).clamp_max(0.0)
+        picked = torch.where(support[0] == -torch.inf, picked, truncated)
+        log_p_kept = (log_p_kept - total.detach().to(z.dtype).unsqueeze(1)).masked_fill(~keep, -torch.inf)
+    picked = picked.masked_fill(nothing, -torch.inf)
+    return picked.masked_fill(skip, 0.0), _entropy(log_p_kept).masked_fill(nothing, 0.0)
 
 
 def _entropy(log_p: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ U = sum (x - m) exp((x - m) / temperature); a new maximum rescales both.  Then, 
     logp = (x_target - m) / temperature - log S        H = log S - U / (S temperature)
 Everything is relative to m, so neither a large common offset nor a small temperature costs digits.  m and S are saved, not their sum m + log S, which
 would round at the size of m.  Backward: one read and one write, dx = dlogp / temperature (onehot - exp((x - m) / temperature) / S); a row whose
-upstream gradient is 0 is written without being read.
+upstream gradient is 0 is written without being read.  With a support, a token that was not kept counts as -inf.
 """
 
 import torch
@@ -20,9 +20,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: a finite start for the maximum, since -inf minus -inf is NaN
 
 
-def logprob_triton(logits: Tensor, targets: Tensor, temperature: float, support: None = None) -> tuple[Tensor, Tensor]:
-    assert support is None  # why_not refuses it
-    return LogprobFunction.apply(logits, targets.contiguous(), temperature)
+def logprob_triton(logits: Tensor, targets: Tensor, temperature: float, support: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    if support is not None:
+        support = support[0].detach().float().contiguous(), support[1].contiguous()
+    return LogprobFunction.apply(logits, targets.contiguous(), temperature, support)
 
 
 def block_of(V: int) -> int:
@@ -31,49 +32,55 @@ def block_of(V: int) -> int:
 
 class LogprobFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, temperature):
+    def forward(ctx, logits, targets, temperature, support):
         T, V = logits.shape
         logps, entropy, m, S = (torch.empty(T, dtype=torch.float32, device=logits.device) for _ in range(4))
         if T:
             with on_device_of(logits):
-                logprob_fwd_kernel[(T,)](logits, targets, logps, entropy, m, S, V, logits.stride(0), 1 / temperature,
-                                         BLOCK=block_of(V), num_warps=WARPS)  # fmt: skip
-        ctx.save_for_backward(logits, targets, m, S)
+                logprob_fwd_kernel[(T,)](logits, targets, *(support or (m, targets)), logps, entropy, m, S, V, logits.stride(0), 1 / temperature,
+                                         SUPPORT=support is not None, BLOCK=block_of(V), num_warps=WARPS)  # fmt: skip
+        ctx.save_for_backward(logits, targets, m, S, *(support or ()))
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
     @staticmethod
     def backward(ctx, dlogps, _):
-        logits, targets, m, S = ctx.saved_tensors
+        logits, targets, m, S, *support = ctx.saved_tensors
         T, V = logits.shape
         dlogits = torch.empty(T, V, dtype=logits.dtype, device=logits.device)
         if T:
             with on_device_of(logits):
-                logprob_bwd_kernel[(T,)](logits, targets, dlogps.contiguous(), m, S, dlogits, V, logits.stride(0), dlogits.stride(0),
-                                         1 / ctx.temperature, BLOCK=block_of(V), num_warps=WARPS)  # fmt: skip
-        return dlogits, None, None
+                logprob_bwd_kernel[(T,)](logits, targets, *(support or (m, targets)), dlogps.contiguous(), m, S, dlogits, V,
+                                         logits.stride(0), dlogits.stride(0), 1 / ctx.temperature, SUPPORT=bool(support),
+                                         BLOCK=block_of(V), num_warps=WARPS)  # fmt: skip
+        return dlogits, None, None, None
 
 
 # V and the strides belong to a model, so specialising on their divisibility by 16 costs one compilation and lets the loads be 16 bytes wide.  The
 # small tensors may be slices that start anywhere: their alignment is not specialised, as it would compile anew.
-SMALL = ["targets_ptr", "logps_ptr", "entropy_ptr", "dlogps_ptr", "m_ptr", "S_ptr"]
+SMALL = ["targets_ptr", "thresholds_ptr", "last_kept_ptr", "logps_ptr", "entropy_ptr", "dlogps_ptr", "m_ptr", "S_ptr"]
 
 
 @triton.jit(do_not_specialize_on_alignment=SMALL)
-def logprob_fwd_kernel(logits_ptr, targets_ptr, logps_ptr, entropy_ptr, m_ptr, S_ptr, V, stride, inv_temperature, BLOCK: tl.constexpr):
+def logprob_fwd_kernel(logits_ptr, targets_ptr, thresholds_ptr, last_kept_ptr, logps_ptr, entropy_ptr, m_ptr, S_ptr, V, stride, inv_temperature,
+                       SUPPORT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr = logits_ptr + row * stride
     lanes = tl.arange(0, BLOCK)
     m = tl.full([1], LOWEST, tl.float32)
     S, U = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)  # per lane, so that a block costs one reduction and not three
+    target = tl.load(targets_ptr + row)
+    if SUPPORT:
+        threshold, last_kept = tl.load(thresholds_ptr + row), tl.load(last_kept_ptr + row)
     for i in range(0, V, BLOCK):
         x = tl.load(x_ptr + i + lanes, mask=i + lanes < V, other=float("-inf")).to(tl.float32)
+        if SUPPORT:
+            x = kept_logits(x, i + lanes, target, threshold, last_kept)
         new = tl.maximum(m, tl.max(x, 0))
         S, U = rescaled(S, U, m, new, inv_temperature)
         e, de = exponentials(x, new, inv_temperature)
         S, U, m = S + e, U + de, new
-    target = tl.load(targets_ptr + row)
     valid = (target >= 0) & (target < V)
     x_target = tl.load(x_ptr + tl.where(valid, target, 0), mask=valid, other=0.0).to(tl.float32)
     logp, entropy, m, S = finished(x_target, m, tl.sum(S, 0), tl.sum(U, 0), inv_temperature)
@@ -85,12 +92,15 @@ def logprob_fwd_kernel(logits_ptr, targets_ptr, logps_ptr, entropy_ptr, m_ptr, S
 
 
 @triton.jit(do_not_specialize_on_alignment=SMALL)
-def logprob_bwd_kernel(logits_ptr, targets_ptr, dlogps_ptr, m_ptr, S_ptr, dlogits_ptr, V, stride, dstride, inv_temperature, BLOCK: tl.constexpr):
+def logprob_bwd_kernel(logits_ptr, targets_ptr, thresholds_ptr, last_kept_ptr, dlogps_ptr, m_ptr, S_ptr, dlogits_ptr, V, stride, dstride,
+                       inv_temperature, SUPPORT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr, dx_ptr = logits_ptr + row * stride, dlogits_ptr + row * dstride
     lanes = tl.arange(0, BLOCK)
     target = tl.load(targets_ptr + row)
     m, S = tl.load(m_ptr + row), tl.load(S_ptr + row)
+    if SUPPORT:
+        threshold, last_kept = tl.load(thresholds_ptr + row), tl.load(last_kept_ptr + row)
     # m is -inf where the row forbids everything
     coef = tl.where((target >= 0) & (target < V) & (m != float("-inf")), tl.load(dlogps_ptr + row) * inv_temperature, 0.0)
     if coef == 0:
@@ -99,8 +109,16 @@ def logprob_bwd_kernel(logits_ptr, targets_ptr, dlogps_ptr, m_ptr, S_ptr, dlogit
     else:
         for i in range(0, V, BLOCK):
             x = tl.load(x_ptr + i + lanes, mask=i + lanes < V, other=float("-inf")).to(tl.float32)
+            if SUPPORT:
+                x = kept_logits(x, i + lanes, target, threshold, last_kept)
             dx = coef * (tl.where(i + lanes == target, 1.0, 0.0) - tl.exp2((x - m) * (inv_temperature * LOG2E)) / S)
             tl.store(dx_ptr + i + lanes, dx.to(dlogits_ptr.dtype.element_ty), mask=i + lanes < V)
+
+
+@triton.jit
+def kept_logits(x, v, target, threshold, last_kept):
+    """x with -inf for what the sampler did not keep.  Written so that a NaN counts as kept: it must show in the result."""
+    return tl.where(((x < threshold) | ((x == threshold) & (v > last_kept))) & (v != target), float("-inf"), x)
 
 
 # The running softmax, shared with linear_logprob_triton.py.  x, m, new are raw logits; the shapes broadcast.
@@ -130,11 +148,13 @@ def finished(x_target, m, S, U, inv_temperature):
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    rows = {"targets_ptr": "*i64", "m_ptr": "*fp32", "S_ptr": "*fp32", "V": "i32:16", "inv_temperature": "fp32"}
+    rows = {"targets_ptr": "*i64", "thresholds_ptr": "*fp32", "last_kept_ptr": "*i64", "m_ptr": "*fp32", "S_ptr": "*fp32", "V": "i32:16",
+            "inv_temperature": "fp32"}  # fmt: skip
     cases = []
-    for dtype in ("bf16", "fp32"):
+    for dtype, support in (("bf16", False), ("fp32", False), ("bf16", True)):
         fwd = rows | {"logits_ptr": f"*{dtype}:16", "logps_ptr": "*fp32", "entropy_ptr": "*fp32", "stride": "i32:16"}
         bwd = rows | {"logits_ptr": f"*{dtype}:16", "dlogps_ptr": "*fp32", "dlogits_ptr": f"*{dtype}:16", "stride": "i32:16", "dstride": "i32:16"}
-        cases += [AheadOfTime(f"logprob_fwd {dtype}", logprob_fwd_kernel, fwd, {"BLOCK": BLOCK}, WARPS),
-                  AheadOfTime(f"logprob_bwd {dtype}", logprob_bwd_kernel, bwd, {"BLOCK": BLOCK}, WARPS)]  # fmt: skip
+        constants, name = {"BLOCK": BLOCK, "SUPPORT": support}, dtype + " support" * support
+        cases += [AheadOfTime(f"logprob_fwd {name}", logprob_fwd_kernel, fwd, constants, WARPS),
+                  AheadOfTime(f"logprob_bwd {name}", logprob_bwd_kernel, bwd, constants, WARPS)]  # fmt: skip
     return cases

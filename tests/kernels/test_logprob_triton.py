@@ -168,7 +168,7 @@ def test_offsets_beyond_two_to_the_31_elements(triton_device, generator):
     assert torch.equal(got.logps.cpu(), plain[0]) and torch.equal(got.entropy.cpu(), plain[1])
     m, S = logits.float().max(1).values, (logits.float() - logits.float().max(1, keepdim=True).values).exp().sum(1)
     rest = [x.to(triton_device) for x in (targets, g, m, S)]
-    logprob_bwd_kernel[(3,)](far, *rest, far_grad, V, stride, stride, 1.0, BLOCK=64)
+    logprob_bwd_kernel[(3,)](far, rest[0], rest[2], rest[0], *rest[1:], far_grad, V, stride, stride, 1.0, SUPPORT=False, BLOCK=64)
     assert torch.allclose(far_grad.cpu().float(), plain[2].float(), atol=1e-3) and far_grad[2].any()
 
 

@@ -74,8 +74,8 @@ BUGS = [
         "    mean = tl.sum(total.to(tl.float16), 0).to(tl.float32) / tl.maximum(n, 1.0)\n", "test_group_advantage_triton.py"),
     # logprob, linear_logprob
     Bug("missing 1/temperature", "logprob.py", "        z = z / temperature\n", "        z = z + 0\n", "test_logprob.py"),
-    Bug("missing vocabulary tail mask", "logprob_triton.py", 'mask=i + lanes < V, other=float("-inf")).to(tl.float32)\n        new',
-        "mask=i + lanes < V, other=0.0).to(tl.float32)\n        new", "test_logprob_triton.py"),
+    Bug("missing vocabulary tail mask", "logprob_triton.py", 'mask=i + lanes < V, other=float("-inf")).to(tl.float32)\n        if',
+        "mask=i + lanes < V, other=0.0).to(tl.float32)\n        if", "test_logprob_triton.py"),
     Bug("missing 1/temperature in the gradient", "logprob_triton.py", "tl.load(dlogps_ptr + row) * inv_temperature, 0.0)",
         "tl.load(dlogps_ptr + row), 0.0)", "test_logprob_triton.py"),
     Bug("fp16 accumulation", "logprob_triton.py", "S, U, m = S + e, U + de, new",

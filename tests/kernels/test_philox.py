@@ -47,3 +47,19 @@ def test_is_uniform_along_seeds_and_along_positions():
 
 def test_no_draws_from_no_seeds():
     assert philox_uniform(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)).shape == (0,)
+
+
+def test_tile_and_stream_are_the_third_and_fourth_word_of_the_counter():
+    counter, key, answer = KNOWN[2]
+    signed = [k - (1 << 32) if k >= 1 << 31 else k for k in key]
+    seed, position = key[0] + (signed[1] << 32), counter[0] + ((counter[1] - (1 << 32)) << 32)
+    u = philox_uniform(torch.tensor([seed]), torch.tensor([position]), tile=torch.tensor([counter[2]]), stream=counter[3])
+    assert u.item() == ((answer[0] >> 5) * 2**26 + (answer[1] >> 6)) / 2**53
+
+
+def test_tiles_and_streams_are_independent():
+    seeds, tiles = torch.arange(300)[:, None], torch.arange(300)
+    a, b = (philox_uniform(seeds, torch.tensor([3]), tile=tiles, stream=s) for s in (1, 2))
+    assert a.shape == (300, 300)
+    for x, y in ((a, b), (a[:, 1:], a[:, :-1]), (a[1:], a[:-1])):
+        assert abs(torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1]) < 5 / 300

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from athanor.kernels import philox_uniform, sample
+from athanor.kernels import logprob, philox_uniform, sample
 
 GRID = [(t, k, p, m) for t in (0.6, 1.0, 2.0) for k in (0, 1, 5, 1000) for p in (1.0, 0.9, 0.3, 1e-9) for m in (0.0, 0.1)]
 
@@ -148,9 +148,143 @@ def test_no_rows():
 @pytest.mark.parametrize("options, message", [
     ({"temperature": -1.0}, "temperature is -1.0; wanted >= 0"), ({"top_p": 0.0}, r"top_p is 0.0; wanted in \(0, 1\]"),
     ({"top_k": -1}, "top_k is -1"), ({"min_p": 1.5}, "min_p is 1.5"),
-    ({"temperature": torch.tensor([1.0, -1.0])}, "temperature holds a value below 0"),
+    ({"temperature": torch.tensor([1.0, -1.0])}, "temperature holds another value; wanted >= 0"),
     ({"temperature": torch.ones(3)}, r"temperature is \(3,\)"),
 ])  # fmt: skip
 def test_parameters_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=f"sample: {message}"):
         draw(torch.ones(2, 4), **options)
+
+
+PER_ROW = {"temperature": torch.tensor([0.0, 1.0, 0.7, 1.3, 0.6, 2.0, 1.0, 0.0]), "top_k": torch.tensor([3, 0, 5, 1000, 1, 0, 7, 0]),
+           "top_p": torch.tensor([0.5, 1.0, 0.9, 0.3, 1.0, 0.95, 1.0, 1.0], dtype=torch.float64),
+           "min_p": torch.tensor([0.0, 0.0, 0.1, 0.0, 0.5, 0.0, 0.05, 0.0])}  # fmt: skip
+
+
+def test_parameters_per_row_equal_the_row_alone_with_numbers(generator):
+    logits = 2 * torch.randn(8, 50, generator=generator)
+    logits[6] = logits[6].round()
+    mixed = draw(logits, **PER_ROW)
+    for i in range(8):
+        numbers = {k: v[i].item() for k, v in PER_ROW.items()}
+        numbers["temperature"] = float(PER_ROW["temperature"][i])
+        alone = draw(logits[i : i + 1], torch.tensor([i]), **numbers)
+        for name, a, b in zip(mixed._fields, mixed, alone, strict=True):
+            assert torch.equal(a[i : i + 1], b), (i, name)
+
+
+def test_support_is_the_brute_force_set(generator):
+    """threshold and last_kept against sorting, over ties, equal rows, forbidden tokens, floats one ulp apart, and filters at their ends."""
+    logits = 3 * torch.randn(8, 41, generator=generator)
+    logits[1] = logits[1].round()
+    logits[2] = 0.25
+    logits[3, ::2] = -torch.inf
+    logits[4] = torch.tensor(1.0).nextafter(torch.tensor(2.0))
+    logits[4, ::3] = 1.0
+    logits[5] = logits[5].bfloat16().float()
+    for t, k, p, m in [*GRID, (1.0, 41, 1.0, 0.0), (1.0, 40, 1.0, 0.0), (1.0, 1, 0.5, 1.0), (1.0, 0, 1.0, 1.0)]:
+        out = draw(logits, temperature=t, top_k=k, top_p=p, min_p=m)
+        for b in range(8):
+            if p < 1 and b in (2, 4) or m == 1 and b == 4:
+                continue  # within a rounding error of a token's edge
+            _, kept = brute_force(logits[b].tolist(), t, k, p, m)
+            want = {i for i in kept if logits[b, i] > -torch.inf}
+            x, last = logits[b], out.last_kept[b]
+            got = {i for i in range(41) if x[i] > out.thresholds[b] or (x[i] == out.thresholds[b] and i <= last)} - {
+                i for i in range(41) if x[i] == -torch.inf}  # fmt: skip
+            assert got == want, (t, k, p, m, b)
+            truncated = 0 < k < 41 or p < 1 or m > 0
+            assert (out.thresholds[b] == -torch.inf) == (not truncated)
+
+
+def test_logits_that_round_to_one_probability_are_kept_by_logit():
+    """In fp32, log p of 1e-9 and of 0 under a large row are equal; the larger logit is still the more likely."""
+    logits = torch.full((1, 1000), 3.0)
+    logits[0, 7], logits[0, 500] = 5.0, 5.000001
+    logits[0, 100:110] = torch.linspace(1e-9, 1e-8, 10)
+    logits[0, 110:] = -9.0
+    assert torch.equal(logits.softmax(1)[0, 100:110].unique(), logits.softmax(1)[0, 100:101])
+    out = draw(logits, top_k=105)
+    assert out.last_kept == 105 and out.thresholds == logits[0, 105]  # 100 larger ones, then 109, 108, 107, 106, 105
+
+
+def test_the_trainer_rebuilds_the_truncated_log_prob_bit_for_bit(generator):
+    logits = 3 * torch.randn(300, 97, generator=generator)
+    logits[:20] = logits[:20].round()
+    logits[20:30, ::3] = -torch.inf
+    logits[30:40] = 0.5
+    for t, k, p, m in [*GRID, (1.0, 0, 1.0, 0.0)]:
+        out = draw(logits, temperature=t, top_k=k, top_p=p, min_p=m)
+        again = logprob(logits, out.tokens, temperature=t, support=out.support)
+        assert torch.equal(again.logps, out.logps), (t, k, p, m)
+    mixed = {k: v.repeat(3) for k, v in PER_ROW.items()}
+    mixed["temperature"] = 0.8
+    out = draw(logits[:24], **mixed)
+    assert torch.equal(logprob(logits[:24], out.tokens, temperature=0.8, support=out.support).logps, out.logps)
+
+
+def test_support_gradient_and_entropy_against_masked_softmax(close64, generator):
+    logits = 2 * torch.randn(40, 30, dtype=torch.float64, generator=generator)
+    logits[3] = logits[3].round()
+    logits.requires_grad_()
+    out = draw(logits, temperature=0.7, top_k=12, top_p=0.8)
+    got = logprob(logits, out.tokens, temperature=0.7, support=out.support)
+    keep = torch.zeros(40, 30, dtype=torch.bool)
+    for b in range(40):
+        keep[b, list(brute_force(logits[b].tolist(), 0.7, 12, 0.8, 0.0)[1])] = True
+    z = (logits / 0.7).masked_fill(~keep, -torch.inf)
+    want = z.gather(1, out.tokens[:, None]).squeeze(1) - z.logsumexp(1)
+    p = z.softmax(1)
+    close64(got.logps, want)
+    close64(got.entropy, -(p * p.clamp_min(1e-300).log()).sum(1).detach())
+    g = torch.randn(40, dtype=torch.float64, generator=generator)
+    close64(torch.autograd.grad(got.logps, logits, g)[0], torch.autograd.grad(want, logits, g)[0])
+
+
+def test_a_target_outside_the_support_counts_as_kept_and_a_skipped_one_does_not():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).repeat(2, 1)
+    support = (torch.full((2,), 2.0), torch.full((2,), 3))
+    out = logprob(logits, torch.tensor([3, -100]), support=support)
+    assert torch.allclose(out.logps, torch.tensor([logits[0, [0, 1, 3]].log_softmax(0)[2], 0.0]))
+    p = logits[0, :2].softmax(0)
+    assert torch.allclose(out.entropy[1], -(p * p.log()).sum())
+    with pytest.raises(ValueError, match=r"logprob: support is \(2,\) torch.float32 and \(1,\) torch.int64; wanted \(2,\)"):
+        logprob(logits, torch.tensor([3, 0]), support=(support[0], support[1][:1]))
+
+
+def test_bad_rows_are_flagged_in_the_support_too():
+    logits = torch.zeros(4, 10)
+    logits[1, 2], logits[2], logits[3, 4] = torch.nan, -torch.inf, torch.inf
+    for options in ({}, {"top_p": 0.9}, {"top_k": 3}, {"temperature": 0.0}, {"min_p": 0.5}):
+        out = draw(logits, **options)
+        for x in (out.logps, out.full_logps, out.thresholds):
+            assert torch.isnan(x).tolist() == [False, True, True, True], options
+        assert ((out.tokens >= 0) & (out.tokens < 10)).all()
+
+
+def chi_square(counts, p, n):
+    """Statistic and degrees of freedom, tokens of fewer than 10 expected draws counted together."""
+    big = p * n >= 10
+    rest, expected = counts[~big].sum(), n * p[~big].sum()
+    chi2 = ((counts[big] - n * p[big]) ** 2 / (n * p[big])).sum() + ((rest - expected) ** 2 / expected if expected > 1 else 0)
+    return float(chi2), int(big.sum())
+
+
+# fp32 logits whose tail has tokens of p < 1e-7, next to each other and apart
+@pytest.mark.parametrize("n", [200_000, pytest.param(10_000_000, marks=pytest.mark.slow)])
+def test_chi_square_of_many_draws(n, generator):
+    V = 250
+    for case, options in enumerate(({}, {"temperature": 0.7, "top_p": 0.97}, {"top_k": 100, "min_p": 1e-4})):
+        logits = 2 * torch.randn(1, V, generator=generator)
+        logits[0, 120:150] -= 14
+        share = n // 3
+        counts = torch.zeros(V)
+        for rows in torch.arange(share).split(20_000):
+            counts += torch.bincount(draw(logits.expand(len(rows), V), rows + case * n, **options).tokens, minlength=V)
+        _, kept = brute_force(logits[0].tolist(), options.get("temperature", 1.0), options.get("top_k", 0), options.get("top_p", 1.0),
+                              options.get("min_p", 0.0))  # fmt: skip
+        p = torch.zeros(V, dtype=torch.float64)
+        p[list(kept)] = torch.tensor(list(kept.values()), dtype=torch.float64)
+        assert not counts[p == 0].any()
+        chi2, dof = chi_square(counts.double(), p, share)
+        assert abs(chi2 - dof) < 5 * math.sqrt(2 * dof) + 10, (case, chi2, dof)
