@@ -63,7 +63,8 @@ def run(context: StageContext, config: GRPOConfig) -> dict:
             loop.extra["reference"] = f"reference-{step + 1}"
             if context.ranks.is_main:
                 export_model(reference, context.tokenizer, context.state_dir / loop.extra["reference"])
-    return {"metrics": {"logp_gap_max": gap, "rl_steps": loop.next_step, "loss_formula": formula(preset)}, "outputs": {"checkpoint": context.export(model)}}
+    measured = {"logp_gap_max": gap, "rl_steps": loop.next_step, "loss_formula": formula(preset)}
+    return {"metrics": measured, "outputs": {"checkpoint": context.export(model)}}
 
 
 def check(name: str, config: GRPOConfig) -> None:
