@@ -11,8 +11,9 @@ from .group_advantage import group_advantage
 from .grpo_loss import grpo_loss
 from .linear_grpo import linear_grpo
 from .linear_logprob import linear_logprob
+from .linear_sample import linear_sample
 from .logits_grpo import logits_grpo
-from .logprob import LogProbs, logprob
+from .logprob import LogProbs, Support, logprob
 from .paged_attention import paged_attention
 from .policy_loss import LossVariant, policy_loss
 from .rmsnorm import rmsnorm
@@ -21,7 +22,7 @@ from .sample import Sampled, sample
 from .swiglu import swiglu
 
 __all__ = [
-    "LogProbs", "LossVariant", "Sampled", "attention", "group_advantage", "grpo_loss", "linear_grpo", "linear_logprob",
-    "logits_grpo", "logprob", "philox_uniform",
+    "LogProbs", "LossVariant", "Sampled", "Support", "attention", "group_advantage", "grpo_loss", "linear_grpo", "linear_logprob",
+    "linear_sample", "logits_grpo", "logprob", "philox_uniform",
     "paged_attention", "policy_loss", "rmsnorm", "rope", "sample", "swiglu", "use_backend",
 ]  # fmt: skip
