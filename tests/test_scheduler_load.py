@@ -125,7 +125,8 @@ def test_memory_is_flat():
     for i in range(8):
         serve(scheduler, work, base=i * NUM_REQUESTS)
         sizes.append(resident_bytes())
-    assert max(sizes[4:]) - max(sizes[:4]) < 4 * NUM_REQUESTS * 50, sizes  # less than 50 bytes for each request of the last four rounds
+    # A request that stayed behind costs 300 bytes; the allocator's own steps of 3.5 MB (one was seen in eight rounds) are no leak.
+    assert max(sizes[4:]) - max(sizes[:4]) < 4 * NUM_REQUESTS * 150, sizes
 
 
 @pytest.mark.parametrize("policy", ["reserve", "pause"])
