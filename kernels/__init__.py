@@ -9,6 +9,7 @@ from ._philox import philox_uniform
 from .attention import attention
 from .group_advantage import group_advantage
 from .grpo_loss import grpo_loss
+from .kv_append import kv_append, qkv_append
 from .linear_grpo import linear_grpo
 from .linear_logprob import linear_logprob
 from .linear_sample import linear_sample
@@ -22,7 +23,7 @@ from .sample import Sampled, sample
 from .swiglu import swiglu
 
 __all__ = [
-    "LogProbs", "LossVariant", "Sampled", "Support", "attention", "group_advantage", "grpo_loss", "linear_grpo", "linear_logprob",
+    "LogProbs", "LossVariant", "Sampled", "Support", "attention", "group_advantage", "grpo_loss", "kv_append", "linear_grpo", "linear_logprob",
     "linear_sample", "logits_grpo", "logprob", "philox_uniform",
-    "paged_attention", "policy_loss", "rmsnorm", "rope", "sample", "swiglu", "use_backend",
+    "paged_attention", "policy_loss", "qkv_append", "rmsnorm", "rope", "sample", "swiglu", "use_backend",
 ]  # fmt: skip

@@ -99,9 +99,9 @@ def rope_fwd_kernel(q_ptr, k_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, 
                     HALF: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     cos, sin = angles_of(cos_ptr + token * cos_stride, sin_ptr + token * sin_stride, INVERSE, HALF, BLOCK)
-    rotate_heads(q_ptr + token * q_stride, q_head_stride, q_weight_ptr, q_out_ptr + token * (H * HALF * 2), cos, sin, eps,
+    rotate_heads(q_ptr + token * q_stride, q_head_stride, q_weight_ptr, q_out_ptr + token * (H * HALF * 2), HALF * 2, cos, sin, eps,
                  NORM, H, HALF, Q_HEADS, BLOCK)  # fmt: skip
-    rotate_heads(k_ptr + token * k_stride, k_head_stride, k_weight_ptr, k_out_ptr + token * (HKV * HALF * 2), cos, sin, eps,
+    rotate_heads(k_ptr + token * k_stride, k_head_stride, k_weight_ptr, k_out_ptr + token * (HKV * HALF * 2), HALF * 2, cos, sin, eps,
                  NORM, HKV, HALF, K_HEADS, BLOCK)  # fmt: skip
 
 
@@ -142,8 +142,8 @@ def angles_of(cos_ptr, sin_ptr, INVERSE: tl.constexpr, HALF: tl.constexpr, BLOCK
 
 
 @triton.jit
-def rotate_heads(x_ptr, head_stride, weight_ptr, out_ptr, cos, sin, eps, NORM: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr,
-                 HEADS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def rotate_heads(x_ptr, head_stride, weight_ptr, out_ptr, out_head_stride, cos, sin, eps, NORM: tl.constexpr, H: tl.constexpr,
+                 HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Norm and turn the H heads of one token, HEADS at a time."""
     lanes = tl.arange(0, BLOCK)[None, :]
     for first in tl.static_range(0, H, HEADS):
@@ -159,7 +159,7 @@ def rotate_heads(x_ptr, head_stride, weight_ptr, out_ptr, cos, sin, eps, NORM: t
             # rounded as rmsnorm rounds its result
             a = (a * rstd * wa).to(out_ptr.dtype.element_ty).to(tl.float32)
             b = (b * rstd * wb).to(out_ptr.dtype.element_ty).to(tl.float32)
-        out = out_ptr + heads * (HALF * 2) + lanes
+        out = out_ptr + heads * out_head_stride + lanes
         tl.store(out, (a * cos - b * sin).to(out_ptr.dtype.element_ty), mask=mask)
         tl.store(out + HALF, (b * cos + a * sin).to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -53,7 +53,7 @@ def test_appends_at_each_rows_position_and_nowhere_else(R, H, Hkv, d, block, dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
 def test_fused_append_is_rope_in_triton_to_the_bit(norm, dtype, triton_device, generator):
     """One function turns the heads in both; test_rope_triton.py holds rope against fp64."""
-    (q, k, v), caches, table, positions = (make(6, 20, 2, 24, 16, generator, dtype))
+    (q, k, v), caches, table, positions = make(6, 20, 2, 24, 16, generator, dtype)
     cos, sin = torch.randn(2, 6, 12, generator=generator).to(triton_device)
     weights = torch.randn(2, 24, generator=generator).to(dtype).to(triton_device)
     options = {"q_weight": weights[0], "k_weight": weights[1], "eps": 1e-5} if norm else {}
@@ -83,5 +83,4 @@ def test_neither_batches_nor_tables_compile_anew(launches):
         cos = torch.zeros(R, 16)
         kv_append_triton(k, v, *cache, table, positions)
         qkv_append_triton(q, k, v, cos, cos, *cache, table, positions, cos[0].repeat(2), cos[0].repeat(2), 1e-6)
-    assert {name for name, *_ in launches.keys} == {"kv_append_kernel", "qkv_append_kernel"}
-    assert len(launches.keys) == 4  # one row alone: in_heads gives an axis of one row the stride of a dense one, here not that of the fused matrix
+    assert sorted(name for name, *_ in launches.keys) == ["kv_append_kernel", "qkv_append_kernel"], launches.keys
