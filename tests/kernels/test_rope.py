@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from athanor.kernels import rope
+from athanor.kernels import rmsnorm, rope
 
 SIZES = [(1, 4, 2, 24), (64, 2, 2, 64), (33, 3, 1, 6), (0, 2, 1, 4)]  # one token, aligned, odd with one key head, empty
 
@@ -55,3 +55,31 @@ def test_scores_depend_on_the_distance_alone(generator):
 def test_mismatched_angles_are_refused():
     with pytest.raises(ValueError, match=r"rope: cos is \(3, 2\)"):
         rope(torch.ones(4, 1, 4), torch.ones(4, 1, 4), torch.ones(3, 2), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_qk_norm_has_the_bits_of_norm_then_rotation(dtype, generator):
+    q, k, cos, sin = inputs(33, 4, 2, 24, generator, dtype)
+    weights = [(1 + 0.3 * torch.randn(24, generator=generator)).to(dtype).requires_grad_() for _ in range(2)]
+    fused = rope(q, k, cos, sin, q_weight=weights[0], k_weight=weights[1], eps=1e-5)
+    apart = rope(rmsnorm(q, weights[0], eps=1e-5), rmsnorm(k, weights[1], eps=1e-5), cos, sin)
+    upstream = [torch.randn(x.shape, generator=generator).to(dtype) for x in fused]
+    assert all(torch.equal(a, b) for a, b in zip(fused, apart, strict=True))
+    got, want = (torch.autograd.grad(out, (q, k, *weights), upstream) for out in (fused, apart))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_qk_norm_is_the_formula_and_its_gradient_agrees_with_finite_differences(close64, generator):
+    q, k, cos, sin = inputs(3, 2, 1, 6, generator)
+    weights = [torch.rand(6, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(2)]
+    for x, w, y in zip((q, k), weights, rope(q, k, cos, sin, q_weight=weights[0], k_weight=weights[1]), strict=True):
+        close64(y, rotate_complex(x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w, cos, sin))
+    assert torch.autograd.gradcheck(lambda q, k, a, b: rope(q, k, cos, sin, q_weight=a, k_weight=b), (q, k, *weights))
+
+
+def test_one_weight_without_the_other_is_refused():
+    x, angle = torch.ones(4, 1, 4), torch.ones(4, 2)
+    with pytest.raises(ValueError, match="one of q_weight and k_weight is missing"):
+        rope(x, x, angle, angle, q_weight=torch.ones(4))
+    with pytest.raises(ValueError, match=r"q_weight is \(4,\), k_weight is \(3,\); wanted \(4,\)"):
+        rope(x, x, angle, angle, q_weight=torch.ones(4), k_weight=torch.ones(3))
