@@ -272,3 +272,13 @@ def test_pause_keeps_the_kv_and_the_oldest_row_always_goes_on():
             assert request not in s
     assert paused == 2 and s.num_used_blocks == 0
     assert 36 < steps < 3 * 36  # they overlapped, and nobody began anew: 36 tokens were drawn for each
+
+
+def test_younger_rows_take_no_more_in_one_step_than_the_oldest_can_spare():
+    s = Scheduler(num_rows=3, max_length=16, num_blocks=7, block_size=4, policy="pause")
+    for _ in range(3):
+        s.submit(4, 1, 12, expected_new_tokens=1)  # worst case 4 blocks, 1 at first: 4 are free, 3 of them for the oldest
+    s.admit()
+    e = s.advance(np.zeros(3, bool))  # all three want their second block at once
+    s.audit()
+    assert s.requests[:2].tolist() == [0, 1] and s.requests[3] == 2 and e.paused_rows.tolist() == [3] and s.num_free_blocks == 2
