@@ -141,32 +141,35 @@ def paged_attention_reference(q: Tensor, key_cache: Tensor, value_cache: Tensor,
     grouped = q.to(wide).view(R, Hkv, repeat, d)
 
     def gather(cache: Tensor, rows: Tensor, chunk: Tensor, width: int, own: Tensor) -> Tensor:
-        """(n, Hkv, width, d): the first `width` tokens of a chunk of each row; slots from `own` on are zeros."""
+        """(n, Hkv, width, d): the first `width` tokens of a chunk of each row; what lies from `own` on is anything."""
         width = max(width, block_size)
         column = torch.arange(width // block_size, device=device)
         wanted = column * block_size < own[:, None]
         blocks = block_table[rows[:, None], (chunk[:, None] * (CHUNK // block_size) + column).clamp_max(block_table.shape[1] - 1)]
         blocks = torch.where(wanted, blocks, 0).long()
-        x = cache[blocks[:, None, :], heads[None, :, None]].flatten(2, 3).to(wide)
-        if bool((own < width).any()):
-            x.masked_fill_((torch.arange(width, device=device) >= own[:, None])[:, None, :, None], 0)
-        return x
+        if cache.is_contiguous():  # whole pieces at a time
+            pieces = (blocks[:, None, :] * Hkv + heads[None, :, None]).flatten()
+            return cache.view(-1, block_size * d).index_select(0, pieces).view(len(rows), Hkv, -1, d).to(wide)
+        return cache[blocks[:, None, :], heads[None, :, None]].flatten(2, 3).to(wide)
 
     def store(rows: Tensor, chunk: Tensor, tile: Tensor, keys: Tensor, values: Tensor, own: Tensor) -> None:
         """Partials of a tile (n, k, Hkv, repeat, d): of k rows each (n, k), -1 for none."""
         n, k = rows.shape
-        width = keys.shape[2]
-        queries = keys.new_zeros(n, Hkv, M, d)
-        queries[:, :, : k * repeat] = tile.transpose(1, 2).flatten(2, 3)
-        s = torch.matmul(queries, keys.transpose(-1, -2)).mul_(scale)
-        if bool((own < width).any()):
-            s.masked_fill_((torch.arange(width, device=device) >= own[:, None])[:, None, None, :], -torch.inf)
+        width, used = keys.shape[2], k * repeat
+        queries, p = keys.new_zeros(n, Hkv, M, d), keys.new_zeros(n, Hkv, M, width)
+        queries[:, :, :used] = tile.transpose(1, 2).flatten(2, 3)
+        s = torch.matmul(queries, keys.transpose(-1, -2))[:, :, :used].mul_(scale)
+        short = int(own.min())
+        if short < width:  # slots behind a row's end may hold NaN, and 0 x NaN is NaN
+            behind = (torch.arange(short, width, device=device) >= own[:, None])[:, None]
+            s[..., short:].masked_fill_(behind[:, :, None], -torch.inf)
+            values[:, :, short:].masked_fill_(behind[..., None], 0)
         top = s.amax(-1, keepdim=True)
-        p = s.sub_(top.masked_fill(top == -torch.inf, 0)).exp_()
+        weights = torch.exp(s.sub_(top.masked_fill(top == -torch.inf, 0)), out=p[:, :, :used])
         there = rows >= 0
         at = rows[there], chunk[:, None].expand(n, k)[there]
-        for target, x in ((m, top), (l, p.sum(-1, keepdim=True)), (o, torch.matmul(p, values))):
-            x = x[:, :, : k * repeat].unflatten(2, (k, repeat)).transpose(1, 2)  # (n, k, Hkv, repeat, 1 or d)
+        for target, x in ((m, top), (l, weights.sum(-1, keepdim=True)), (o, torch.matmul(p, values)[:, :, :used])):
+            x = x.unflatten(2, (k, repeat)).transpose(1, 2)  # (n, k, Hkv, repeat, 1 or d)
             target[at] = x[there].flatten(1, 2).view(-1, *target.shape[2:])
 
     own_from = torch.zeros_like(lens)  # first chunk that a row reads for itself

@@ -117,7 +117,7 @@ GROUPS = [
     [(300, [301])],  # a group of one
     [(2 * CHUNK, [2 * CHUNK, 2 * CHUNK + 1])],  # an empty suffix, whole chunks
     [(CHUNK + 13, [CHUNK + 13 + n for n in range(8)])],  # the last block is each row's own copy
-    [(0, [5, 1, 300]), (555, [560] * 16), (0, []), (CHUNK, [CHUNK + n for n in range(17)])],  # no prefix, an empty group, odd sizes
+    [(0, [5, 1, 300]), (263, [270] * 16), (0, []), (CHUNK, [CHUNK] * 16 + [CHUNK + 1])],  # no prefix, an empty group, odd sizes
     [(600, [0, 0, 0, 0, 700, 0, 613])],  # finished rows: a whole tile of them with 4 heads to a key head, and the first of the next one
     [(600, [0, 0]), (CHUNK - 1, [400, 500])],  # nothing but finished rows; a prefix one token short of a chunk
 ]
@@ -125,7 +125,7 @@ GROUPS = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.gpu), BF16])
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
-@pytest.mark.parametrize("H, Hkv, block", [(1, 1, 16), (4, 1, 64), (10, 2, 32), (8, 1, 8)])
+@pytest.mark.parametrize("H, Hkv, block", [(1, 1, 16), (4, 1, 64), (5, 1, 32), (16, 2, 8)])
 def test_sharing_the_prefix_changes_no_bit(groups, H, Hkv, block, dtype, triton_device, within_rule, generator):
     pool = make(groups, H, Hkv, 16, block, generator, dtype, exact=True)
     shared, unshared = (pool.call(device=triton_device, scale=LN2, **options) for options in (pool.groups, {}))
@@ -166,14 +166,14 @@ def test_a_shared_chunk_is_read_through_one_row_of_its_tile(triton_device, gener
 
 
 def test_a_row_has_the_same_bits_alone_and_in_a_batch(triton_device, generator):
-    lens = torch.randint(0, 700, (37,), generator=generator).tolist()
-    pool = make(alone(lens), 4, 2, 16, 16, generator)
+    lens = torch.randint(0, 400, (37,), generator=generator).tolist()
+    pool = make(alone(lens), 2, 1, 16, 16, generator)
     whole = pool.call(device=triton_device)
     for i in (0, 1, 17, 36):
         assert same(pool.call(slice(i, i + 1), device=triton_device), whole, slice(i, i + 1)), lens[i]
     order = torch.randperm(37, generator=generator)
     assert same(pool.call(order, device=triton_device), whole, order)
-    assert same(pool.call(slice(3, 9), device=triton_device, max_seq_len=700), whole, slice(3, 9))
+    assert same(pool.call(slice(3, 9), device=triton_device, max_seq_len=400), whole, slice(3, 9))
     assert same(pool.call(device=triton_device), whole)  # and again
 
 
