@@ -282,3 +282,12 @@ def test_younger_rows_take_no_more_in_one_step_than_the_oldest_can_spare():
     e = s.advance(np.zeros(3, bool))  # all three want their second block at once
     s.audit()
     assert s.requests[:2].tolist() == [0, 1] and s.requests[3] == 2 and e.paused_rows.tolist() == [3] and s.num_free_blocks == 2
+
+
+def test_blocks_that_two_rows_share_come_back_once():
+    s = Scheduler(num_rows=4, max_length=64, num_blocks=12, block_size=4, policy="pause")
+    s.submit(8, 2, 5, expected_new_tokens=1, priority=100)  # two blocks, both shared
+    s.submit(4, 1, 37, expected_new_tokens=1, priority=50)  # 10 blocks in the end
+    s.submit(4, 1, 9, generated=[8])  # takes 3 at once: only 2 of 12 can be spared beside those 10, although 9 are free
+    assert s.admit().requests.tolist() == [0, 1] and s.num_free_blocks == 9
+    s.audit()
