@@ -32,6 +32,12 @@ def quack_rmsnorm(x, w, dy):
     return differentiated(lambda x, w: rmsnorm(x, w, eps=1e-6), x, w, upstream=dy)
 
 
+def quack_residual_rmsnorm(x, residual, w):
+    from quack import rmsnorm
+
+    return rmsnorm(x, w, residual=residual, eps=1e-6, prenorm=True)
+
+
 def liger_rope(q, k, cos, sin):
     from liger_kernel.transformers.functional import liger_rope as rope
 
@@ -172,6 +178,7 @@ liger_logits_grpo = staged(_logits_batch, _liger_logits_grpo, lambda got, s: (go
 liger_linear_grpo = staged(_hidden_batch, _liger_linear_grpo, lambda got, s: (got[0], unpadded(got[1], s["cu"]), got[2]))
 
 SCORING = {"liger": liger_scoring, "cce": cce_scoring}  # linear_logprob without its backward; quack gives the sum alone
+RESIDUAL = {"quack": quack_residual_rmsnorm}  # rmsnorm of x + residual, which is returned too
 PEERS: dict[str, dict[str, Callable]] = {
     "rmsnorm": {"liger": liger_rmsnorm, "quack": quack_rmsnorm},
     "rope": {"liger": liger_rope, "quack": quack_rope},
@@ -202,7 +209,11 @@ def bind(adapter: Callable) -> Callable[..., tuple]:
 
 
 def adapters_of(case) -> dict[str, Callable]:
-    return SCORING if case.op == "linear_logprob" and case.sizes.get("backward") == 0 else PEERS.get(case.op, {})
+    if case.op == "linear_logprob" and case.sizes.get("backward") == 0:
+        return SCORING
+    if "residual" in case.sizes:
+        return RESIDUAL
+    return {} if "norm" in case.sizes else PEERS.get(case.op, {})  # no peer fuses QK norm into the rotation
 
 
 def torch_compile(case) -> Callable[..., tuple]:
