@@ -23,14 +23,20 @@ def group(pattern, number):
 
 
 @pytest.fixture
-def rollout(monkeypatch):
+def warnings():
+    return []
+
+
+@pytest.fixture
+def rollout(monkeypatch, warnings):
     """Run one step's rollout over scripted draws; returns the kept groups, their scores, the refills and the problems that were asked for."""
 
     def run(draws, attempts):
         asked, script = [], iter(draws)
         monkeypatch.setattr(grpo, "sample_groups", lambda *args, **options: [group(p, len(asked) * 10 + i) for i, p in enumerate(next(script))])
         stream = SimpleNamespace(draw=lambda step: asked.append(step) or [])
-        context = SimpleNamespace(recipe=SimpleNamespace(seed=0, max_rows=8), ranks=Ranks(threads=1), name="rl", tokenizer=None)
+        context = SimpleNamespace(recipe=SimpleNamespace(seed=0, max_rows=8), ranks=Ranks(threads=1), name="rl", tokenizer=None,
+                                  console=SimpleNamespace(warn=warnings.append))  # fmt: skip
         config = SimpleNamespace(prompts_per_step=WANTED, group_size=G, sampling=None)
         kept, scores, refills = grpo._rollout(context, config, make_table(SHAPED), None, stream, 5, attempts)
         return kept, scores, refills, asked
@@ -62,11 +68,12 @@ def test_too_many_are_cut_in_the_order_in_which_they_came(rollout):
     assert patterns(kept) == ["1000", "0100", "0010"] and refills == 1
 
 
-def test_the_loop_ends_at_its_bound_with_what_it_has_and_says_so(rollout):
+def test_the_loop_ends_at_its_bound_with_what_it_has_and_says_so(rollout, warnings):
     kept, scores, refills, asked = rollout([["1111", "0000", "1010"], ["1111", "0000", "1111"]], attempts=2)
     assert patterns(kept) == ["1010"] and refills == 1 and len(asked) == 2 and scores.total.shape == (G,)
+    assert not warnings
     kept, scores, refills, _ = rollout([["1111"] * 3, ["0000"] * 3], attempts=2)
-    assert kept == [] and refills == 1 and scores.total.shape == (0,)
+    assert kept == [] and refills == 1 and scores.total.shape == (0,) and "trains on nothing" in warnings[0]
 
 
 def test_without_dynamic_sampling_every_group_is_kept(rollout):

@@ -55,7 +55,7 @@ def run(context: StageContext, config: GRPOConfig) -> dict:
         train_s = time.perf_counter() - start
         tokens = context.ranks.sum_int(sum(s.num_tokens for group in groups for s in group))
         metrics |= {"rollout_s": rollout_s, "train_s": train_s, "tokens_per_s": tokens / (rollout_s + train_s)}
-        loop.stopped = config.stop_at_accuracy is not None and metrics["accuracy"] >= config.stop_at_accuracy
+        loop.stopped = config.stop_at_accuracy is not None and metrics.get("accuracy", 0.0) >= config.stop_at_accuracy
         gap = loop.extra["logp_gap_max"] = max(gap, metrics["logp_gap_max"])
         if reference is not None and preset.reference_interval and (step + 1) % preset.reference_interval == 0:
             reference.load_state_dict(model.state_dict())
@@ -124,8 +124,11 @@ def _rollout(
             contrast = groups_with_contrast(raw, torch.arange(len(groups)).repeat_interleave(config.group_size)).view(len(groups), -1)[:, 0]
             groups = [group for group, keep in zip(groups, contrast.tolist(), strict=True) if keep]
         kept = (kept + groups)[:wanted]
-        if ranks.sum_int(len(kept)) == config.prompts_per_step:
+        total = ranks.sum_int(len(kept))
+        if total == config.prompts_per_step:
             break
+    if total == 0:
+        context.console.warn(f"{context.name}: a step trains on nothing, no group in {attempts} draws had rewards that differ")
     return kept, table.score([sample for group in kept for sample in group], step), attempt
 
 
