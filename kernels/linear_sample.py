@@ -46,7 +46,8 @@ def linear_sample_reference(hidden, weight, temperature, seeds, positions):
     found = []  # of each chunk: m, S, U, candidate and its logit, (B, tiles) each
     for start in range(0, V, CHUNK):
         x = hidden @ weight[start : start + CHUNK].to(wide).T
-        x = torch.nn.functional.pad(x, (0, -x.shape[1] % TILE), value=-torch.inf).view(B, -1, TILE)
+        x = torch.nn.functional.pad(x, (0, -x.shape[1] % TILE), value=-torch.inf)
+        x = x.view(B, x.shape[1] // TILE, TILE)
         m = x.amax(2).clamp_min(torch.finfo(wide).min)
         d = x - m.unsqueeze(2)
         e = (d / (temperature.unsqueeze(2) if isinstance(temperature, Tensor) else temperature)).exp()

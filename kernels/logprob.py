@@ -83,18 +83,40 @@ def logprob_reference(logits: Tensor, targets: Tensor, temperature: float, suppo
         z = z / temperature
     # log_softmax makes NaN of a row that is -inf throughout; zeros in its place give a uniform row without gradient
     nothing = (z.detach() == -torch.inf).all(-1)
-    log_p = F.log_softmax(z.masked_fill(nothing.unsqueeze(1), 0.0), dim=-1)
+    z = z.masked_fill(nothing.unsqueeze(1), 0.0)
     skip = (targets < 0) | (targets >= logits.shape[1])
-    picked, log_p_kept = log_p.gather(1, targets.masked_fill(skip, 0).unsqueeze(1)).squeeze(1), log_p.detach()
+    index = targets.masked_fill(skip, 0).unsqueeze(1)
     if support is not None:
         keep = supported(logits.detach().to(z.dtype), support) | (torch.arange(z.shape[1], device=z.device) == targets.unsqueeze(1))
-        # The sampler's sum in the sampler's order, so that logp has its bits: fp64, left to right (a sum adds pairwise, which may differ).
-        total = torch.where(keep, log_p.exp(), 0.0).double().cumsum(1)[:, -1].log()
-        truncated = (picked.double() - total).to(z.dtype).clamp_max(0.0)
-        picked = torch.where(support[0] == -torch.inf, picked, truncated)
-        log_p_kept = (log_p_kept - total.detach().to(z.dtype).unsqueeze(1)).masked_fill(~keep, -torch.inf)
+        keep |= ~keep.any(1, keepdim=True)  # a skipped row of which nothing is left
+        exact = _drawn_logps(z.detach(), index, keep, support[0])
+        z = z.masked_fill(~keep, -torch.inf)
+    log_p = F.log_softmax(z, dim=-1)
+    picked = log_p.gather(1, index).squeeze(1)
+    if support is not None:
+        picked = WithValue.apply(picked, exact)
     picked = picked.masked_fill(nothing, -torch.inf)
-    return picked.masked_fill(skip, 0.0), _entropy(log_p_kept).masked_fill(nothing, 0.0)
+    return picked.masked_fill(skip, 0.0), _entropy(log_p.detach()).masked_fill(nothing, 0.0)
+
+
+def _drawn_logps(z: Tensor, index: Tensor, keep: Tensor, thresholds: Tensor) -> Tensor:
+    """The log-probs as the sampler rounds them: log p less the log of the kept mass, an fp64 sum from left to right (Tensor.sum adds pairwise)."""
+    log_p = F.log_softmax(z, dim=-1)
+    full = log_p.gather(1, index).squeeze(1)
+    total = torch.where(keep, log_p.exp(), 0.0).double().cumsum(1)[:, -1]
+    return torch.where(thresholds == -torch.inf, full, (full.double() - total.log()).to(z.dtype).clamp_max_(0.0))
+
+
+class WithValue(torch.autograd.Function):
+    """The gradient of one expression with the bits of another that is equal but for rounding."""
+
+    @staticmethod
+    def forward(ctx, x, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
 
 
 def _entropy(log_p: Tensor) -> Tensor:

@@ -164,14 +164,16 @@ def _cut_ties(x: Tensor, p: Tensor, cut: Tensor, count: Tensor, thresholds: Tens
     tied = p == cut
     room = count - _count(p > cut)
     cumulative = tied.cumsum(1)
-    last_kept = (cumulative == room).to(torch.uint8).argmax(1)  # of those that reach `room`, the first
-    low, high = torch.where(tied, x, torch.inf).amin(1), torch.where(tied, x, -torch.inf).amax(1)
-    for row in (low < high).nonzero().squeeze(1).tolist():
-        index = tied[row].nonzero().squeeze(1)
-        last_kept[row] = index[x[row, index].argsort(descending=True, stable=True)[int(room[row]) - 1]]
+    last = (cumulative == room).to(torch.uint8).argmax(1)  # of those that reach `room`, the first
     cutting = (room < cumulative[:, -1:]).squeeze(1)  # unless min-p cuts above them
-    thresholds = torch.where(cutting, x.gather(1, last_kept.unsqueeze(1)).squeeze(1), thresholds)
-    return thresholds, torch.where(cutting, last_kept, x.shape[1] - 1)
+    equal_left = cutting.clone()  # are there logits equal to the last one that are not kept?
+    low, high = torch.where(tied, x, torch.inf).amin(1), torch.where(tied, x, -torch.inf).amax(1)
+    for row in ((low < high) & cutting).nonzero().squeeze(1).tolist():
+        n, index = int(room[row]), tied[row].nonzero().squeeze(1)
+        order = index[x[row, index].argsort(descending=True, stable=True)]
+        last[row], equal_left[row] = order[n - 1], x[row, order[n - 1]] == x[row, order[n]]
+    thresholds = torch.where(cutting, x.gather(1, last.unsqueeze(1)).squeeze(1), thresholds)
+    return thresholds, torch.where(equal_left, last, x.shape[1] - 1)
 
 
 def _last_probability(p: Tensor, top_k, top_p) -> tuple[Tensor, Tensor]:

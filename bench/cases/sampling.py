@@ -72,4 +72,5 @@ def linear_case(gpu: bool) -> Case:
         return None, None
 
     return Case("linear_sample", {"B": B, "D": D, "V": V}, dtype, make, run, eager, "reads the weights and the hidden states once",
-                bytes=b * (V * D + B * D), flops=2 * B * V * D, rivals={"logits + multinomial": multinomial, "matmul alone": matmul}, slack=8)  # fmt: skip
+                bytes=b * (V * D + B * D), flops=2 * B * V * D, rivals={"logits + multinomial": multinomial, "matmul alone": matmul},
+                slack=8)  # fmt: skip
