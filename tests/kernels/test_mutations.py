@@ -33,6 +33,7 @@ class Bug:
 
 
 GRPO, LINEAR = "test_grpo_loss_triton.py", "test_linear_logprob_triton.py"
+PAGED = "test_paged_attention_triton.py"
 BUGS = [
     # policy_loss, grpo_loss
     Bug("dropped mask", "policy_loss.py", "    loss = loss * m\n", "", "test_policy_loss.py"),
@@ -115,6 +116,17 @@ BUGS = [
         "test_rmsnorm_triton.py"),
     Bug("eps left out", "rmsnorm.py", ".div_(x.shape[-1]).add_(eps))", ".div_(x.shape[-1]))", "test_rmsnorm.py"),
     Bug("rotation backwards", "rope.py", "_rotate(dy, cos, -sin)", "_rotate(dy, cos, sin)", "test_rope.py"),
+    # paged_attention, kv_append; a bug that follows a poisoned table entry would crash, so there is none
+    Bug("shared past the prefix", "paged_attention_triton.py", "begin + CHUNK <= prefix", "begin + CHUNK <= prefix + 16", PAGED),
+    Bug("wrong query head", "paged_attention_triton.py", "head * REPEAT + lanes % REPEAT", "head + lanes % REPEAT * HKV", PAGED),
+    Bug("missing rescale", "paged_attention_triton.py", "acc * alpha[:, None]", "acc", PAGED),
+    Bug("fp16 accumulation", "paged_attention_triton.py", "l * alpha + tl.sum(p, 1)", "(l * alpha + tl.sum(p, 1)).to(tl.float16).to(tl.float32)",
+        PAGED),
+    Bug("unweighted merge", "paged_attention_triton.py", "L += weight * tl.load(l_ptr + c)", "L += tl.load(l_ptr + c)", PAGED),
+    Bug("rest of the prefix left out", "paged_attention.py", "prefix.long() // CHUNK\n", "-(-prefix.long() // CHUNK)\n", "test_paged_attention.py"),
+    Bug("unused slots not cleaned", "paged_attention.py", "            values[:, :, short:].masked_fill_(behind[..., None], 0)\n", "",
+        "test_paged_attention.py"),
+    Bug("off-by-one slot", "kv_append.py", "positions % block_size\n", "(positions + 1) % block_size\n", "test_kv_append.py"),
 ]  # fmt: skip
 
 
