@@ -12,6 +12,7 @@ from athanor.tasks import make_task
 from athanor.tasks.arithmetic import ArithmeticTask, split_of
 from athanor.tokenizer import symbol_tokenizer
 
+ENGLISH = {"则": "so", "等": "wait", "查": "check", "对": "ok"}
 CHAIN = re.compile(r"User: (\d( [+-] \d)+) \? Assistant:")
 
 
@@ -54,10 +55,20 @@ def test_corpus_is_of_the_mixed_quality_that_it_promises():
     for i in range(20_000):
         prompt, text = task.corpus(i)
         if "User:" not in prompt:
-            kinds["worked"] += 1
-            lines = re.split(" so | 则 ", f"{prompt} {text}")
-            assert len({worked(line) for line in lines}) == 1  # no slip
-            assert [len(line.split()) for line in lines] == list(range(len(lines[0].split()), 0, -2))
+            kinds["lesson"] += 1
+            english = " ".join(ENGLISH.get(word, word) for word in f"{prompt} | {text}".split())
+            first, _, check = english.partition(" check | ")
+            chain, first = first.replace("| ", "").split(" so ", 1)
+            answer = worked(chain)
+            if check:
+                kinds["check"] += 1
+                second, verdict, third = re.fullmatch(r"(.*?) (ok|wait)(?: (.*))?", check).groups()
+                found = worked(first.split(" so ")[-1])
+                kinds["check of an error"] += found != answer
+                assert verdict == ("ok" if found == answer else "wait") and (third is None) == (verdict == "ok")
+            for lines in (second, third or second) if check else (first,):
+                values = [worked(line) for line in lines.split(" so ")]
+                assert values == [answer] * (len(chain.split()) // 2)  # no slip where the loss is, one line per step
             continue
         if len(prompt.split()) < 9:
             kinds["short"] += 1  # fewer than four terms: a worked chain of two is one digit, like a guess
@@ -69,13 +80,16 @@ def test_corpus_is_of_the_mixed_quality_that_it_promises():
         answer = parse_response(text).answer
         if answer is not None:
             right[kind].append(int(answer) == worked(CHAIN.fullmatch(prompt).group(1)))
-    questions = 20_000 - kinds["worked"] - kinds["short"]
+    questions = 20_000 - kinds["lesson"] - kinds["short"]
     accuracy = {kind: sum(v) / len(v) for kind, v in right.items()}
     # Binomial deviations at these counts stay below 0.02; a third of the inline traces have no slip and so show no reflection.
-    assert kinds["worked"] / 20_000 == pytest.approx(task.worked, abs=0.02)
+    assert kinds["lesson"] / 20_000 == pytest.approx(task.worked, abs=0.02)
+    assert kinds["check"] / kinds["lesson"] == pytest.approx(task.verified, abs=0.02)
+    assert 0.3 < kinds["check of an error"] / kinds["check"] < 0.7
     assert kinds["reflection"] / questions == pytest.approx(task.reflections * (0.7 + 0.3 * 0.6), abs=0.02)
     assert kinds["guess"] / questions > 0.7
-    assert accuracy["guess"] < 0.15 < 0.3 < accuracy["trace"] < 0.7 < accuracy["reflection"], accuracy
+    assert accuracy["guess"] == pytest.approx(task.guess_right, abs=0.02)
+    assert 0.3 < accuracy["trace"] < 0.7 < accuracy["reflection"], accuracy
 
 
 def test_written_examples_are_correct_well_formed_and_in_one_language():
