@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from athanor.config import RecipeConfig
+from athanor.pipeline import run
+from athanor.recipe_io import load_recipe
 from athanor.stages import grpo
-from athanor.train import main
 
 ROOT = Path(__file__).parents[1]
 RECIPE = Path(__file__).with_name("micro_recipe.toml")
@@ -104,17 +106,17 @@ def test_another_run_lends_its_finished_stages(whole_run, tmp_path):
     assert not any(json.loads(line)["stage"] == "base" for line in (tmp_path / "micro" / "metrics.jsonl").read_text().splitlines())
 
 
-def test_reinforcement_learning_can_stop_at_an_accuracy(whole_run, tmp_path, monkeypatch, capsys):
+def test_reinforcement_learning_can_stop_at_an_accuracy(whole_run, tmp_path, monkeypatch):
     run_dir, _ = whole_run
     rising = iter([0.1, 0.5, 0.9])  # so small a model never answers right
     describe = grpo._describe
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # this process has other tests to run
     monkeypatch.setattr(grpo, "_describe", lambda *arguments: describe(*arguments) | {"accuracy": next(rising)})
-    arguments = [RECIPE, "--run_root", tmp_path, "--reuse", run_dir, "--until", "zero", "--stages.zero.stop_at_accuracy", "0.5"]
-    assert main([str(argument) for argument in arguments]) == 0
+    overrides = ["--run_root", tmp_path, "--reuse", run_dir, "--until", "zero", "--stages.zero.stop_at_accuracy", "0.5"]
+    summary = run(load_recipe(RecipeConfig, str(RECIPE), [str(word) for word in overrides]), "micro")
     rows = [json.loads(line) for line in (tmp_path / "micro" / "metrics.jsonl").read_text().splitlines()]
     assert [row["accuracy"] for row in rows if row["stage"] == "zero"] == [0.1, 0.5]
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["stages"]["zero"]["rl_steps"] == 2
+    assert summary["stages"]["zero"]["rl_steps"] == 2
 
 
 def test_another_seed_gives_another_run_folder_or_an_error(whole_run):
