@@ -135,8 +135,10 @@ def policy_loss_reference(logps, old_logps, advantages, cu_seqlens, ref_logps, r
     v = variant
     dtype, N = accumulation_dtype(logps.dtype), logps.numel()
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=logps.device), lengths, output_size=N)
-    unmasked = torch.ones(N, dtype=torch.bool, device=logps.device) if mask is None else mask
+    m = None if mask is None else mask.to(dtype)
+    sequence = None
+    if mask is not None or v.ratio != "token" or v.aggregation == "sequence_mean" or v.correction == "sequence_mask":
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=logps.device), lengths, output_size=N)
 
     def clean(x: Tensor) -> Tensor:  # masked tokens become 0 before any arithmetic: inf * 0 would be NaN
         return x.to(dtype) if mask is None else torch.where(mask, x.to(dtype), 0.0)
@@ -146,9 +148,8 @@ def policy_loss_reference(logps, old_logps, advantages, cu_seqlens, ref_logps, r
 
     logps = clean(logps)
     old = logps.detach() if old_logps is None else clean(old_logps.detach())
-    A = advantages.to(dtype)[sequence]
-    m = unmasked.to(dtype)
-    count = per_sequence(m)
+    A = torch.repeat_interleave(advantages.to(dtype), lengths, output_size=N)
+    count = lengths.to(dtype) if mask is None else per_sequence(m)
     num_tokens = count.sum() if num_tokens is None else torch.as_tensor(num_tokens, dtype=dtype, device=logps.device)
     num_sequences = (count > 0).sum() if num_sequences is None else torch.as_tensor(num_sequences, dtype=dtype, device=logps.device)
 
@@ -157,26 +158,23 @@ def policy_loss_reference(logps, old_logps, advantages, cu_seqlens, ref_logps, r
         mean = (per_sequence(log_ratio) / count.clamp_min(1))[sequence]
         log_ratio = mean if v.ratio == "sequence" else logps - logps.detach() + mean.detach()
     r = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    term, low, high = surrogate_reference(v, logps, r, A)
+    loss, low, high = surrogate_reference(v, logps, r, A)
 
-    weight, rollout_kl = torch.ones_like(A), torch.zeros_like(A)
+    weight = rollout_kl = ref_kl = None
     if rollout_logps is not None:
         log_rho = old - clean(rollout_logps.detach())
         rollout_kl = k3(-log_rho)
     if v.correction != "none":
-        if v.correction == "sequence_mask":
-            log_rho = per_sequence(log_rho)[sequence]
-        weight = correction_weight(v, log_rho)
-    loss = weight * term
-
-    ref_kl = torch.zeros_like(A)
+        weight = correction_weight(v, per_sequence(log_rho)[sequence] if v.correction == "sequence_mask" else log_rho)
+        loss = weight * loss
     if ref_logps is not None:
         e = clean(ref_logps.detach()) - logps
-        ref_kl = k3(e.detach())
+        ref_kl = k3(e if v.kl == "k3" else e.detach())
         if v.kl != "none":
-            loss = loss + v.beta * kl_value(v, e)
+            loss = loss + v.beta * (ref_kl if v.kl == "k3" else kl_value(v, e))
 
-    loss = loss * m
+    if mask is not None:
+        loss = loss * m
     if v.aggregation == "token_mean":
         loss = loss.sum() / num_tokens.clamp_min(1)
     elif v.aggregation == "sequence_mean":
@@ -185,11 +183,19 @@ def policy_loss_reference(logps, old_logps, advantages, cu_seqlens, ref_logps, r
         loss = loss.sum() / (num_sequences.clamp_min(1) * v.max_tokens)
 
     with torch.no_grad():
-        sums = torch.stack([m, r, low, high, k3(log_ratio), ref_kl, rollout_kl, weight, weight.square()]).mul_(m).sum(1).float()
-        names = "num_tokens", "ratio_sum", "clip_low", "clip_high", "old_kl_sum", "ref_kl_sum", "rollout_kl_sum", "weight_sum", "weight_sq_sum"
-        stats = dict(zip(names, sums.unbind(), strict=True))
-        stats["ratio_max"] = (r * m).amax().float() if N else sums.new_zeros(())
-        stats["num_sequences"] = (count > 0).sum().float()
+        tokens = count.sum()
+
+        def total(x: Tensor | None, otherwise: Tensor | float = 0.0) -> Tensor:
+            if x is None:
+                return torch.as_tensor(otherwise, dtype=torch.float32, device=logps.device)
+            return (x if mask is None else x * m).sum().float()
+
+        weights = (total(weight, tokens), total(weight if weight is None else weight.square(), tokens))
+        stats = {
+            "num_tokens": tokens.float(), "ratio_sum": total(r), "clip_low": total(low), "clip_high": total(high), "old_kl_sum": total(k3(log_ratio)),
+            "ref_kl_sum": total(ref_kl), "rollout_kl_sum": total(rollout_kl), "weight_sum": weights[0], "weight_sq_sum": weights[1],
+            "ratio_max": (r if mask is None else r * m).amax().float() if N else total(None), "num_sequences": (count > 0).sum().float(),
+        }  # fmt: skip
     return loss, stats
 
 
@@ -211,25 +217,23 @@ def k3(e: Tensor) -> Tensor:
     return e.expm1() - e
 
 
-def surrogate_reference(v: LossVariant, logps: Tensor, r: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss per token before correction and KL, and two 0/1 vectors: where the lower and where the upper bound cut the gradient."""
+def surrogate_reference(v: LossVariant, logps: Tensor, r: Tensor, A: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss per token before correction and KL, and where the lower and where the upper bound cut the gradient (bool; None = there is no bound)."""
     lo, hi = 1 - v.clip_low, 1 + v.clip_high
-    none = torch.zeros_like(A)
     if v.surrogate == "reinforce":
-        return -A * logps, none, none
+        return -A * logps, None, None
     if v.surrogate == "sapo":
         tau = torch.full_like(A, v.tau_negative).masked_fill_(A > 0, v.tau_positive)
-        return -(4 / tau) * torch.sigmoid(tau * (r - 1)) * A, none, none
-    below, above = (r < lo).to(A.dtype), (r > hi).to(A.dtype)
+        return -(4 / tau) * torch.sigmoid(tau * (r - 1)) * A, None, None
     if v.surrogate == "cispo":
-        return -r.detach().clamp(lo, hi) * A * logps, below, above
-    below, above = below * (A < 0), above * (A > 0)
+        return -r.detach().clamp(lo, hi) * A * logps, r < lo, r > hi
+    below, above = (r < lo) & (A < 0), (r > hi) & (A > 0)
     inner = r
     if v.surrogate != "clip":
         ceiling = v.dual_clip if v.surrogate == "dual_clip" else v.delta
         # for A < 0 the surrogate is max(-r A, -clip(r) A), so capping r at c there caps the loss at -c A
         inner = torch.where(A < 0, r.clamp_max(ceiling), r)
-        above = above + (r > ceiling) * (A < 0)
+        above |= (r > ceiling) & (A < 0)
     return -torch.minimum(inner * A, r.clamp(lo, hi) * A), below, above
 
 

@@ -25,7 +25,10 @@ def cases(device: str) -> list[Case]:
     def eager_loss(logps, old, ref, A):
         A = A.repeat_interleave(length)
         r, e = (logps - old).exp(), ref - logps
-        return (-torch.minimum(r * A, r.clamp(0.8, 1.28) * A) + 0.001 * (e.exp() - e - 1)).mean()
+        kl = e.exp() - e - 1
+        with torch.no_grad():  # what trainers log beside the loss; ours returns more
+            _ = r.mean(), r.max(), ((r < 0.8) & (A < 0)).float().mean(), ((r > 1.28) & (A > 0)).float().mean(), kl.mean()
+        return (-torch.minimum(r * A, r.clamp(0.8, 1.28) * A) + 0.001 * kl).mean()
 
     def grpo(logps, old, ref, rewards, ids, cu, backend):
         return differentiated(lambda x: K.grpo_loss(x, old, rewards, ids, cu, ref_logps=ref, variant=VARIANT, backend=backend)[0], logps)

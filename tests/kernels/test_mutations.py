@@ -36,12 +36,12 @@ GRPO, LINEAR = "test_grpo_loss_triton.py", "test_linear_logprob_triton.py"
 PAGED = "test_paged_attention_triton.py"
 BUGS = [
     # policy_loss, grpo_loss
-    Bug("dropped mask", "policy_loss.py", "    loss = loss * m\n", "", "test_policy_loss.py"),
+    Bug("dropped mask", "policy_loss.py", "loss = loss * m\n", "loss = loss * 1\n", "test_policy_loss.py"),
     Bug("masked tokens not cleaned", "policy_loss.py", "torch.where(mask, x.to(dtype), 0.0)", "x.to(dtype)", "test_policy_loss.py"),
     Bug("wrong clip side", "policy_loss.py", "return -torch.minimum(inner * A, r.clamp(lo, hi) * A), below, above",
         "return -torch.maximum(inner * A, r.clamp(lo, hi) * A), below, above", "test_policy_loss.py", fast=True),
-    Bug("clip range mirrored", "policy_loss.py", "lo, hi = 1 - v.clip_low, 1 + v.clip_high\n    none",
-        "lo, hi = 1 - v.clip_high, 1 + v.clip_low\n    none", "test_policy_loss.py"),
+    Bug("clip range mirrored", "policy_loss.py", "lo, hi = 1 - v.clip_low, 1 + v.clip_high\n",
+        "lo, hi = 1 - v.clip_high, 1 + v.clip_low\n", "test_policy_loss.py"),
     Bug("swapped normaliser", "policy_loss.py", "loss = loss.sum() / num_tokens.clamp_min(1)", "loss = loss.sum() / num_sequences.clamp_min(1)",
         "test_policy_loss.py"),
     Bug("gradient through the reference's KL sign", "policy_loss.py", "e = clean(ref_logps.detach()) - logps\n",
