@@ -18,14 +18,16 @@ def grpo_loss(logps: Tensor, old_logps: Tensor | None, rewards: Tensor, group_id
               num_sequences: int | Tensor | None = None, backend: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Compute the loss of `variant` from rewards.
 
-    rewards, group_ids: (S,) as in group_advantage; all else, and the result, as in policy_loss.  Raises ValueError as those two do.
+    rewards, group_ids: (S,) as in group_advantage; all else, and the result, as in policy_loss, with one more statistic: num_nan_rewards (sequences
+    without a verdict, whose advantage is 0).  Raises ValueError as those two do.
     """
     check_loss_tensors("grpo_loss", logps, old_logps, ref_logps, rollout_logps, mask, cu_seqlens, variant)
     check_advantage_options("grpo_loss", rewards, group_ids, scale, baseline, eps)
     check(rewards.numel() == cu_seqlens.numel() - 1, f"grpo_loss: {rewards.numel()} rewards for {cu_seqlens.numel() - 1} sequences")
-    return op(backend, logps=logps, old_logps=old_logps, rewards=rewards.detach(), group_ids=group_ids, cu_seqlens=cu_seqlens, scale=scale,
+    loss, stats = op(backend, logps=logps, old_logps=old_logps, rewards=rewards.detach(), group_ids=group_ids, cu_seqlens=cu_seqlens, scale=scale,
               baseline=baseline, eps=float(eps), ref_logps=ref_logps, rollout_logps=rollout_logps, mask=mask, variant=variant,
               num_tokens=num_tokens, num_sequences=num_sequences)  # fmt: skip
+    return loss, stats | {"num_nan_rewards": rewards.isnan().sum().float()}
 
 
 def grpo_loss_reference(rewards, group_ids, scale, baseline, eps, **call):

@@ -46,8 +46,9 @@ def linear_grpo(hidden: Tensor, weight: Tensor, targets: Tensor, old_logps: Tens
     with group_ids (S,) and the options of group_advantage.  All else as in policy_loss.
     chunk_tokens: rows whose logits exist at once, None = CHUNK_LOGITS / V.  compact: leave rows without gradient out (module docstring); False never
     waits for the device on the Triton backend.
-    Returns the loss, 0-d, and policy_loss's statistics plus entropy_sum (nats, over the unmasked tokens).  Without a gradient to compute it stops
-    after the first GEMM; a frozen hidden or weight saves its GEMM.  backward hands the stored gradients out, multiplied by the upstream gradient
+    Returns the loss, 0-d, and policy_loss's statistics plus entropy_sum (nats, over the unmasked tokens) and, given rewards, num_nan_rewards
+    (sequences without a verdict).  Without a gradient to compute it stops after the first GEMM; a frozen hidden or weight saves its GEMM.
+    backward hands the stored gradients out, multiplied by the upstream gradient
     where they lie: a second backward (retain_graph=True) raises RuntimeError.  Extra memory: a chunk of logits in fp32 and in the inputs' dtype, and
     dweight in fp32 if there are several chunks.  fp16 is computed in fp32 (a gradient made before loss scaling would underflow), and so is any half
     precision on a CPU.
@@ -92,6 +93,8 @@ def linear_loss(steps: Steps, hidden, weight, targets, old_logps, advantages, cu
         for rows in pass_.chunks(keep & ~live if direct else keep) if compact or not direct else ():
             pass_.forward(rows, None)
     loss, stats, coefs = loss_and_statistics(steps, pass_.logps, pass_.entropy, want and not direct, mask=keep, **call)
+    if rewards is not None:
+        stats |= {"num_nan_rewards": rewards.isnan().sum().float()}
     if want and not direct:
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             coefs.masked_fill_(pass_.m == -torch.inf, 0.0)

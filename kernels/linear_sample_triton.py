@@ -24,7 +24,7 @@ from .logprob_triton import LOWEST, exponentials
 from .sample_triton import load_tiles, merged, per_row, pick, tile_masses, uniform
 
 # BN is the tile of the draw.  Not measured on a GPU yet; two programs of 4 x (64 + 128) x 64 x 2 = 96 KiB fit on an SM of sm_90.
-TILES = {80: Tiles(64, TILE, 32, 4, 4, TILE), 90: Tiles(64, TILE, 64, 4, 4, TILE), 100: Tiles(128, TILE, 64, 8, 4, TILE)}
+TILES = {80: Tiles(64, TILE, 32, 4, 4, TILE), 90: Tiles(64, TILE, 64, 4, 4, TILE), 100: Tiles(64, TILE, 64, 8, 4, TILE)}
 TILES_FP32 = Tiles(32, TILE, 16, 8, 3, TILE)  # exact fp32 products, no tensor cores
 TILES_INTERPRETER = Tiles(16, TILE, 16, 4, 1, TILE)
 UNIT = tl.constexpr(float(2**23))

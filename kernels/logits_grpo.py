@@ -42,7 +42,7 @@ def logits_grpo(logits: Tensor, targets: Tensor, old_logps: Tensor | None, advan
 
     logits: (T, V) bf16, fp32 or fp64.  targets: (T,) int64, -100 = as if mask were False there.  Advantages (S,), or rewards (S,) with group_ids (S,)
     and the options of group_advantage.  All else as in policy_loss.  A masked token has gradient 0 and its row is not read.
-    Returns the loss, 0-d, and policy_loss's statistics plus entropy_sum (nats, over the unmasked tokens).
+    Returns the loss, 0-d, and policy_loss's statistics plus entropy_sum (nats, over the unmasked tokens) and, given rewards, num_nan_rewards.
     A NaN in a row makes the loss NaN, and of the gradient that row only.
 
     inplace=True overwrites logits with the gradient: no second (T, V) tensor.  Without a gradient to compute, logits keep their values.  An
@@ -181,6 +181,8 @@ def logits_loss(steps: Steps, logits, targets, old_logps, advantages, cu_seqlens
             dlogits = x if inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rows = steps.rows(x, tokens, variant if direct else None, temperature, dlogits if direct else None)
     loss, stats, coefs = loss_and_statistics(steps, rows.logps, rows.entropy, want and not direct, mask=keep, **call)
+    if rewards is not None:
+        stats |= {"num_nan_rewards": rewards.isnan().sum().float()}
     if not want:
         return loss, stats
     if not direct:

@@ -156,6 +156,7 @@ def _describe(context: StageContext, groups: list[list[Sample]], scores: RewardS
     columns = {"reward": scores.total, "mean_tokens": [s.num_tokens for s in flat], "truncated_rate": [s.finish == "length" for s in flat]}
     columns |= {name: [v for v in values if v is not None] for name, values in scores.parts.items()}
     columns["reflection_rate"] = [reflection_rate([s.text], words) for s in flat if s.problem.domain == "reasoning"]
+    columns["no_verdict_rate"] = (~scores.applied).tolist()  # samples that no reward applied to: they take no part in their group's statistics
     columns["zero_advantage_rate"] = (advantages == 0).float().tolist()
     sums = torch.tensor([[float(np.sum(np.asarray(c, np.float64))), len(c)] for c in columns.values()], dtype=torch.float64)
     context.ranks.sum_(sums)

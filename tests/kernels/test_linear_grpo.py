@@ -219,6 +219,7 @@ def test_rewards_give_what_their_advantages_give(options, grpo):
     A = group_advantage(rewards, ids, **options)
     got, stats = run(hidden, weight, (targets, old, None, cu), tokens | {"rewards": rewards, "group_ids": ids}, **options)
     want, stats2 = run(hidden, weight, (targets, old, A, cu), tokens)
+    assert stats.pop("num_nan_rewards") == 1
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)) and stats == stats2 and got[1].any()
 
 

@@ -184,7 +184,7 @@ def test_rows_of_a_group_without_contrast_have_gradient_exactly_zero(inplace, gr
     loss, grad, stats = run(z, args, tokens | {"rewards": rewards, "group_ids": ids}, inplace=inplace)
     assert not grad[:5].any() and not grad[15:].any() and grad[5:15].any()
     want = run(z, (targets, old, group_advantage(rewards, ids), cu), tokens)
-    assert torch.equal(loss, want[0]) and torch.equal(grad, want[1]) and stats == want[2]
+    assert torch.equal(loss, want[0]) and torch.equal(grad, want[1]) and stats == want[2] | {"num_nan_rewards": 0}
 
 
 @RATIO
