@@ -41,8 +41,9 @@ class Tiles(NamedTuple):
     GROUP: int = 16  # token tiles per band: 16 x 128 x 4096 bf16 = 16 MiB of hidden states in L2
 
 
-# Not measured on a GPU yet.  Chosen so that each compiles without spilling and fits in shared memory: stages x (BM + BN) x BK x bytes.
-TILES = {80: Tiles(128, 128, 32, 8, 4, 1024), 90: Tiles(128, 256, 64, 8, 4, 1024), 100: Tiles(128, 128, 64, 8, 4, 1024)}
+# Not measured on a GPU yet.  Chosen so that each compiles without spilling under triton 3.6 to 3.9 (a fourth stage on sm_90 spilled 24 bytes under
+# 3.9) and fits in shared memory: stages x (BM + BN) x BK x bytes.
+TILES = {80: Tiles(128, 128, 32, 8, 4, 1024), 90: Tiles(128, 256, 64, 8, 3, 1024), 100: Tiles(128, 128, 64, 8, 4, 1024)}
 TILES_FP32 = Tiles(64, 64, 16, 8, 3, 1024)  # exact fp32 products, no tensor cores
 TILES_INTERPRETER = Tiles(16, 16, 16, 4, 1, 48, 2)
 SLICE_BWD, ROWS_BWD = 16384, 8192  # 256 MiB of dz in bf16
@@ -63,9 +64,9 @@ def tiles_of(hidden: Tensor) -> Tiles:
     return TILES[max((c for c in TILES if c <= capability), default=80)]
 
 
-def fewer_stages(tiles: Tiles) -> Tiles:
-    """For the argmax, which spilled registers on sm_90 with the fourth stage."""
-    return tiles._replace(num_stages=max(1, tiles.num_stages - 1))
+def tiles_with_argmax(tiles: Tiles) -> Tiles:
+    """The argmax needs registers of its own: half of a wide tile or one stage less, with which no supported Triton spills."""
+    return tiles._replace(BN=tiles.BN // 2) if tiles.BN > 128 else tiles._replace(num_stages=max(1, tiles.num_stages - 1))
 
 
 def operands(hidden: Tensor, weight: Tensor, tiles: Tiles) -> dict:
@@ -93,7 +94,7 @@ class LinearLogprobFunction(torch.autograd.Function):
             partials = torch.empty(4, slices, T, dtype=torch.float32, device=device)
             # without argmax, pointers that are never used, always to an aligned address: another one would compile anew
             index = torch.empty(slices, T, dtype=torch.int32, device=device) if return_argmax else partials
-            call = operands(hidden, weight, fewer_stages(tiles) if return_argmax else tiles)
+            call = operands(hidden, weight, tiles_with_argmax(tiles) if return_argmax else tiles)
             with on_device_of(hidden):
                 linear_logprob_fwd_kernel[(triton.cdiv(T, tiles.BM) * slices,)](
                     targets_ptr=targets, partials_ptr=partials, index_ptr=index, T=T, V=V, inv_temperature=1 / temperature,
@@ -277,16 +278,17 @@ def ahead_of_time() -> list[AheadOfTime]:
     cases = []
 
     def add(name, tiles, capabilities, dtype, descriptors):
-        kinds = [f"tensordesc<{dtype}[{block}, {tiles.BK}]>" if descriptors else f"*{dtype}:16" for block in (tiles.BM, tiles.BN)]
-        both = dict(zip(("hidden", "weight"), kinds, strict=True))
-        constants = dict(BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, GROUP=tiles.GROUP, DESCRIPTORS=descriptors)
-        rest = dict(registers=255, matrix=dtype != "fp32", capabilities=capabilities)
+        def case(kernel, label, tiles, signature, **constants):
+            kinds = [f"tensordesc<{dtype}[{block}, {tiles.BK}]>" if descriptors else f"*{dtype}:16" for block in (tiles.BM, tiles.BN)]
+            constants |= dict(BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, GROUP=tiles.GROUP, DESCRIPTORS=descriptors)
+            cases.append(AheadOfTime(label, kernel, dict(zip(("hidden", "weight"), kinds, strict=True)) | signature, constants, tiles.num_warps,
+                                     tiles.num_stages, registers=255, matrix=dtype != "fp32", capabilities=capabilities))  # fmt: skip
+
         for argmax in (False, True):
-            full = constants | dict(SLICE=tiles.SLICE, ARGMAX=argmax)
-            cases.append(AheadOfTime(f"linear_logprob_fwd {name} argmax {argmax}", linear_logprob_fwd_kernel, both | fwd, full, tiles.num_warps,
-                                     (fewer_stages(tiles) if argmax else tiles).num_stages, **rest))  # fmt: skip
-        bwd = both | rows | sizes | {"dz_ptr": f"*{dtype}:16", "first": "i32", "dz_stride": "i32:16"}
-        cases.append(AheadOfTime(f"linear_logprob_bwd {name}", linear_logprob_bwd_kernel, bwd, constants, tiles.num_warps, tiles.num_stages, **rest))
+            case(linear_logprob_fwd_kernel, f"linear_logprob_fwd {name} argmax {argmax}", tiles_with_argmax(tiles) if argmax else tiles, fwd,
+                 SLICE=tiles.SLICE, ARGMAX=argmax)  # fmt: skip
+        bwd = rows | sizes | {"dz_ptr": f"*{dtype}:16", "first": "i32", "dz_stride": "i32:16"}
+        case(linear_logprob_bwd_kernel, f"linear_logprob_bwd {name}", tiles, bwd)
 
     for capability, tiles in TILES.items():
         for descriptors in (False, True) if capability >= 90 else (False,):
