@@ -133,7 +133,8 @@ def _triton(**call) -> tuple:
     return linear_logprob_triton(**call)
 
 
-def _why_not(call: dict) -> str | None:
+def why_not_product(call: dict) -> str | None:
+    """The reasons that hold for every Triton kernel on hidden weight^T."""
     hidden, weight = call["hidden"], call["weight"]
     if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"hidden is {hidden.dtype}, weight is {weight.dtype}; the kernels take both in fp32, fp16 or bf16 (fp64 is the reference's)"
@@ -142,4 +143,4 @@ def _why_not(call: dict) -> str | None:
     return why_not_triton(call)
 
 
-linear_op = register("linear_logprob", triton=Backend(_triton, _why_not), reference=Backend(linear_logprob_reference))
+linear_op = register("linear_logprob", triton=Backend(_triton, why_not_product), reference=Backend(linear_logprob_reference))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._dispatch import Backend, accumulation_dtype, check, register
 from ._philox import philox_uniform
-from ._triton import why_not_triton
+from .linear_logprob import why_not_product
 from .sample import MAX_VOCAB, Sampled, check_draw, tempered
 
 TILE = 128
@@ -92,14 +92,9 @@ def _triton(**call) -> tuple:
 
 
 def _why_not(call: dict) -> str | None:
-    hidden, weight = call["hidden"], call["weight"]
-    if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"hidden is {hidden.dtype}, weight is {weight.dtype}; the kernels take both in fp32, fp16 or bf16 (fp64 is the reference's)"
-    if weight.stride(1) != 1:
-        return f"the numbers of a row of weight are not neighbours in memory (strides {weight.stride()})"
-    if weight.shape[0] > MAX_VOCAB:
-        return f"V is {weight.shape[0]}; at most {MAX_VOCAB}"
-    return why_not_triton({name: call[name] for name in ("hidden", "weight", "seeds", "positions")})
+    if call["weight"].shape[0] > MAX_VOCAB:
+        return f"V is {call['weight'].shape[0]}; at most {MAX_VOCAB}"
+    return why_not_product({name: call[name] for name in ("hidden", "weight", "seeds", "positions")})
 
 
 op = register("linear_sample", triton=Backend(_triton, _why_not), reference=Backend(linear_sample_reference))

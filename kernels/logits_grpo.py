@@ -16,9 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ._dispatch import Backend, accumulation_dtype, check, register
-from ._triton import why_not_triton
 from .group_advantage import check_advantage_options, group_advantage_reference
-from .logprob import check_targets
+from .logprob import check_targets, why_not_rows
 from .policy_loss import (
     LOG_RATIO_LIMIT,
     LossVariant,
@@ -298,11 +297,4 @@ def _triton(**call) -> tuple[Tensor, dict[str, Tensor]]:
     return logits_loss(TRITON, **call)
 
 
-def _why_not(call: dict) -> str | None:
-    logits = call["logits"]
-    if logits.shape[1] > 1 and logits.stride(1) != 1:
-        return f"the logits of a row are not neighbours in memory (strides {logits.stride()})"
-    return why_not_triton(call)
-
-
-op = register("logits_grpo", triton=Backend(_triton, _why_not), reference=Backend(logits_grpo_reference))
+op = register("logits_grpo", triton=Backend(_triton, why_not_rows), reference=Backend(logits_grpo_reference))

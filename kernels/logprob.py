@@ -130,11 +130,11 @@ def _triton(**call) -> tuple[Tensor, Tensor]:
     return logprob_triton(**call)
 
 
-def _why_not(call: dict) -> str | None:
+def why_not_rows(call: dict) -> str | None:
     logits = call["logits"]
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         return f"the logits of a row are not neighbours in memory (strides {logits.stride()})"
     return why_not_triton(call)
 
 
-op = register("logprob", triton=Backend(_triton, _why_not), reference=Backend(logprob_reference))
+op = register("logprob", triton=Backend(_triton, why_not_rows), reference=Backend(logprob_reference))

@@ -10,11 +10,10 @@ from athanor.batch import PackedBatch
 from athanor.checkpoint import load_latest_state, save_state
 from athanor.config import TrainConfig
 from athanor.kernels import LogProbs, linear_logprob
+from athanor.kernels.logprob import IGNORE
 from athanor.model.transformer import Decoder, PackedAttention, fill_rows, fill_tokens
 from athanor.optim import Optimizer
 from athanor.stages.context import StageContext
-
-IGNORE = -100  # a target that linear_logprob skips
 
 
 class TrainingLoop:
