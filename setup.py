@@ -1,6 +1,6 @@
-"""Map the folders of this repository to import names and build the C++ host module; everything else is in pyproject.toml.
+"""Map the folders of this repository to import names and build the C++ modules; everything else is in pyproject.toml.
 
-engine/ -> athanor, kernels/ -> athanor.kernels, csrc/host/ -> athanor._host.  A top-level package named `kernels` would shadow the HuggingFace
+engine/ -> athanor, kernels/ -> athanor.kernels, csrc/host/ -> athanor._host, csrc/cpu/ -> athanor.kernels._native.  A top-level package named `kernels` would shadow the HuggingFace
 package that transformers probes for, and `engine` is no name to import from another project.
 """
 
@@ -27,6 +27,14 @@ setup(
             depends=sorted(glob("csrc/host/*.hpp")),
             cxx_std=17,
             extra_compile_args=["-Wall", "-Wextra"],
-        )
+        ),
+        # No -ffast-math: NaN must stay NaN, and sums keep the order in which they are written.
+        Pybind11Extension(
+            "athanor.kernels._native",
+            sorted(glob("csrc/cpu/*.cpp")),
+            depends=sorted(glob("csrc/cpu/*.hpp") + glob("csrc/cpu/*.inl")),
+            cxx_std=17,
+            extra_compile_args=["-Wall", "-Wextra", "-Wno-psabi", "-O3", "-fno-math-errno", "-ffp-contract=fast"],
+        ),
     ],
 )

@@ -1,6 +1,6 @@
 """Which implementation serves a call: `backend=` argument, then `with use_backend(...)`, then env ATHANOR_BACKEND, then auto.
 
-Every operation registers its backends in the order of preference (cuda, triton, reference), each with `why_not(call)`: None when it can
+Every operation registers its backends in the order of preference (cuda, triton, cpu, reference), each with `why_not(call)`: None when it can
 serve this call, else the reason as half a sentence.  Auto takes the first that can; a backend asked for by name that cannot serve raises.
 Nothing falls back by catching an exception.  The Triton interpreter is only for a caller who names `triton`: auto never takes it on CPU.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BACKENDS = ("cuda", "triton", "reference")  # the order in which auto asks
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order in which auto asks
 
 _context: ContextVar[str | None] = ContextVar("athanor_backend", default=None)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._cpu import why_not_cpu
 from ._dispatch import Backend, accumulation_dtype, check, register
 from ._triton import why_not_triton
 
@@ -68,10 +69,16 @@ class SwigluFunction(torch.autograd.Function):
         return out.to(gate_up.dtype)
 
 
+def _cpu(**call) -> Tensor:
+    from .swiglu_cpu import swiglu_cpu
+
+    return swiglu_cpu(**call)
+
+
 def _triton(**call) -> Tensor:
     from .swiglu_triton import swiglu_triton
 
     return swiglu_triton(**call)
 
 
-op = register("swiglu", triton=Backend(_triton, why_not_triton), reference=Backend(swiglu_reference))
+op = register("swiglu", triton=Backend(_triton, why_not_triton), cpu=Backend(_cpu, why_not_cpu), reference=Backend(swiglu_reference))

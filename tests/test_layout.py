@@ -40,7 +40,7 @@ WELL_KNOWN = set(
 TOP_LEVEL = set(
     "engine kernels csrc bench tests setup.py README.md pyproject.toml constraints.txt LICENSE MANIFEST.in CHANGELOG.md LOG.md .ci .gitignore".split()
 )
-SOURCES = ("*.py", "*.cpp", "*.hpp", "*.cu", "*.cuh")
+SOURCES = ("*.py", "*.cpp", "*.hpp", "*.inl", "*.cu", "*.cuh")
 
 
 def python_files(folder: str) -> list[Path]:

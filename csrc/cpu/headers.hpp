@@ -1,0 +1,12 @@
+// What the kernels include: before the pragma that switches the instruction set, so that the library's own inline functions stay plain.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "kernels.hpp"
+#include "team.hpp"

@@ -1,0 +1,18 @@
+// All CPU kernels for one instruction set.  Included by isa_*.cpp after the pragma that names it; ATHANOR_ISA is its namespace.
+namespace athanor::cpu::ATHANOR_ISA {
+
+#include "simd.inl"
+#include "swiglu.inl"
+
+const Kernels& table() {
+    static const Kernels all = [] {
+        Kernels k{};
+        k.isa = ATHANOR_ISA_NAME;
+        k.swiglu_fwd = swiglu_fwd;
+        k.swiglu_bwd = swiglu_bwd;
+        return k;
+    }();
+    return all;
+}
+
+}  // namespace athanor::cpu::ATHANOR_ISA

@@ -1,0 +1,74 @@
+// athanor.kernels._native: the CPU kernels for kernels/_cpu.py, which passes addresses; nobody else calls them.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.hpp"
+#include "team.hpp"
+
+namespace py = pybind11;
+
+namespace athanor::cpu {
+namespace base {
+const Kernels& table();
+}
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define ATHANOR_X86 1
+namespace avx2 {
+const Kernels& table();
+}
+namespace avx512 {
+const Kernels& table();
+}
+#endif
+
+namespace {
+const Kernels& choose() {
+    const char* asked = std::getenv("ATHANOR_CPU_ISA");
+    const std::string isa = asked ? asked : "";
+    if (!isa.empty() && isa != "avx512" && isa != "avx2" && isa != "base") {
+        throw std::invalid_argument("ATHANOR_CPU_ISA is " + isa + ", wanted avx512, avx2 or base");
+    }
+#ifdef ATHANOR_X86
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+    if (v4 && (isa.empty() || isa == "avx512")) {
+        return avx512::table();
+    }
+    if (v3 && isa != "base") {
+        return avx2::table();
+    }
+#endif
+    return base::table();
+}
+
+template <typename T = float>
+T* at(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+using Address = std::uintptr_t;
+using Size = std::int64_t;
+}  // namespace
+
+const Kernels& kernels() {
+    static const Kernels& chosen = choose();
+    return chosen;
+}
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "C++ kernels for CPU tensors; kernels/_cpu.py is their only caller.";
+    m.def("isa", [] { return kernels().isa; }, "Instruction set in use: avx512, avx2 or base.");
+    m.def("has_team", &has_team, "Whether the kernels found an OpenMP runtime in this process to share.");
+    const auto release = py::call_guard<py::gil_scoped_release>();
+    m.def("swiglu_fwd", [](Address gate_up, Address y, Size T, Size F, Size stride, int threads) {
+        kernels().swiglu_fwd(at(gate_up), at(y), T, F, stride, threads);
+    }, release);
+    m.def("swiglu_bwd", [](Address gate_up, Address dy, Address dgate_up, Size T, Size F, Size stride, int threads) {
+        kernels().swiglu_bwd(at(gate_up), at(dy), at(dgate_up), T, F, stride, threads);
+    }, release);
+}
+
+}  // namespace athanor::cpu

@@ -1,0 +1,47 @@
+"""What the C++ kernels for CPU tensors (csrc/cpu, module `_native`) share.
+
+They compute in fp32, sixteen numbers at a time on every machine, in an order that the source fixes: a row's bits depend on that row alone, neither on
+its neighbours nor on the number of threads.  They run on the threads that PyTorch has (`torch.set_num_threads`).
+"""
+
+import importlib.util
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=1)
+def native_there() -> bool:
+    return importlib.util.find_spec("athanor.kernels._native") is not None
+
+
+@lru_cache(maxsize=1)
+def native():
+    """The compiled module."""
+    from . import _native
+
+    return _native
+
+
+def why_not_cpu(call: dict) -> str | None:
+    """The reasons that hold for every C++ kernel here."""
+    for name, value in call.items():
+        if isinstance(value, Tensor):
+            if value.device.type != "cpu":
+                return f"{name} is on {value.device.type}"
+            if value.is_floating_point() and value.dtype != torch.float32:
+                return f"{name} is {value.dtype}; the C++ kernels compute in fp32"
+    if not native_there():
+        return "the C++ kernels are not built (pip install builds them with g++)"
+    return None
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself or a contiguous copy."""
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x (T, N) itself where the numbers of a row are neighbours in memory, else a contiguous copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
