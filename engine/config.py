@@ -102,6 +102,23 @@ class SamplingConfig(Config):
     """Drop tokens below this fraction of the largest probability."""
     max_tokens: int = Field(128, ge=1)
     """Longest completion in tokens, the end token included."""
+    stop: list[str] = []
+    """Texts that end a completion; they stay in it."""
+    repetition_tokens: int = Field(0, ge=0)
+    """End a completion after this many tokens in a row above repetition_probability; 0 = never (MiniMax-M1: 3000)."""
+    repetition_probability: float = Field(0.99, gt=0, lt=1)
+    """Probability, without truncation, above which a token counts as a repetition."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the log-prob that was sampled from is not that of the full softmax."""
+        return bool(self.top_k or self.top_p < 1 or self.min_p or self.temperature == 0)
+
+    @model_validator(mode="after")
+    def _stop_strings(self):
+        if not all(self.stop):
+            raise ValueError("stop has an empty text, wanted at least one character each")
+        return self
 
 
 class TokenizerConfig(Config):
@@ -244,7 +261,7 @@ class GRPOConfig(TrainConfig):
     loss: str = "grpo"
     """Preset: grpo, r1, dapo, dr_grpo, gspo, cispo, rloo, reinforce_pp."""
     loss_overrides: dict = Field(default_factory=dict)
-    """Fields of the preset to change, such as clip_high or beta."""
+    """Fields of the preset to change, such as clip_high, beta or correction (tis, token_mask, sequence_mask against the sampler's log-probs)."""
     prompts: list[MixEntry]
     """Tasks whose training prompts are asked."""
     rewards: list[RewardEntry]
@@ -335,6 +352,10 @@ class RecipeConfig(Config):
     """CPU threads of one process; 0 = cores divided by the local ranks."""
     max_rows: int = Field(512, ge=1)
     """Sequences that decode at once."""
+    strict: bool = False
+    """On CUDA, take kernels whose sums do not depend on the batch: sampled log-probs then equal the trainer's bit for bit.  On a CPU they do anyway."""
+    verify_weights: bool = False
+    """Hash the weights after every RL step and again before the next rollout; stop when the sampler reads other ones."""
     reuse: str = ""
     """Another run folder: finished stages with the same settings, seed and inputs are copied from it."""
     until: str = ""

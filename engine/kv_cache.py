@@ -1,72 +1,86 @@
-"""Keys and values of the rows that are being decoded, and the two attentions that fill and read them.
+"""Keys and values in blocks that rows share, and the two attentions that fill and read them.
 
-A row is one running sample.  Groups are explicit: `prefill` runs a prompt once and writes its keys and values to all members' rows.
-
-R rows, n active rows (always the first n), H query heads, K key/value heads, d head width, L tokens per row.
+The host (`athanor._host.Scheduler`) decides which blocks a row has; the bytes live here.  R rows, n of them decoding, H query heads, K key/value heads,
+d head width, T packed tokens.
 """
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from athanor.config import ModelConfig
-from athanor.kernels import attention
-
-# BLAS takes other paths for products of one to three rows (seen on AMD Zen 5; on an Intel Xeon they gave the same bits): padding queries to
-# this many keeps a decoded token's sums in the order of the training attention.
-MIN_QUERIES = 8
+from athanor.kernels import attention, kv_append, paged_attention, qkv_append
+from athanor.kernels.paged_attention import empty_kv_cache
+from athanor.model.transformer import Rotation
 
 
-class KVCache:
-    """Dense rows (R, K, L, d) per layer, allocated once and written in place."""
+class PagedKVCache:
+    """One pool of blocks per layer, allocated once: its addresses never change, so captured graphs stay valid."""
 
-    def __init__(self, config: ModelConfig, num_rows: int, max_length: int, dtype: torch.dtype, device: torch.device):
-        shape = (num_rows, config.num_key_value_heads, max_length, config.width_per_head)
-        # Zeros, not empty: a masked slot has weight 0, and 0 x NaN would be NaN.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.row_index = torch.arange(num_rows, device=device)
-        self.slots = torch.arange(max_length, device=device)
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
+        self.num_blocks, self.block_size, self.device = num_blocks, block_size, device
+        layers = [
+            empty_kv_cache(num_blocks, config.num_key_value_heads, block_size, config.width_per_head, dtype=dtype, device=device)
+            for _ in range(config.num_hidden_layers)
+        ]
+        self.keys, self.values = [k for k, _ in layers], [v for _, v in layers]
 
-    def move_(self, source: Tensor, target: Tensor, span: int) -> None:
-        """Copy rows `source` (m,) over rows `target` (m,), first `span` tokens."""
+    @staticmethod
+    def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.width_per_head * dtype.itemsize
+
+    def copy_(self, copies: np.ndarray) -> None:
+        """Copy the first `tokens` slots of block `source` to block `target`, for rows (source, target, tokens) of copies (c, 3)."""
+        if not len(copies):
+            return
+        slots = np.concatenate([np.arange(n) for n in copies[:, 2]])
+        source, target = (torch.from_numpy(copies[:, i].astype(np.int64).repeat(copies[:, 2])).to(self.device) for i in (0, 1))
+        slots = torch.from_numpy(slots).to(self.device)
         for cache in (*self.keys, *self.values):
-            cache[target, :, :span] = cache[source, :, :span]
+            cache[target, :, slots] = cache[source, :, slots]
 
 
 class PrefillAttention:
-    """Packed causal attention over prompts that also writes each prompt's keys and values to its members' rows."""
+    """Packed causal attention that also writes keys and values of the packed tokens to their slots."""
 
-    def __init__(self, cache: KVCache, cu_seqlens: Tensor, rows: list[Tensor]):
-        self.cache, self.cu_seqlens, self.rows = cache, cu_seqlens, rows
-        self.bounds = cu_seqlens.tolist()
+    def __init__(self, cache: PagedKVCache, cu_seqlens: Tensor, blocks: Tensor, slots: Tensor):
+        """blocks (T, 1), slots (T,) int32: where each token's key and value go; slot -1 = nowhere."""
+        self.cache, self.cu_seqlens, self.blocks, self.slots = cache, cu_seqlens, blocks, slots
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for i, rows in enumerate(self.rows):
-            start, end = self.bounds[i], self.bounds[i + 1]
-            self.cache.keys[layer][rows, :, : end - start] = k[start:end].transpose(0, 1)
-            self.cache.values[layer][rows, :, : end - start] = v[start:end].transpose(0, 1)
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        q, k = rotation(q, k)
+        kv_append(k, v, self.cache.keys[layer], self.cache.values[layer], self.blocks, self.slots)
         return attention(q, k, v, self.cu_seqlens)
 
 
+@dataclass(frozen=True)
+class SharedPrefix:
+    """Rows that read a prompt together.  All on the device, of fixed size, so that a captured graph can read them."""
+
+    order: Tensor  # (R,) int64, rows group by group
+    inverse: Tensor  # (R,) int64, where each row stands in `order`
+    group_offsets: Tensor  # (R+1,) int32 over `order`; groups that do not exist are empty
+    prefix_lens: Tensor  # (R,) int32 tokens
+
+
 class DecodeAttention:
-    """One token per active row: append its key and value at `positions` (n,), attend to slots 0..position."""
+    """One token per row: norm, rotate and append its key and value, then attend to the row's first seq_lens slots."""
 
-    def __init__(self, cache: KVCache, positions: Tensor, span: int):
-        self.cache, self.positions, self.span = cache, positions, span
-        n = len(positions)
-        self.rows = cache.row_index[:n]
-        self.mask = (cache.slots[:span] <= positions[:, None])[:, None, None]
+    def __init__(self, cache: PagedKVCache, block_table: Tensor, positions: Tensor, max_seq_len: int | None, shared: SharedPrefix | None):
+        """block_table (n, columns) int32, positions (n,) int32, -1 = the row does not decode: nothing is written, its output is 0."""
+        self.cache, self.block_table, self.positions, self.max_seq_len, self.shared = cache, block_table, positions, max_seq_len, shared
+        self.seq_lens = positions + 1
+        if shared is not None:
+            self.group_table, self.group_lens = block_table.index_select(0, shared.order), self.seq_lens.index_select(0, shared.order)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        n, H, d = q.shape
-        K = k.shape[1]
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.rows, :, self.positions] = k
-        values[self.rows, :, self.positions] = v
-        # The H/K query heads that share a key head are queries of one attention: no copy of keys per query head.
-        queries, shared = q.view(n, K, H // K, d), H // K
-        if q.device.type == "cpu" and shared < MIN_QUERIES:
-            queries = F.pad(queries, (0, 0, 0, MIN_QUERIES - shared))
-        out = F.scaled_dot_product_attention(queries, keys[:n, :, : self.span], values[:n, :, : self.span], attn_mask=self.mask)
-        return out[:, :, :shared].reshape(n, H, d)
+        q = qkv_append(q, k, v, rotation.cos, rotation.sin, keys, values, self.block_table, self.positions, **rotation.norm)
+        if self.shared is None:
+            return paged_attention(q, keys, values, self.block_table, self.seq_lens, max_seq_len=self.max_seq_len)
+        s = self.shared
+        out = paged_attention(q.index_select(0, s.order), keys, values, self.group_table, self.group_lens, max_seq_len=self.max_seq_len,
+                              group_offsets=s.group_offsets, prefix_lens=s.prefix_lens)  # fmt: skip
+        return out.index_select(0, s.inverse)

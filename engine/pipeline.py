@@ -17,6 +17,7 @@ from athanor.atomic import write_file
 from athanor.config import EvaluationConfig, GRPOConfig, RecipeConfig
 from athanor.console import Console
 from athanor.errors import UserError
+from athanor.kernels import strict_mode
 from athanor.losses import resolve_preset
 from athanor.manifest import Manifest, code_version, hash_config
 from athanor.metrics import MetricsWriter
@@ -50,7 +51,7 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
     lock = open_run_folder(run_dir, config_data(whole), overwrite=overwrite, ignore=LOCATION_KEYS) if ranks.is_main else None
     ranks.barrier()
     try:
-        with MetricsWriter(run_dir) as metrics:
+        with strict_mode(recipe.strict), MetricsWriter(run_dir) as metrics:
             manifest = Manifest(run_dir, seed=recipe.seed)
             if ranks.is_main:
                 manifest.declare([*whole.stages, *(f"evaluate.{name}" for name in whole.evaluation.stages)])
@@ -183,7 +184,7 @@ def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenize
     # Everything that decides the stage's result besides its inputs' bytes; how often it saves and what it is called in the report do not.
     own = stage.model_dump(mode="json", exclude={"label", "save_every"})
     vocabulary = [tokenizer.id_to_token(i) for i in range(tokenizer.vocab_size)]
-    facts = {"stage": own, "tasks": used, "model": shape, "vocabulary": vocabulary, "seed": recipe.seed, "dtype": recipe.dtype, "name": name}
+    facts = {"stage": own, "tasks": used, "model": shape, "vocabulary": vocabulary, "seed": recipe.seed, "dtype": recipe.dtype, "strict": recipe.strict, "name": name}
     key = hash_config(facts)
     inputs = stage_inputs(name, recipe, run_dir)
     decision = "run"

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from athanor.config import MixEntry, SamplingConfig
-from athanor.generate import Generator, Request
+from athanor.generate import Generator
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
-from athanor.samples import Problem, Sample
+from athanor.samples import Completion, Problem, Request, Sample
 from athanor.seeds import derive_seed, sample_seeds
 from athanor.tokenizer import Tokenizer
 
@@ -55,37 +55,29 @@ class ProblemStream:
         return task.problem(self.split, int(self._orders[entry.task, epoch][at]))
 
 
+def rollout_generator(model: Decoder, tokenizer: Tokenizer, max_rows: int, group_size: int, *, fused_sampling: bool = False) -> Generator:
+    """The generator of a stage: made once, so that its KV pool and captured graphs outlive a step."""
+    return Generator(model, tokenizer.eos_ids, tokenizer=tokenizer, max_rows=max(max_rows, group_size), fused_sampling=fused_sampling)
+
+
 def sample_groups(
-    model: Decoder,
+    generator: Generator,
     tokenizer: Tokenizer,
     problems: list[Problem],
     group_size: int,
     sampling: SamplingConfig,
     ranks: Ranks,
     *key: int | str,
-    max_rows: int = 512,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Sample]]:
     """Draw `group_size` samples for this rank's share of `problems`; seeds follow (key, task, split, problem id, sample)."""
     mine = ranks.share(problems)
-    prompts = [np.array(encode_prompt(tokenizer, problem.prompt), np.int64) for problem in mine]
+    prompts = [np.array(tokenizer.encode_prompt(problem.prompt), np.int64) for problem in mine]
     requests = [Request(ids, sample_seeds(group_size, *key, p.task, p.split, p.id)) for ids, p in zip(prompts, mine, strict=True)]
-    was_training = model.training
-    model.eval()
-    groups = Generator(model, tokenizer.eos_ids, max_rows=max(max_rows, group_size)).generate(requests, sampling, progress)
-    model.train(was_training)
-    return [
-        [
-            Sample(problem, tokenizer.decode([t for t in c.token_ids.tolist() if t not in tokenizer.eos_ids]), c.token_ids, c.logps, c.finish, ids)
-            for c in group
-        ]
-        for problem, ids, group in zip(mine, prompts, groups, strict=True)
-    ]
+    groups = generator.generate(requests, sampling, progress)
 
+    def sample(problem: Problem, ids: np.ndarray, c: Completion) -> Sample:
+        text = tokenizer.decode([t for t in c.token_ids.tolist() if t not in tokenizer.eos_ids])
+        return Sample(problem, text, c.token_ids, c.logps, c.finish, ids, c.support)
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt as every stage uses them: the beginning-of-sequence token first where the tokenizer has one."""
-    ids = tokenizer.encode(prompt) if prompt else []
-    if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-        ids = [tokenizer.bos_id, *ids]
-    return ids
+    return [[sample(problem, ids, c) for c in group] for problem, ids, group in zip(mine, prompts, groups, strict=True)]

@@ -1,8 +1,12 @@
-"""What tasks hand out and what generation gives back.  Plain text and numpy, no model: tasks, rewards and rollout share these two."""
+"""What tasks hand out, what generation is asked for and what it gives back.  Plain text and numpy, no model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+
+from athanor.config import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -19,16 +23,50 @@ class Problem:
     metadata: dict = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Completion:
+    """What the generator returns for one sample.  Arrays have one entry per token."""
+
+    token_ids: np.ndarray  # (c,) int64, the end token or stop string included when the model wrote it
+    logps: np.ndarray  # (c,) float32 under the distribution that was sampled from: temperature and truncation included
+    finish: str  # "stop" (end token or stop string), "length", "repetition", "abort", or "error": the next token's logits were NaN
+    versions: np.ndarray  # (c,) int32: how often the weights had changed when the token was drawn, by the generator's count
+    full_logps: np.ndarray | None = None  # (c,) float32 without truncation; where asked for
+    support: tuple[np.ndarray, np.ndarray] | None = None  # (c,) float32, (c,) int64: `Sampled.support` where sampling is truncated or greedy
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and its samples."""
+
+    prompt_ids: np.ndarray  # (p,) int64
+    seeds: np.ndarray  # (n,) int64, one sample each
+    sampling: SamplingConfig | None = None  # this request's own; None = that of the call
+    eos_ids: frozenset[int] | None = None  # None = the generator's
+    partial: Sequence[Completion | None] | None = None  # (n,): aborted samples to go on with; their tokens count into max_tokens
+    expected_tokens: int | None = None  # length of its samples, where known: longer ones go first
+    priority: int = 0  # tokens added to that
+
+
+class Finished(NamedTuple):
+    """One sample of a running generation."""
+
+    request: int  # index into the requests
+    member: int  # index into its seeds
+    completion: Completion
+
+
 @dataclass
 class Sample:
-    """One completion.  `text` is the decoded completion without the end token; log-probs are under the distribution that was sampled from."""
+    """One completion of a problem.  `text` is the decoded completion without the end token."""
 
     problem: Problem
     text: str
     token_ids: np.ndarray  # (n,) int64, the end token included when the model wrote it
-    logps: np.ndarray  # (n,) float32, one per token
-    finish: str = "stop"  # "stop" (end token or stop string), "length", "repetition" or "abort"
+    logps: np.ndarray  # (n,) float32, one per token, under the distribution that was sampled from
+    finish: str = "stop"  # as in Completion
     prompt_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    support: tuple[np.ndarray, np.ndarray] | None = None  # as in Completion
 
     @property
     def num_tokens(self) -> int:

@@ -106,6 +106,11 @@ class Tokenizer:
             return [self.encode(text) for text in texts]
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt as every stage uses them: the beginning-of-sequence token first where there is one."""
+        ids = self.encode(text) if text else []
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` (list, array or tensor) without special tokens."""
         return self._backend.decode(_plain(ids), skip_special_tokens=True)

@@ -4,6 +4,7 @@
 Left out: pickled weights (pytorch_model.bin), quantized checkpoints, sliding windows, RoPE types other than default and llama3.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,15 @@ class Source:
     parameter: str
     start: int
     shape: tuple[int, ...]
+
+
+def weights_hash(model: Decoder) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:

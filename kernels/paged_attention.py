@@ -72,6 +72,11 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
+def empty_kv_cache(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
+    shape = (num_blocks, num_kv_heads, block_size, head_dim)
+    return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+
+
 def check_cache(where: str, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, rows: int) -> None:
     check(key_cache.ndim == 4 and key_cache.shape == value_cache.shape and key_cache.dtype == value_cache.dtype and key_cache.shape[1] > 0,
           f"{where}: key_cache is {tuple(key_cache.shape)} {key_cache.dtype}, value_cache {tuple(value_cache.shape)} {value_cache.dtype}; "

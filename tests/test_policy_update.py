@@ -12,7 +12,7 @@ from athanor.kernels import LossVariant
 from athanor.model.transformer import Decoder
 from athanor.optim import Optimizer
 from athanor.parallel import Ranks
-from athanor.rollout import sample_groups
+from athanor.rollout import rollout_generator, sample_groups
 from athanor.stages.policy_update import update_policy
 from athanor.tasks.arithmetic import ArithmeticTask
 from athanor.tokenizer import symbol_tokenizer
@@ -31,7 +31,7 @@ def grpo_config(**changes):
 def rollout(seed=0):
     model = Decoder(ModelConfig(vocab_size=TOKENIZER.vocab_size, hidden_size=32, num_hidden_layers=2, initializer_range=0.2)).initialize_(seed)
     config = grpo_config()
-    groups = sample_groups(model, TOKENIZER, [TASK.problem("train", i) for i in range(6)], 4, config.sampling, CONTEXT.ranks, seed)
+    groups = sample_groups(rollout_generator(model, TOKENIZER, 64, 4), TOKENIZER, [TASK.problem("train", i) for i in range(6)], 4, config.sampling, CONTEXT.ranks, seed)
     advantages = torch.from_numpy(np.random.default_rng(seed).normal(size=24).astype(np.float32))
     advantages[[1, 5, 6, 7, 20]] = 0.0
     return model, groups, advantages

@@ -9,7 +9,7 @@ import pytest
 from athanor.config import MixEntry, ModelConfig, SamplingConfig
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
-from athanor.rollout import ProblemStream, encode_prompt, sample_groups
+from athanor.rollout import ProblemStream, rollout_generator, sample_groups
 from athanor.tasks.arithmetic import ArithmeticTask
 from athanor.tokenizer import symbol_tokenizer
 
@@ -62,11 +62,12 @@ def test_groups_come_back_with_text_prompt_and_reproducible_samples():
     model = Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1, initializer_range=0.3)).initialize_(0)
     problems = [task.problem("train", i) for i in range(3)]
     ranks, sampling = Ranks(threads=1), SamplingConfig(max_tokens=9)
-    groups = sample_groups(model, tokenizer, problems, 4, sampling, ranks, 0, "zero", 5)
-    again = sample_groups(model, tokenizer, problems[1:], 4, sampling, ranks, 0, "zero", 5)
+    generator = rollout_generator(model, tokenizer, 512, 4)
+    groups = sample_groups(generator, tokenizer, problems, 4, sampling, ranks, 0, "zero", 5)
+    again = sample_groups(generator, tokenizer, problems[1:], 4, sampling, ranks, 0, "zero", 5)
     assert [[s.text for s in g] for g in groups[1:]] == [[s.text for s in g] for g in again]
     for problem, group in zip(problems, groups, strict=True):
         for sample in group:
-            assert sample.problem is problem and sample.prompt_ids.tolist() == encode_prompt(tokenizer, problem.prompt)
+            assert sample.problem is problem and sample.prompt_ids.tolist() == tokenizer.encode_prompt(problem.prompt)
             kept = [t for t in sample.token_ids.tolist() if t != tokenizer.eos_id]
             assert sample.text == tokenizer.decode(kept) and np.all(sample.logps <= 0)

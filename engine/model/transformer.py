@@ -1,12 +1,14 @@
 """A dense pre-norm decoder (Llama 3, Qwen2/2.5, Qwen3) whose one forward serves training, prefill, decode and scoring.
 
 The forward knows nothing of batches: tokens are packed, and `attend(layer, q, k, v)` is where the callers differ - packed causal attention
-in training (`PackedAttention`), a KV cache in generation (`kv_cache`).  So there is no second model to keep in step.
+in training (`PackedAttention`), a KV cache in generation (`kv_cache`), which rotates in the launch that writes the cache.  So there is no second
+model to keep in step.
 
 T tokens, D hidden, H query heads, K key/value heads, d head width, F SwiGLU width, V vocabulary.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -34,9 +36,21 @@ def fill_tokens(input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor) -> tup
     return filled, fill_rows(positions), torch.cat((cu_seqlens, cu_seqlens.new_full((1,), len(filled))))
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """Position embedding of the batch's tokens, with one layer's QK norm in front where the architecture has it."""
+
+    cos: Tensor  # (T, d/2)
+    sin: Tensor  # (T, d/2)
+    norm: dict  # q_weight, k_weight and eps of `rope`, or nothing
+
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return rope(q, k, self.cos, self.sin, **self.norm)
+
+
 class Attend(Protocol):
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Take rotated q (T, H, d), k and v (T, K, d) of one layer; return the attention output (T, H, d)."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        """Take q (T, H, d), k and v (T, K, d) of one layer, not rotated yet; return the attention output (T, H, d)."""
 
 
 class PackedAttention:
@@ -45,8 +59,8 @@ class PackedAttention:
     def __init__(self, cu_seqlens: Tensor):
         self.cu_seqlens = cu_seqlens
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, self.cu_seqlens)
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        return attention(*rotation(q, k), v, self.cu_seqlens)
 
 
 class RMSNorm(nn.Module):
@@ -86,9 +100,9 @@ class DecoderLayer(nn.Module):
         T, H, K, d = x.shape[0], self.num_heads, self.num_kv_heads, self.head_dim
         x, residual = (self.input_norm(x), x) if residual is None else self.input_norm(x, residual)
         q, k, v = self.qkv_proj(x).view(T, H + 2 * K, d).split((H, K, K), dim=1)
-        weights = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps} if self.qk_norm else {}
-        q, k = rope(q, k, cos, sin, **weights)
-        x, residual = self.post_attention_norm(self.o_proj(attend(self.index, q, k, v).reshape(T, H * d)), residual)
+        norm = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps} if self.qk_norm else {}
+        attended = attend(self.index, q, k, v, Rotation(cos, sin, norm))
+        x, residual = self.post_attention_norm(self.o_proj(attended.reshape(T, H * d)), residual)
         return self.down_proj(swiglu(self.gate_up_proj(x))), residual
 
 

@@ -74,7 +74,8 @@ class RewardTable:
         for entry in self.entries:
             name = entry.reward.__name__
             column = parts.setdefault(name, [None] * len(samples))
-            rows = [i for i, sample in enumerate(samples) if entry.applies(sample.problem.domain, step)]
+            # a sample whose logits became NaN says nothing about its problem
+            rows = [i for i, sample in enumerate(samples) if sample.finish != "error" and entry.applies(sample.problem.domain, step)]
             if not rows:
                 continue
             chosen = [samples[i] for i in rows]

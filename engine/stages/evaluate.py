@@ -10,7 +10,7 @@ from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
 from athanor.reward_models import Preference
 from athanor.rewards import make_reward
-from athanor.rollout import sample_groups
+from athanor.rollout import rollout_generator, sample_groups
 from athanor.samples import Sample
 from athanor.tokenizer import Tokenizer
 
@@ -42,9 +42,10 @@ def evaluate(
     def groups(task: str, count: int, n: int, sampling: SamplingConfig, label: str) -> list[list[Sample]]:
         size = tasks[task].size(config.split)
         problems = [tasks[task].problem(config.split, i) for i in range(count if size is None else min(count, size))]
-        return ranks.gather(sample_groups(model, tokenizer, problems, n, sampling, ranks, seed, "evaluate", label, max_rows=max_rows))
+        return ranks.gather(sample_groups(generator, tokenizer, problems, n, sampling, ranks, seed, "evaluate", label))
 
     n, k = config.num_problems, config.samples_per_problem
+    generator = rollout_generator(model, tokenizer, max_rows, max(k, 4))
     usual = groups(config.task, n, k, config.sampling, "usual")
     at_one = groups(config.task, n, k, SamplingConfig(max_tokens=config.sampling.max_tokens), "t1")
     metrics = evaluate_samples(usual, words=words)

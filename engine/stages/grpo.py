@@ -1,7 +1,8 @@
 """Reinforcement learning with group-relative advantages: rollout -> rewards -> advantages -> clipped policy updates.
 
 DeepSeekMath (arXiv 2402.03300), eq. 3, as R1 uses it; the loss preset decides the variant.  Old log-probs are the sampler's own: model and
-kernels are the same on both sides, and the gap between them is measured on every first (on-policy) update, reported and gated.
+kernels are the same on both sides, and the gap between them is measured on every first (on-policy) update, reported and gated.  Under top-k, top-p
+or min-p both sides use the truncated distribution: the sampler hands out each token's support, the trainer rebuilds it.
 """
 
 import copy
@@ -15,18 +16,19 @@ from athanor.advantages import advantages_of, groups_with_contrast
 from athanor.checkpoint import export_model
 from athanor.config import GRPOConfig
 from athanor.errors import UserError
+from athanor.generate import Generator
 from athanor.losses import Preset, formula, resolve_preset
 from athanor.metrics_eval import REFLECTIVE_WORDS, reflection_rate
 from athanor.model.transformer import Decoder
 from athanor.reward_models import load_preference_reward
 from athanor.rewards import Entry, RewardScores, RewardTable, make_reward
-from athanor.rollout import ProblemStream, sample_groups
+from athanor.rollout import ProblemStream, rollout_generator, sample_groups
 from athanor.samples import Sample
 from athanor.seeds import derive_seed
 from athanor.stages.context import StageContext
 from athanor.stages.policy_update import update_policy
 from athanor.stages.training import TrainingLoop
-from athanor.weights import load_model
+from athanor.weights import load_model, weights_hash
 
 SHOWN = ("reward", "accuracy", "mean_tokens", "reflection_rate", "logp_gap_max", "tokens_per_s")
 
@@ -44,15 +46,26 @@ def run(context: StageContext, config: GRPOConfig) -> dict:
     per_step = config.prompts_per_step
     stream = ProblemStream(context.tasks, config.prompts, per_step, config.steps * attempts, context.recipe.seed, context.name)
     gap = loop.extra.setdefault("logp_gap_max", 0.0)
+    # On a CPU the trainer's bits are those of `sample` on logits.
+    fused = context.ranks.device.type == "cuda" and not config.sampling.truncated
+    generator = rollout_generator(model, context.tokenizer, context.recipe.max_rows, config.group_size, fused_sampling=fused)
+    trained = weights_hash(model) if context.recipe.verify_weights else None
     for step, metrics in loop.steps(config.steps, SHOWN):
         start = time.perf_counter()
-        groups, scores, refills = _rollout(context, config, table, model, stream, step, attempts)
+        if trained is not None and weights_hash(generator.model) != trained:
+            raise UserError(f"stage {context.name}, step {step + 1}: the sampler's weights are not those of the last optimizer step")
+        before = dict(generator.seconds)
+        groups, scores, refills = _rollout(context, config, table, generator, stream, step, attempts)
         rollout_s = time.perf_counter() - start
+        metrics |= {f"rollout_{name}": generator.seconds[name] - before[name] for name in before}
         advantages = _advantages(context, config, preset, groups, scores, step)
         metrics |= _describe(context, groups, scores, advantages) | {"refills": refills}
         start = time.perf_counter()
         metrics |= update_policy(context, config, preset.variant, loop, reference, groups, advantages, step)
         train_s = time.perf_counter() - start
+        if trained is not None:
+            trained = weights_hash(model)
+            metrics["weights_hash"] = int(trained[:12], 16)
         tokens = context.ranks.sum_int(sum(s.num_tokens for group in groups for s in group))
         metrics |= {"rollout_s": rollout_s, "train_s": train_s, "tokens_per_s": tokens / (rollout_s + train_s)}
         loop.stopped = config.stop_at_accuracy is not None and metrics.get("accuracy", 0.0) >= config.stop_at_accuracy
@@ -68,21 +81,15 @@ def run(context: StageContext, config: GRPOConfig) -> dict:
 
 
 def check(name: str, config: GRPOConfig) -> None:
-    """Refuse settings whose sampled log-probs the trainer could not reproduce."""
-    s = config.sampling
-    if s.temperature == 0 or s.top_k or s.top_p < 1 or s.min_p:
-        raise UserError(
-            f"stages.{name}.sampling: temperature {s.temperature}, top_k {s.top_k}, top_p {s.top_p}, min_p {s.min_p}; wanted temperature > 0 and no "
-            "truncation (top_k 0, top_p 1, min_p 0), because the loss uses the full softmax"
-        )
+    """Refuse settings that have no meaning together."""
+    if config.sampling.temperature == 0:
+        raise UserError(f"stages.{name}.sampling.temperature is 0, wanted > 0: greedy samples of a group are all the same")
     if config.stop_at_accuracy is not None and not any(entry.reward == "accuracy" for entry in config.rewards):
         raise UserError(f"stages.{name}.stop_at_accuracy is {config.stop_at_accuracy}, but no reward of the stage is accuracy")
     if config.prompts_per_step % config.updates_per_rollout:
         raise UserError(
             f"stages.{name}.prompts_per_step is {config.prompts_per_step}, wanted a multiple of updates_per_rollout = {config.updates_per_rollout}"
         )
-    if resolve_preset(config.loss, **config.loss_overrides).variant.correction != "none":
-        raise UserError(f"stages.{name}.loss_overrides: an off-policy correction has nothing to correct, the sampler's log-probs are the old ones")
 
 
 def reward_table(context: StageContext, config: GRPOConfig) -> RewardTable:
@@ -110,7 +117,7 @@ def _reference(context: StageContext, preset: Preset, loop: TrainingLoop, config
 
 
 def _rollout(
-    context: StageContext, config: GRPOConfig, table: RewardTable, model: Decoder, stream: ProblemStream, step: int, attempts: int
+    context: StageContext, config: GRPOConfig, table: RewardTable, generator: Generator, stream: ProblemStream, step: int, attempts: int
 ) -> tuple[list[list[Sample]], RewardScores, int]:
     """Groups of this rank, their scores, and the refills it took: dynamic sampling replaces groups whose raw scores are all equal."""
     seed, ranks, wanted = context.recipe.seed, context.ranks, len(context.ranks.share(list(range(config.prompts_per_step))))
@@ -118,7 +125,7 @@ def _rollout(
     for attempt in range(attempts):
         problems = stream.draw(step * attempts + attempt)
         key = (seed, context.name, step, attempt)
-        groups = sample_groups(model, context.tokenizer, problems, config.group_size, config.sampling, ranks, *key, max_rows=context.recipe.max_rows)
+        groups = sample_groups(generator, context.tokenizer, problems, config.group_size, config.sampling, ranks, *key)
         if attempts > 1:
             raw = torch.from_numpy(table.score([s for group in groups for s in group], step).raw)
             contrast = groups_with_contrast(raw, torch.arange(len(groups)).repeat_interleave(config.group_size)).view(len(groups), -1)[:, 0]
@@ -154,6 +161,7 @@ def _describe(context: StageContext, groups: list[list[Sample]], scores: RewardS
     flat = sum(groups, [])
     words = context.recipe.reflection_words or REFLECTIVE_WORDS
     columns = {"reward": scores.total, "mean_tokens": [s.num_tokens for s in flat], "truncated_rate": [s.finish == "length" for s in flat]}
+    columns |= {f"{kind}_rate": [s.finish == kind for s in flat] for kind in ("repetition", "error")}
     columns |= {name: [v for v in values if v is not None] for name, values in scores.parts.items()}
     columns["reflection_rate"] = [reflection_rate([s.text], words) for s in flat if s.problem.domain == "reasoning"]
     columns["no_verdict_rate"] = (~scores.applied).tolist()  # samples that no reward applied to: they take no part in their group's statistics

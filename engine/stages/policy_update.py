@@ -2,6 +2,9 @@
 
 Samples whose advantage is zero add nothing to the gradient when the loss has no KL term, so they get no forward at all; they stay in the
 denominators.
+
+The old log-probs are the sampler's own.  A loss with an off-policy correction takes the trainer's instead, scored before the first of the updates, and
+weighs their distance from the sampler's.
 """
 
 import numpy as np
@@ -11,7 +14,7 @@ from torch import Tensor
 from athanor.batch import PackedBatch, pack
 from athanor.config import GRPOConfig
 from athanor.errors import UserError
-from athanor.kernels import LossVariant, policy_loss
+from athanor.kernels import LogProbs, LossVariant, policy_loss
 from athanor.model.transformer import Decoder
 from athanor.optim import learning_rate
 from athanor.samples import Sample
@@ -19,7 +22,7 @@ from athanor.stages.context import StageContext
 from athanor.stages.training import TrainingLoop, completion_logprobs, optimizer_step
 
 ROUNDING_GAP = 1e-5  # nats; fp32 rounding in another order is about this far
-SUMS = ("num_tokens", "ratio_sum", "clip_low", "clip_high", "old_kl_sum", "ref_kl_sum", "entropy_sum")
+SUMS = ("num_tokens", "ratio_sum", "clip_low", "clip_high", "old_kl_sum", "ref_kl_sum", "entropy_sum", "weight_sum", "rollout_kl_sum")
 
 
 def update_policy(
@@ -38,18 +41,19 @@ def update_policy(
     """
     G, ranks = config.group_size, context.ranks
     sums = torch.zeros(len(SUMS), dtype=torch.float64)
-    norms, gap, ratio_max = [], torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    norms, ratio_max = [], torch.zeros((), dtype=torch.float64)
     bounds = np.linspace(0, len(groups), config.updates_per_rollout + 1).round().astype(int)
-    for update, (first, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        samples = sum(groups[first:end], [])
-        part = _Part(context, config, variant, loop.model, reference, samples, advantages[first * G : end * G])
+    parts = [
+        _Part(context, config, variant, loop.model, reference, sum(groups[first:end], []), advantages[first * G : end * G])
+        for first, end in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+    for part in parts:
         _, norm = optimizer_step(loop.optimizer, part.batches, part.loss, learning_rate(config.optimizer, step, config.steps))
         norms.append(norm)
         sums += part.sums
         ratio_max = torch.maximum(ratio_max, part.ratio_max)
-        if update == 0:
-            gap = part.gap
-    ranks.sum_(sums)
+    gap, gap_sums = parts[0].gap, parts[0].gap_sums  # later parts are scored by other weights than those that sampled them
+    ranks.sum_(sums, gap_sums)
     ranks.max_(gap)
     ranks.max_(ratio_max)
     if not float(gap) <= config.max_logp_gap:  # NaN must not pass
@@ -63,8 +67,14 @@ def update_policy(
         )
     values = dict(zip(SUMS, sums.tolist(), strict=True))
     tokens = max(values["num_tokens"], 1.0)
-    return {
+    gap_mean, gap_k3 = (gap_sums[:2] / gap_sums[2].clamp_min(1)).tolist()
+    correction = {}
+    if variant.correction != "none":
+        correction = {"correction_weight": values["weight_sum"] / tokens, "kl_rollout": values["rollout_kl_sum"] / tokens}
+    return correction | {
         "logp_gap_max": float(gap),
+        "logp_gap_mean": gap_mean,
+        "logp_gap_k3": gap_k3,
         "grad_norm": float(np.mean(norms)),
         "entropy": values["entropy_sum"] / tokens,
         "clip_fraction": (values["clip_low"] + values["clip_high"]) / tokens,
@@ -88,22 +98,42 @@ class _Part:
         self.batches = pack(prompts, completions, config.micro_batch_tokens, context.ranks.device) if live else []
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
         self.gap, self.ratio_max = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        self.gap_sums = torch.zeros(3, dtype=torch.float64)  # |trainer - sampler|, the k3 estimate of their KL divergence, tokens
+        self.old: dict[int, Tensor] = {}  # the trainer's log-probs before the first update, by batch
+        if variant.correction != "none":
+            with torch.no_grad():
+                self.old = {id(batch): self._score(model, batch).logps for batch in self.batches}
+
+    def _score(self, model: Decoder, batch: PackedBatch) -> LogProbs:
+        return completion_logprobs(model, batch, self.temperature, self._column(batch, "support"))
+
+    def _column(self, batch: PackedBatch, name: str):
+        """A column of the batch's samples end to end on its device: `logps`, or the pair of `support` (None without truncation)."""
+        values = [getattr(self.samples[i], name) for i in batch.sequences]
+        if values[0] is None:
+            return None
+        joined = [np.concatenate(v) for v in (zip(*values, strict=True) if name == "support" else [values])]
+        tensors = [torch.from_numpy(x).to(batch.input_ids.device) for x in joined]
+        return tuple(tensors) if name == "support" else tensors[0]
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Loss of one micro-batch, already divided by the denominators of the whole optimizer step."""
-        device = batch.input_ids.device
-        old = torch.from_numpy(np.concatenate([self.samples[i].logps for i in batch.sequences])).to(device)
-        scored = completion_logprobs(self.model, batch, self.temperature)
+        rollout = self._column(batch, "logps")
+        scored = self._score(self.model, batch)
         ref_logps = None
         if self.reference is not None:
             with torch.no_grad():
-                ref_logps = completion_logprobs(self.reference, batch, self.temperature).logps
+                ref_logps = self._score(self.reference, batch).logps
+        corrected = self.variant.correction != "none"
+        advantages = self.advantages[torch.from_numpy(batch.sequences).to(rollout.device)]
         loss, stats = policy_loss(
-            scored.logps, old, self.advantages[torch.from_numpy(batch.sequences).to(device)], batch.loss_cu_seqlens, ref_logps=ref_logps,
-            variant=self.variant, num_tokens=self.num_tokens, num_sequences=self.num_sequences,
+            scored.logps, self.old[id(batch)] if corrected else rollout, advantages, batch.loss_cu_seqlens, ref_logps=ref_logps,
+            rollout_logps=rollout if corrected else None, variant=self.variant, num_tokens=self.num_tokens, num_sequences=self.num_sequences,
         )  # fmt: skip
         stats = {**stats, "entropy_sum": scored.entropy.sum()}
         self.sums += torch.tensor([float(stats[name]) for name in SUMS], dtype=torch.float64)
         self.ratio_max = torch.maximum(self.ratio_max, stats["ratio_max"].double().cpu())
-        self.gap = torch.maximum(self.gap, (scored.logps.detach() - old).abs().max().double().cpu())
+        difference = (scored.logps.detach() - rollout).double()
+        self.gap = torch.maximum(self.gap, difference.abs().max().cpu())
+        self.gap_sums += torch.stack((difference.abs().sum(), (difference.expm1() - difference).sum(), difference.new_tensor(len(rollout)))).cpu()
         return loss

@@ -5,10 +5,10 @@ import numpy as np
 from athanor.batch import pack
 from athanor.config import GateConfig, PretrainConfig, SamplingConfig
 from athanor.errors import UserError
-from athanor.generate import Generator, Request
+from athanor.generate import Generator
 from athanor.model.transformer import Decoder
 from athanor.optim import learning_rate
-from athanor.rollout import encode_prompt
+from athanor.samples import Request
 from athanor.seeds import derive_seed
 from athanor.stages.context import StageContext
 from athanor.stages.training import TrainingLoop, cross_entropy_step
@@ -68,7 +68,7 @@ def _documents(context: StageContext, config: PretrainConfig, step: int) -> tupl
     pairs = context.ranks.share(pairs)
     eos = [context.tokenizer.eos_id]
     texts = [np.array(ids + eos, np.int64) for ids in context.tokenizer.encode_batch([text for _, text in pairs])]
-    prompts = [np.array(encode_prompt(context.tokenizer, prompt), np.int64) for prompt, _ in pairs]
+    prompts = [np.array(context.tokenizer.encode_prompt(prompt), np.int64) for prompt, _ in pairs]
     return prompts, texts
 
 
@@ -78,7 +78,7 @@ def competence(model: Decoder, tokenizer: Tokenizer, task, gate: GateConfig, max
     The last number of the chain of thought counts, not the tagged answer: base models that forget their tags are what RL is for.
     """
     pairs = [task.competence(i) for i in range(gate.num_problems)]
-    requests = [Request(np.array(encode_prompt(tokenizer, prompt), np.int64), np.zeros(1, np.int64)) for prompt, _ in pairs]
+    requests = [Request(np.array(tokenizer.encode_prompt(prompt), np.int64), np.zeros(1, np.int64)) for prompt, _ in pairs]
     groups = Generator(model, tokenizer.eos_ids, max_rows=max_rows).generate(requests, SamplingConfig(temperature=0.0, max_tokens=128))
     texts = [tokenizer.decode(group[0].token_ids.tolist()) for group in groups]
     thoughts = [[word for word in text.split("</think>")[0].split() if word.isdigit()] for text in texts]

@@ -15,7 +15,7 @@ from athanor.errors import UserError
 from athanor.rewards import make_reward, parse_response
 from athanor.rewards.language import language_consistency
 from athanor.rewards.repetition import repetition_ratio
-from athanor.rollout import ProblemStream, sample_groups
+from athanor.rollout import ProblemStream, rollout_generator, sample_groups
 from athanor.samples import Problem, Sample
 from athanor.seeds import derive_seed
 from athanor.stages.context import StageContext
@@ -46,9 +46,10 @@ def run(context: StageContext, config: RejectionConfig) -> dict:
 def _sampled(context: StageContext, config: RejectionConfig, progress) -> tuple[list[dict], Counter]:
     seed = context.recipe.seed
     problems = ProblemStream(context.tasks, config.prompts, config.num_prompts, 1, seed, context.name).draw(0)
+    generator = rollout_generator(context.load(config.source), context.tokenizer, context.recipe.max_rows, config.samples_per_prompt)
     groups = sample_groups(
-        context.load(config.source), context.tokenizer, problems, config.samples_per_prompt, config.sampling, context.ranks, seed, context.name,
-        max_rows=context.recipe.max_rows, progress=lambda done, total: progress.step(done * context.ranks.world),
+        generator, context.tokenizer, problems, config.samples_per_prompt, config.sampling, context.ranks, seed, context.name,
+        progress=lambda done, total: progress.step(done * context.ranks.world),
     )  # fmt: skip
     groups = context.ranks.gather(groups)
     reasons, rows, seen = Counter(), [], set()
@@ -81,7 +82,7 @@ def _verdict(sample: Sample, config: RejectionConfig) -> str:
     """ "kept", or the first reason against it."""
     response = parse_response(sample.text, prompt=sample.problem.prompt)
     if sample.finish != "stop":
-        return "truncated"
+        return "truncated" if sample.finish == "length" else sample.finish
     if not response.well_formed:
         return "format"
     correct = _ACCURACY([sample], [sample.problem])[0]

@@ -11,7 +11,7 @@ from athanor.checkpoint import export_model
 from athanor.config import MixEntry, RewardModelConfig, SamplingConfig
 from athanor.optim import learning_rate
 from athanor.reward_models import RewardModel, judged_tokens, packed, save_reward_head
-from athanor.rollout import ProblemStream, sample_groups
+from athanor.rollout import ProblemStream, rollout_generator, sample_groups
 from athanor.seeds import derive_seed
 from athanor.stages.context import StageContext
 from athanor.stages.training import TrainingLoop
@@ -60,8 +60,8 @@ def _pairs(context: StageContext, config: RewardModelConfig) -> list[tuple[np.nd
     problems = stream.draw(0)
     half = len(problems) // 2
     policy = context.load(config.init)
-    sampling, max_rows = SamplingConfig(max_tokens=32), context.recipe.max_rows
-    groups = sample_groups(policy, tokenizer, problems[:half], 2, sampling, context.ranks, seed, context.name, max_rows=max_rows)
+    generator = rollout_generator(policy, tokenizer, context.recipe.max_rows, 2)
+    groups = sample_groups(generator, tokenizer, problems[:half], 2, SamplingConfig(max_tokens=32), context.ranks, seed, context.name)
     groups = context.ranks.gather(groups)
     texts = [(group[0].text, group[1].text) for group in groups]
     for i, problem in enumerate(problems[half:]):

@@ -10,7 +10,6 @@ from athanor.config import DistillConfig, SFTConfig
 from athanor.errors import UserError
 from athanor.model.transformer import Decoder
 from athanor.optim import learning_rate
-from athanor.rollout import encode_prompt
 from athanor.seeds import derive_seed
 from athanor.stages.context import StageContext, data_path
 from athanor.stages.training import TrainingLoop, cross_entropy_step
@@ -28,7 +27,7 @@ def run(context: StageContext, config: SFTConfig) -> dict:
 def fit(context: StageContext, config: SFTConfig | DistillConfig, model: Decoder, examples: list[tuple[str, str]]) -> float:
     """Train `config.steps` steps over shuffled epochs of (prompt, completion) texts; return the last step's loss."""
     tokenizer, n = context.tokenizer, len(examples)
-    prompts = [np.array(encode_prompt(tokenizer, prompt), np.int64) for prompt, _ in examples]
+    prompts = [np.array(tokenizer.encode_prompt(prompt), np.int64) for prompt, _ in examples]
     completions = [np.array([*ids, tokenizer.eos_id], np.int64) for ids in tokenizer.encode_batch([text for _, text in examples])]
     loop = TrainingLoop(context, config, model)
     size = min(config.batch_size, n)

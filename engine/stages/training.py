@@ -56,12 +56,14 @@ class TrainingLoop:
                     self.save()
 
 
-def completion_logprobs(model: Decoder, batch: PackedBatch, temperature: float = 1.0):
-    """Log-probs and entropies (N,) of the trained tokens of a packed micro-batch."""
+def completion_logprobs(model: Decoder, batch: PackedBatch, temperature: float = 1.0, support: tuple[Tensor, Tensor] | None = None) -> LogProbs:
+    """Log-probs and entropies (N,) of the trained tokens of a packed micro-batch, under the truncated distribution where a support (N,) is given."""
     input_ids, positions, cu_seqlens = fill_tokens(batch.input_ids, batch.positions, batch.cu_seqlens)
     hidden = model(input_ids, positions, PackedAttention(cu_seqlens))
     rows, targets = fill_rows(hidden[batch.loss_rows]), fill_rows(batch.targets, IGNORE)
-    logps, entropy = linear_logprob(rows, model.lm_head_weight, targets, temperature=temperature)[:2]
+    if support is not None:
+        support = fill_rows(support[0], -torch.inf), fill_rows(support[1])
+    logps, entropy = linear_logprob(rows, model.lm_head_weight, targets, temperature=temperature, support=support)[:2]
     return LogProbs(logps[: batch.num_targets], entropy[: batch.num_targets])
 
 

@@ -1,0 +1,226 @@
+"""The decode loop on the device: one step = forward, head, draw, bookkeeping, all on tensors that never move.
+
+A row is one running sample.  Its last token, length, random counter, sampling parameters and block table live on the device; a window of steps runs
+without the host, which then reads what was drawn (`Drawn`) and what became of the rows (`status`).  A row that has ended inside a window stands
+still: it writes nothing and reads nothing.  On CUDA the step is a captured graph, one per bucket of rows and lengths; on a CPU a window is one step.
+"""
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from athanor.kernels import Sampled, is_strict, linear, linear_logprob, linear_sample, sample
+from athanor.kernels.paged_attention import CHUNK
+from athanor.kv_cache import DecodeAttention, PagedKVCache, SharedPrefix
+from athanor.model.transformer import ROW_STEP, Decoder, fill_rows
+
+RUNNING, STOP, REPETITION, LENGTH, ERROR = range(5)  # of `status`
+FILTERS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
+WINDOW = 8  # steps on CUDA between two looks of the host: a finished row idles for half of it on average
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a window drew, on the host; on a CPU these are views that the next window overwrites."""
+
+    generated: np.ndarray  # (n,) int64 tokens of each row now: its last ones are the first entries of its columns
+    status: np.ndarray  # (n,) int64
+    streak: np.ndarray | None  # (n,) int64 tokens in a row above the repetition stop's probability
+    columns: dict[str, np.ndarray]  # (steps, n) each: tokens int64, logps float32, and what else is recorded
+
+
+class DecodeRows:
+    """Device state of up to `capacity` rows and the step that advances them."""
+
+    def __init__(
+        self, model: Decoder, cache: PagedKVCache, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...], fused: bool,
+        seconds: dict[str, float],
+    ):  # fmt: skip
+        """records: fields of `Sampled` that are kept for every token besides tokens and logps.  fused: draw with `linear_sample`, which takes no
+        filters.  seconds: where times are added up."""
+        self.model, self.cache, self.device, self.records, self.fused, self.seconds = model, cache, cache.device, records, fused, seconds
+        self.on_cpu, self.window = self.device.type == "cpu", window_of(cache.device)
+        self.capacity = -(-num_rows // ROW_STEP) * ROW_STEP  # products of few rows round differently on a CPU, see ROW_STEP
+        R, W = self.capacity, self.window
+
+        def zeros(*shape, dtype=torch.int64):
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        self.last, self.generated, self.seeds, self.status = zeros(R), zeros(R), zeros(R), zeros(R)
+        self.lengths, self.max_lengths, self.table = zeros(R, dtype=torch.int32), zeros(R, dtype=torch.int32), zeros(R, max_blocks, dtype=torch.int32)
+        self.eos = zeros(R, num_eos)
+        self.streak, self.streak_limit, self.streak_logp = zeros(R), zeros(R), zeros(R, dtype=torch.float32)
+        self.per_row = {name: zeros(R, dtype=dtype) for name, dtype in FILTERS.items()}
+        self.uniform: dict[str, float | int] = {}
+        self.repeats = False
+        dtypes = {"tokens": torch.int64, "last_kept": torch.int64}
+        self.ring = {name: zeros(W, R, dtype=dtypes.get(name, torch.float32)) for name in ("tokens", "logps", *records)}
+        self.slot = zeros(1)  # of the ring
+        self.shared: SharedPrefix | None = None
+        self.buffers = SharedPrefix(zeros(R), zeros(R), zeros(R + 1, dtype=torch.int32), zeros(R, dtype=torch.int32))
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.graph_pool = None
+
+    def holds(self, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...]) -> bool:
+        """Whether it is large enough for that."""
+        return num_rows <= self.capacity and max_blocks <= self.table.shape[1] and num_eos <= self.eos.shape[1] and records == self.records
+
+    def begin(self, uniform: dict[str, float | int], repeats: bool) -> None:
+        """Start without rows.  uniform: sampling parameters that all rows will have in common.  repeats: some rows may stop by repetition."""
+        if is_strict() and not self.on_cpu and "temperature" not in uniform:
+            raise ValueError("generate: the requests have several temperatures, which strict mode cannot score on CUDA; wanted one per call")
+        self.uniform, self.repeats, self.shared = uniform, repeats, None
+        self.status.fill_(LENGTH)
+
+    def load(self, state: dict[str, np.ndarray]) -> None:
+        """Take all rows from the host: name -> (n, ...) of `last`, `lengths`, `table`, ...  Rows 0..n-1 decode, the others stand still."""
+        n = len(state["lengths"])
+        for name, values in state.items():
+            target = (self.per_row[name] if name in self.per_row else getattr(self, name))[:n]
+            (target[:, : values.shape[1]] if values.ndim > 1 else target).copy_(torch.from_numpy(np.ascontiguousarray(values)))
+        self.status[:n] = RUNNING
+        self.status[n:] = LENGTH
+
+    def share(self, offsets: np.ndarray, order: np.ndarray, shared_blocks: np.ndarray) -> None:
+        """Groups of rows with a common prompt, as the scheduler has them; dropped where no prompt fills a chunk of the attention."""
+        self.shared, prefix_lens = None, shared_blocks * self.cache.block_size
+        if not len(prefix_lens) or prefix_lens.max() < CHUNK:
+            return
+        R, n, P, b = self.capacity, len(order), len(prefix_lens), self.buffers
+        whole = np.concatenate((order, np.arange(n, R)))
+        b.order.copy_(torch.from_numpy(whole.astype(np.int64)))
+        b.inverse.copy_(torch.from_numpy(np.argsort(whole)))
+        b.group_offsets.copy_(torch.from_numpy(np.concatenate((offsets, np.full(R - P, n))).astype(np.int32)))
+        b.prefix_lens.copy_(torch.from_numpy(np.concatenate((prefix_lens, np.zeros(R - P))).astype(np.int32)))
+        self.shared = b
+
+    def decode(self, n: int, longest: int) -> Drawn:
+        """Run a window over rows 0..n-1, none of which is longer than `longest` before it."""
+        self.slot.zero_()
+        n_run = min(row_bucket(n, self.on_cpu), self.capacity)
+        if self.on_cpu:
+            self._step(n_run, None)
+        else:
+            limit = length_bucket(longest + self.window, self.table.shape[1] * self.cache.block_size)
+            graph = self._graph(n_run, limit)
+            for _ in range(self.window):
+                graph.replay()
+        return self._read(0, n, self.window)
+
+    def draw(self, hidden: Tensor, first: int) -> Drawn:
+        """Draw the first token of rows first.. from hidden (m, D), the last one of each prompt."""
+        self.slot.zero_()
+        m = len(hidden)
+        self._append(hidden, first)
+        return self._read(first, first + m, 1)
+
+    def _step(self, n: int, limit: int | None) -> None:
+        start = perf_counter()
+        lengths = self.lengths[:n]
+        positions = torch.where(self.status[:n] == RUNNING, lengths - 1, -1)
+        shared = self.shared and SharedPrefix(self.shared.order[:n], self.shared.inverse[:n], self.shared.group_offsets[: n + 1], self.shared.prefix_lens[:n])
+        attend = DecodeAttention(self.cache, self.table[:n], positions, limit, shared)
+        hidden = self.model(self.last[:n], positions.clamp_min(0), attend)
+        middle = perf_counter()
+        self._append(hidden, 0)
+        self.seconds["forward_s"] += middle - start
+        self.seconds["sample_s"] += perf_counter() - middle
+
+    def _draw(self, hidden: Tensor, rows: slice) -> Sampled:
+        """One token per row from hidden (m, D)."""
+        weight = self.model.lm_head_weight
+        keys = {"seeds": self.seeds[rows], "positions": self.generated[rows]}
+        parameters = {name: self.uniform.get(name, values[rows]) for name, values in self.per_row.items()}
+        strict = is_strict() and not self.on_cpu
+        if self.fused:
+            drawn = linear_sample(hidden, weight, temperature=parameters["temperature"], **keys)
+        else:
+            filled = fill_rows(hidden) if self.on_cpu else hidden
+            if strict:
+                logits = linear(filled, weight, out_dtype=torch.float32)
+            elif filled.dtype == torch.float32 or self.on_cpu:
+                logits = filled.float() @ weight.float().T
+            else:
+                logits = torch.mm(filled, weight.T, out_dtype=torch.float32)
+            drawn = sample(logits[: len(hidden)], **parameters, **keys)
+        if strict and parameters["temperature"] != 0:
+            # The trainer's kernel scores the token: its sums run in another order than the sampler's.
+            support = drawn.support if "thresholds" in self.ring else None
+            drawn = drawn._replace(logps=linear_logprob(hidden, weight, drawn.tokens, temperature=parameters["temperature"], support=support).logps)
+        return drawn
+
+    def _append(self, hidden: Tensor, first: int) -> None:
+        """Draw one token for rows first.. from hidden (m, D) and account for it."""
+        rows = slice(first, first + len(hidden))
+        generated, status, lengths = self.generated[rows], self.status[rows], self.lengths[rows]
+        drawn = self._draw(hidden, rows)
+        for name, ring in self.ring.items():
+            ring[:, rows].index_copy_(0, self.slot, getattr(drawn, name)[None])
+        self.slot += 1
+        live = status == RUNNING
+        generated += live
+        lengths += live
+        self.last[rows].copy_(torch.where(live, drawn.tokens, self.last[rows]))
+        became = torch.where(lengths >= self.max_lengths[rows], LENGTH, RUNNING)
+        if self.repeats:
+            streak = self.streak[rows]
+            streak.copy_(torch.where(drawn.full_logps > self.streak_logp[rows], streak + live, 0))
+            became = torch.where((streak >= self.streak_limit[rows]) & (self.streak_limit[rows] > 0), REPETITION, became)
+        became = torch.where((drawn.tokens[:, None] == self.eos[rows]).any(1), STOP, became)
+        became = torch.where(drawn.logps.isnan(), ERROR, became)
+        status.copy_(torch.where(live, became, status))
+
+    def _read(self, first: int, end: int, steps: int) -> Drawn:
+        """Wait for the device and take what it drew for rows first..end."""
+        columns = {name: ring[:steps, first:end] for name, ring in self.ring.items()}
+        tensors = {"status": self.status[first:end], "generated": self.generated[first:end], **columns}
+        if self.repeats:
+            tensors["streak"] = self.streak[first:end]
+        if not self.on_cpu:
+            host = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for name, t in tensors.items()}
+            torch.cuda.current_stream(self.device).synchronize()
+            tensors = host
+        arrays = {name: t.numpy() for name, t in tensors.items()}
+        return Drawn(arrays.pop("generated"), arrays.pop("status"), arrays.pop("streak", None), arrays)
+
+    def _graph(self, n: int, limit: int) -> torch.cuda.CUDAGraph:
+        key = (n, limit, self.shared is not None, self.repeats, is_strict(), tuple(sorted(self.uniform.items())))
+        if key not in self.graphs:
+            # A first run compiles kernels and fills allocators; with no row running it changes nothing but the ring.
+            status = self.status.clone()
+            self.status.fill_(LENGTH)
+            side = torch.cuda.Stream(self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                self._step(n, limit)
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.graph_pool):
+                self._step(n, limit)
+            self.graph_pool = self.graph_pool or graph.pool()
+            self.graphs[key] = graph
+            self.status.copy_(status)
+            self.slot.zero_()
+        return self.graphs[key]
+
+
+def window_of(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else WINDOW
+
+
+def row_bucket(n: int, on_cpu: bool) -> int:
+    """Rows that a step computes for n that decode: whole row steps on a CPU; 1, 2, 4, 8, then multiples of 16, then of 64 on CUDA."""
+    if on_cpu:
+        return -(-n // ROW_STEP) * ROW_STEP
+    if n <= 8:
+        return 1 << (n - 1).bit_length()
+    step = 16 if n <= 128 else 64
+    return -(-n // step) * step
+
+
+def length_bucket(longest: int, capacity: int) -> int:
+    """Tokens that the attention of a captured step is launched for: a power of two of chunks, so that a growing sample meets few graphs."""
+    return min(CHUNK << max(0, (-(-longest // CHUNK) - 1).bit_length()), capacity)
