@@ -1,8 +1,8 @@
 """Linear layer:  y = x weight^T + bias.
 
-Usually that is the library's product.  cuBLAS, though, picks its kernel, and whether to split the sum over K, by the shape of the call, so the bits of
-a row depend on how many other rows there are.  In strict mode the Triton kernel serves on CUDA (linear_triton.py), which gives a row the same bits in a
-decode step of one token as in a packed batch of thousands.  Only the forward feeds log-probs: gradients are the library's products in either case.
+Usually that is the library's product.  cuBLAS, though, picks its kernel, and whether to split the sum over K, by the shape of the call: the bits of a
+row depend on how many other rows there are.  In strict mode the Triton kernel serves on CUDA (linear_triton.py), which gives a row the same bits in a
+decode step of one token as in a packed batch of thousands.  Only the forward feeds log-probs: gradients are the library's products either way.
 """
 
 import torch
@@ -21,7 +21,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     Raises ValueError on a mismatch of shapes or dtypes.
     """
     check(x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1] and x.dtype == weight.dtype,
-          f"linear: weight is {tuple(weight.shape)} {weight.dtype}, x is {tuple(x.shape)} {x.dtype}; wanted (N, K) and (T, K) in one dtype")  # fmt: skip
+          f"linear: weight is {tuple(weight.shape)} {weight.dtype}, x is {tuple(x.shape)} {x.dtype}; wanted (N, K) and (T, K) alike")  # fmt: skip
     check(bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype),
           f"linear: bias is {None if bias is None else (*bias.shape, bias.dtype)}; wanted ({weight.shape[0]},) {x.dtype}")  # fmt: skip
     return op(backend, x=x, weight=weight, bias=bias)

@@ -1,19 +1,19 @@
 """Linear layer in Triton with row-independent bits; the equation is that of linear.py.
 
 A program computes one tile of BM tokens x BN outputs: a running product over K in ascending steps of BK, never split, in one tile shape per dtype and
-compute capability, for one token as for thousands.  Rows of a matrix product do not depend on each other, and what lies behind the last row is read as
-0: so the bits of a row follow from that row and the weights.  The bias is added in fp32; y is rounded once.
+compute capability, for one token as for thousands.  Rows of a matrix product do not depend on each other, and what lies behind the last row is read
+as 0: so the bits of a row follow from that row and the weights.  The bias is added in fp32; y is rounded once.
 
 Programs are numbered so that those which run together share operands in L2: a band of GROUP token tiles meets one tile of weights after the other.
 
 Backward: dx = dy weight, dweight = dy^T x by the library, whose choice of order changes no log-prob.
 
-Predicted for an H200, not measured (4.3 TB/s memory; 5.5 TB/s L2, which is what a tile of 64 x 128 asks for: it fetches 24 KiB per step of 64 in K, and
-rows beyond T cost no traffic).
-Decode, T = 64, K = 4096, bf16: N = 4096 reads 33.6 MB of weights (7.8 us), but 32 tiles keep 32 of 132 processors busy, at 112 GB/s each from L2: 14 us.
-N = 6144 reads 50.3 MB (11.7 us): 14 us.  N = 24576 reads 201 MB (47 us) and 101 MB from L2 with it: 55 us.
-Training, T = 8192, K = N = 4096: 275 GFLOP (0.35 ms at 788 TFLOP/s), 6.4 GB through L2: 1.2 ms, 3.3 x the library's time.  That is the price of a tile low
-enough for decode; 128 x 64 fetches as much, and halves what few rows of a narrow layer can use.
+Predicted for an H200 in bf16, not measured: 4.3 TB/s from memory; 5.5 TB/s from L2, and 112 GB/s into one processor.  A step of 64 in K fetches 24 KiB
+for a whole tile of 64 x 128; rows beyond T are no traffic.
+Decode, T = 64, K = 4096.  N = 4096 reads 33.6 MB of weights (7.8 us), but its 32 tiles occupy 32 of 132 processors: 14 us.  N = 6144: 50.3 MB (11.7 us),
+14 us.  N = 24576: 201 MB of weights (47 us) and 101 MB of x from L2: 55 us.
+Training, T = 8192, K = N = 4096.  275 GFLOP (0.35 ms at 788 TFLOP/s) fetch 6.4 GB through L2: 1.2 ms, 3.3 times the library.  That is the price of one
+tile that is low enough for decode: the compute of a taller one would be the limit where few processors share a narrow layer.
 """
 
 import torch
@@ -25,6 +25,7 @@ from ._triton import AheadOfTime, on_device_of
 from .linear_logprob_triton import Tiles, _logits, operands
 
 # BM = 64 is the least that Hopper's wgmma takes.  Not measured on a GPU yet; two programs of 4 x (64 + 128) x 64 x 2 = 96 KiB fit on an SM of sm_90.
+# There is no slice of a vocabulary.
 TILES = {80: Tiles(64, 128, 32, 4, 4, 0), 90: Tiles(64, 128, 64, 4, 4, 0), 100: Tiles(64, 128, 64, 4, 4, 0)}
 TILES_FP32 = Tiles(64, 64, 16, 8, 3, 0)  # exact fp32 products, no tensor cores
 TILES_INTERPRETER = Tiles(16, 16, 16, 4, 1, 0, 2)

@@ -53,7 +53,7 @@ def triton_device(request):
 
 @pytest.fixture
 def rowwise_products(monkeypatch):
-    """Give the interpreter's products what a GPU's have: a row's bits do not depend on its place or on the other rows, and K is summed in ascending order.
+    """Give the interpreter's products what a GPU's have: a row's bits do not depend on its place or on the other rows, and sums are ascending.
 
     The interpreter hands tl.dot to numpy's BLAS, which rounds a row by its place in the matrix.
     """
