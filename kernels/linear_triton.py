@@ -8,12 +8,12 @@ Programs are numbered so that those which run together share operands in L2: a b
 
 Backward: dx = dy weight, dweight = dy^T x by the library, whose choice of order changes no log-prob.
 
-Predicted for an H200 in bf16, not measured: 4.3 TB/s from memory; 5.5 TB/s from L2, and 112 GB/s into one processor.  A step of 64 in K fetches 24 KiB
-for a whole tile of 64 x 128; rows beyond T are no traffic.
-Decode, T = 64, K = 4096.  N = 4096 reads 33.6 MB of weights (7.8 us), but its 32 tiles occupy 32 of 132 processors: 14 us.  N = 6144: 50.3 MB (11.7 us),
-14 us.  N = 24576: 201 MB of weights (47 us) and 101 MB of x from L2: 55 us.
-Training, T = 8192, K = N = 4096.  275 GFLOP (0.35 ms at 788 TFLOP/s) fetch 6.4 GB through L2: 1.2 ms, 3.3 times the library.  That is the price of one
-tile that is low enough for decode: the compute of a taller one would be the limit where few processors share a narrow layer.
+Predicted for an H200 in bf16, not measured: 4.3 TB/s from memory; 5.5 TB/s from L2, and 112 GB/s into one processor.  A step of 64 in K fetches 24
+KiB for a whole tile of 64 x 128; rows beyond T are no traffic.
+Decode, T = 64, K = 4096.  N = 4096 reads 33.6 MB of weights (7.8 us), but its 32 tiles occupy 32 of 132 processors: 14 us.  N = 6144: 50.3 MB (11.7
+us), 14 us.  N = 24576: 201 MB of weights (47 us) and 101 MB of x from L2: 55 us.
+Training, T = 8192, K = N = 4096.  275 GFLOP (0.35 ms at 788 TFLOP/s) fetch 6.4 GB through L2: 1.2 ms, 3.3 times the library.  That is the price of
+one tile that is low enough for decode: the compute of a taller one would be the limit where few processors share a narrow layer.
 """
 
 import torch
