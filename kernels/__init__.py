@@ -4,12 +4,13 @@ Importing this needs torch and nothing else: Triton, CuPy and flash-attn are imp
 The public functions bear the names of their files, so `from athanor.kernels.rmsnorm import ...` reaches the file's other contents.
 """
 
-from ._dispatch import use_backend
+from ._dispatch import is_strict, strict_mode, use_backend
 from ._philox import philox_uniform
 from .attention import attention
 from .group_advantage import group_advantage
 from .grpo_loss import grpo_loss
 from .kv_append import kv_append, qkv_append
+from .linear import linear
 from .linear_grpo import linear_grpo
 from .linear_logprob import linear_logprob
 from .linear_sample import linear_sample
@@ -23,7 +24,7 @@ from .sample import Sampled, sample
 from .swiglu import swiglu
 
 __all__ = [
-    "LogProbs", "LossVariant", "Sampled", "Support", "attention", "group_advantage", "grpo_loss", "kv_append", "linear_grpo", "linear_logprob",
-    "linear_sample", "logits_grpo", "logprob", "philox_uniform",
-    "paged_attention", "policy_loss", "qkv_append", "rmsnorm", "rope", "sample", "swiglu", "use_backend",
+    "LogProbs", "LossVariant", "Sampled", "Support", "attention", "group_advantage", "grpo_loss", "is_strict", "kv_append", "linear", "linear_grpo",
+    "linear_logprob", "linear_sample", "logits_grpo", "logprob", "philox_uniform", "paged_attention", "policy_loss", "qkv_append", "rmsnorm", "rope",
+    "sample", "strict_mode", "swiglu", "use_backend",
 ]  # fmt: skip

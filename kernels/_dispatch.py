@@ -3,6 +3,9 @@
 Every operation registers its backends in the order of preference (cuda, triton, cpu, reference), each with `why_not(call)`: None when it can
 serve this call, else the reason as half a sentence.  Auto takes the first that can; a backend asked for by name that cannot serve raises.
 Nothing falls back by catching an exception.  The Triton interpreter is only for a caller who names `triton`: auto never takes it on CPU.
+
+Strict mode.  An operation whose usual backends on CUDA choose the order of a sum by the shape of the call has, besides, one that does not, registered
+with strict=True.  Auto takes that one inside `with strict_mode()` and none of the others; outside it takes none but the others.
 """
 
 import difflib
@@ -18,6 +21,7 @@ from torch import Tensor
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order in which auto asks
 
 _context: ContextVar[str | None] = ContextVar("athanor_backend", default=None)
+_strict: ContextVar[bool] = ContextVar("athanor_strict", default=False)
 
 
 @contextmanager
@@ -31,6 +35,26 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _context.reset(token)
+
+
+@contextmanager
+def strict_mode(on: bool = True) -> Iterator[None]:
+    """Inside the block a token's numbers do not depend, bit for bit, on the other tokens of a call, in packed and in decode calls: log-probs of
+    rollout and training are equal.
+
+    `linear` and `attention` take their row-independent kernels on CUDA, and raise ValueError where these cannot serve or another backend is asked for
+    by name.  On CPU it changes nothing.  Each thread starts outside of it, as with every ContextVar: what autograd's thread computes again, as
+    activation checkpointing does, must enter it itself (torch.utils.checkpoint: context_fn).
+    """
+    token = _strict.set(on)
+    try:
+        yield
+    finally:
+        _strict.reset(token)
+
+
+def is_strict() -> bool:
+    return _strict.get()
 
 
 def near_misses(name: str, known) -> str:
@@ -59,6 +83,7 @@ class Backend:
 
     run: Callable
     why_not: Callable[[dict], str | None] = lambda call: None
+    strict: bool = False  # on CUDA for strict mode, or by name
 
 
 class Op:
@@ -78,21 +103,25 @@ class Op:
     def resolve(self, call: dict, backend: str | None = None) -> tuple[str, Callable]:
         """Name and function of the backend that serves this call.  Raises ValueError when the one asked for cannot."""
         name = requested_backend(backend, self.name)
+        on_cpu = all(value.device.type == "cpu" for value in call.values() if isinstance(value, Tensor))
+        strict = is_strict() and not on_cpu and any(candidate.strict for candidate in self.backends.values())
         if name is not None:
             reason = self.why_not(name, **call)
+            if reason is None and strict and not self.backends[name].strict:
+                reason = "strict mode is on, and its results for a row depend on the other rows"
             if reason is not None:
                 raise ValueError(f"{self.name}: backend {name!r} cannot serve this call: {reason}")
             return name, self.backends[name].run
-        on_cpu = all(value.device.type == "cpu" for value in call.values() if isinstance(value, Tensor))
         reasons = []
         for name, candidate in self.backends.items():
-            if on_cpu and name == "triton":
+            if (on_cpu and name == "triton") or candidate.strict != strict:
                 continue
             reason = candidate.why_not(call)
             if reason is None:
                 return name, candidate.run
             reasons.append(f"{name}: {reason}")
-        raise ValueError(f"{self.name}: no backend can serve this call ({'; '.join(reasons)})")
+        mode = " in strict mode" if strict else ""
+        raise ValueError(f"{self.name}: no backend can serve this call{mode} ({'; '.join(reasons)})")
 
     def __call__(self, backend: str | None, **call):
         return self.resolve(call, backend)[1](**call)

@@ -62,6 +62,7 @@ class AheadOfTime:
     registers: int = 96  # allowed per thread
     matrix: bool = False  # tl.dot on tensor cores: wgmma on sm_90, mma on sm_80
     capabilities: tuple[int, ...] = (80, 90, 100)  # that these tiles are for
+    contract: bool = True  # a product and a sum into one rounding, where the compiler likes: enable_fp_fusion of a launch
 
     def compile(self, capability: int):
         """Compile for sm_<capability>; returns Triton's CompiledKernel with asm["ptx"] and asm["cubin"]."""
@@ -75,7 +76,7 @@ class AheadOfTime:
         divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if self.signature.get(name, "").endswith(":16")}
         source = ASTSource(self.kernel, signature, {(names.index(name),): value for name, value in self.constants.items()}, divisible)
         return triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                              options={"num_warps": self.num_warps, "num_stages": self.num_stages})  # fmt: skip
+                              options={"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.contract})  # fmt: skip
 
 
 def resources(compiled, folder: Path) -> dict[str, int]:

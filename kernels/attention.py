@@ -1,6 +1,7 @@
 """Causal self-attention over packed sequences with grouped queries (Ainslie et al., arXiv 2305.13245):  softmax(q k^T scale + causal) v.
 
-A dispatcher, not our own flash attention: flash-attn if installed, then torch.nn.attention.varlen, then the reference.
+A dispatcher: flash-attn if installed, then torch.nn.attention.varlen, then the reference.  In strict mode the Triton kernel serves on CUDA
+(attention_triton.py): slower, but a token gets the bits that paged_attention gives it in a decode step.
 
 The reference sorts the sequences into a few buckets of similar length and pads on the right inside a bucket only: causality already hides
 the padding from every real token, so no mask is needed, and padded rows are dropped on the way back.  A token appears exactly once among the
@@ -15,13 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._dispatch import Backend, check, register
+from ._triton import why_not_triton
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
     """Attend causally within each sequence of a packed batch.
 
     q: (T, H, d).  k, v: (T, Hkv, d), query head h reads head h // (H / Hkv).  cu_seqlens: (S+1,) int32, from 0 to T, zero-length allowed.
-    scale: default 1/sqrt(d).  Returns (T, H, d) in q's dtype, differentiable in q, k, v.  Raises ValueError on a shape mismatch.
+    scale: default 1/sqrt(d).  Returns (T, H, d) in q's dtype, differentiable in q, k, v.  Raises ValueError on a shape mismatch and, where the
+    reference serves, on cu_seqlens that break these rules.
     """
     T, H, d = q.shape
     check(k.shape == v.shape and k.ndim == 3 and k.shape[0] == T and k.shape[2] == d,
@@ -165,4 +168,20 @@ def _varlen(varlen_attn, q, k, v, cu_seqlens, longest):
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **causal)
 
 
-op = register("attention", cuda=Backend(attention_cuda, _why_not_cuda), reference=Backend(attention_reference))
+def _triton(**call) -> Tensor:
+    from .attention_triton import attention_triton
+
+    return attention_triton(**call)
+
+
+def why_not_attention(call: dict) -> str | None:
+    q, k, v = call["q"], call["k"], call["v"]
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; the kernel takes all in fp32, fp16 or bf16"
+    if q.shape[2] > 128:
+        return f"heads are of {q.shape[2]}; the kernel keeps two sums of at most 128 per query in registers"
+    return why_not_triton(call)
+
+
+op = register("attention", cuda=Backend(attention_cuda, _why_not_cuda), triton=Backend(_triton, why_not_attention, strict=True),
+              reference=Backend(attention_reference))  # fmt: skip

@@ -3,7 +3,11 @@
 Two launches.  `paged_attention_split_kernel`: one program per (chunk, row, key head).  Its tile of BM query rows holds the H / Hkv query heads of one
 row or, in a chunk that lies wholly in a group's prefix, those of as many rows of the group as fit: then every ROWS-th row of the group has a program
 that works and the others leave at once.  Shared or not, it is the same code in the same compiled kernel with the same tile, and a row of a product
-does not depend on the other rows: that is why sharing changes no bit.  `paged_attention_merge_kernel` joins a row's chunks in ascending order.
+does not depend on the other rows: that is why sharing changes no bit.  `paged_attention_merge_kernel` joins a row's chunks in ascending order, with a
+running maximum.
+
+attention_triton.py attends to packed sequences in the same bits.  It shares the tiles of the products, `step`, `joined` and `finished`, and like
+here no compiler may contract a product and a sum into one rounding: which ones it would choose depends on the code around them.
 
 A program whose chunk lies behind the row's end leaves at once, so the grid depends on the table's width and not on lengths that only the device
 knows: nothing waits for the device and a captured graph stays valid.  The chunk is the slowest index of the grid: the full chunks start first, what
@@ -20,7 +24,7 @@ from torch import Tensor
 from ._triton import AheadOfTime, on_device_of
 from .paged_attention import CHUNK
 
-LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 class Tiles(NamedTuple):
@@ -73,8 +77,9 @@ def paged_attention_triton(q: Tensor, key_cache: Tensor, value_cache: Tensor, bl
                 q, key_cache, value_cache, block_table, seq_lens, offsets, prefixes, m, l, o, R, prefixes.numel(), C, limit, block_table.stride(0),
                 q.stride(0), q.stride(1), *key_cache.stride()[:3], *value_cache.stride()[:3], scale * 1.4426950408889634,
                 HKV=Hkv, REPEAT=H // Hkv, D=d, BLOCK=block_size, CHUNK=CHUNK, GROUPS=grouped, BM=tiles.BM, BN=tiles.BN, BD=BD,
-                num_warps=tiles.num_warps, num_stages=tiles.num_stages)  # fmt: skip
-        paged_attention_merge_kernel[(R * H,)](m, l, o, seq_lens, out, lse, C, limit, H=H, D=d, CHUNK=CHUNK, BD=BD, num_warps=1)
+                num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=False)  # fmt: skip
+        paged_attention_merge_kernel[(R * H,)](m, l, o, seq_lens, out, lse, C, limit, H=H, D=d, CHUNK=CHUNK, BD=BD, num_warps=1,
+                                               enable_fp_fusion=False)  # fmt: skip
     return out, lse
 
 
@@ -127,20 +132,40 @@ def paged_attention_split_kernel(
             block = tl.load(table_ptr + keys // BLOCK, mask=inside, other=0).to(tl.int64)
         k_at, v_at = block * k_block_stride + keys % BLOCK * k_token_stride, block * v_block_stride + keys % BLOCK * v_token_stride
         k = tl.load(k_ptr + k_at[:, None] + dims[None, :], mask=inside[:, None] & (dims < D)[None, :], other=0.0)
-        s = tl.dot(q, k.T, input_precision="ieee") * factor
-        s = tl.where(keys[None, :] < lens[:, None], s, float("-inf"))
-        new = tl.maximum(m, tl.max(s, 1))
-        shift = tl.where(new == float("-inf"), 0.0, new)  # a query row without keys: -inf - -inf would be NaN
-        p, alpha = tl.exp2(s - shift[:, None]), tl.exp2(m - shift)
         v = tl.load(v_ptr + v_at[:, None] + dims[None, :], mask=inside[:, None] & (dims < D)[None, :], other=0.0)
-        l = l * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-        m = new
+        m, l, acc = step(q, k, v, m, l, acc, keys, lens, factor)
     at = (query_row * (HKV * REPEAT) + query_head) * C + chunk
     there = lens > begin
     tl.store(m_ptr + at, m, mask=there)
     tl.store(l_ptr + at, l, mask=there)
     tl.store(o_ptr + (at * D)[:, None] + dims[None, :], acc, mask=there[:, None] & (dims < D)[None, :])
+
+
+@triton.jit
+def step(q, k, v, m, l, acc, keys, lens, factor):
+    """Take some keys and values into the partial (m, l, acc) of a tile of query rows; row i sees the keys below lens[i]."""
+    s = tl.dot(q, k.T, input_precision="ieee") * factor
+    s = tl.where(keys[None, :] < lens[:, None], s, float("-inf"))
+    new = tl.maximum(m, tl.max(s, 1))
+    shift = tl.where(new == float("-inf"), 0.0, new)  # a query row without keys: -inf - -inf would be NaN
+    p, alpha = tl.exp2(s - shift[:, None]), tl.exp2(m - shift)
+    l = l * alpha + tl.sum(p, 1)
+    return new, l, tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+
+
+@triton.jit
+def joined(M, m):
+    """Maximum of a row's chunks so far and of its next one, and the factors that make the sums of either relative to it: exactly 1 and 0 if the next
+    chunk has no keys of the row."""
+    new = tl.maximum(M, m)
+    shift = tl.where(new == float("-inf"), 0.0, new)
+    return new, tl.exp2(M - shift), tl.exp2(m - shift)
+
+
+@triton.jit
+def finished(M, L):
+    """What the sum of values is divided by, and the log-sum-exp to base 2."""
+    return tl.where(L == 0.0, 1.0, L), M + tl.log2(L)
 
 
 @triton.jit
@@ -165,20 +190,16 @@ def paged_attention_merge_kernel(m_ptr, l_ptr, o_ptr, lens_ptr, out_ptr, lse_ptr
     m_ptr += pid * C
     l_ptr += pid * C
     o_ptr += pid * C * D
-    lanes, dims = tl.arange(0, 32), tl.arange(0, BD)
-    top = tl.full([32], float("-inf"), tl.float32)
-    for i in range(0, chunks, 32):
-        top = tl.maximum(top, tl.load(m_ptr + i + lanes, mask=i + lanes < chunks, other=float("-inf")))
-    top = tl.max(top, 0)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    L, out = 0.0, tl.zeros([BD], tl.float32)
+    dims = tl.arange(0, BD)
+    M, L, out = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([BD], tl.float32)
     # one chunk after the other, the loads of the next ones under way
     for c in tl.range(0, chunks, num_stages=4):
-        weight = tl.exp2(tl.load(m_ptr + c) - shift)
-        L += weight * tl.load(l_ptr + c)
-        out += weight * tl.load(o_ptr + c * D + dims, mask=dims < D, other=0.0)
-    tl.store(out_ptr + pid * D + dims, (out / tl.where(L == 0.0, 1.0, L)).to(out_ptr.dtype.element_ty), mask=dims < D)
-    tl.store(lse_ptr + pid, (top + tl.log2(L)) * LN2)
+        M, old, new = joined(M, tl.load(m_ptr + c))
+        L = L * old + tl.load(l_ptr + c) * new
+        out = out * old + tl.load(o_ptr + c * D + dims, mask=dims < D, other=0.0) * new
+    total, lse = finished(M, L)
+    tl.store(out_ptr + pid * D + dims, (out / total).to(out_ptr.dtype.element_ty), mask=dims < D)
+    tl.store(lse_ptr + pid, lse * LN2)
 
 
 def ahead_of_time() -> list[AheadOfTime]:
@@ -191,7 +212,7 @@ def ahead_of_time() -> list[AheadOfTime]:
         constants = dict(HKV=8, REPEAT=repeat, D=D, BLOCK=block, CHUNK=CHUNK, GROUPS=groups, BM=tiles.BM, BN=tiles.BN, BD=D)
         cases.append(AheadOfTime(f"paged_attention_split {dtype} {D} {repeat} {block} {capabilities}", paged_attention_split_kernel,
                                  pointers | dict.fromkeys(SMALL, "*i32") | numbers | {"factor": "fp32"}, constants, tiles.num_warps, tiles.num_stages,
-                                 registers=255, matrix=dtype != "fp32", capabilities=capabilities))  # fmt: skip
+                                 registers=255, matrix=dtype != "fp32", capabilities=capabilities, contract=False))  # fmt: skip
 
     for capability, tiles in TILES.items():  # blocks that hold a step's keys, and shorter ones
         add("bf16", 128, 4, 64, tiles, (capability,))
@@ -202,4 +223,4 @@ def ahead_of_time() -> list[AheadOfTime]:
     merge = dict.fromkeys(("m_ptr", "l_ptr", "o_ptr", "lse_ptr"), "*fp32:16")
     merge |= {"lens_ptr": "*i32", "out_ptr": "*bf16:16", "C": "i32", "limit": "i32"}
     constants = dict(H=32, D=128, CHUNK=CHUNK, BD=128)
-    return [*cases, AheadOfTime("paged_attention_merge", paged_attention_merge_kernel, merge, constants, num_warps=1)]
+    return [*cases, AheadOfTime("paged_attention_merge", paged_attention_merge_kernel, merge, constants, num_warps=1, contract=False)]

@@ -69,6 +69,25 @@ def triton_device(request):
     return torch.device("cpu")
 
 
+@pytest.fixture
+def rowwise_products(monkeypatch):
+    """Give the interpreter's products what a GPU's have: a row's bits do not depend on its place or on the other rows, and sums are ascending.
+
+    The interpreter hands tl.dot to numpy's BLAS, which rounds a row by its place in the matrix.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, d, *options):
+        total = d.data.copy()
+        for column, row in zip(a.data.T.astype(total.dtype), b.data.astype(total.dtype), strict=True):
+            total += column[:, None] * row
+        return TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
 @dataclass
 class Launches:
     keys: set = field(default_factory=set)  # (kernel, specialisation, options): what Triton would compile

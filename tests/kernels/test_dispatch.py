@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from athanor.kernels import rmsnorm, use_backend
+from athanor.kernels import rmsnorm, strict_mode, use_backend
 from athanor.kernels._dispatch import OPS, Backend, Op
 
 
@@ -46,6 +46,26 @@ def test_argument_beats_context_beats_environment(monkeypatch):
             assert toy(None, x=x)[0] == "triton"
         assert toy(None, x=x)[0] == "reference"
     assert toy(None, x=x)[0] == "triton"
+
+
+def test_strict_mode_takes_strict_backends_alone_and_nothing_else_does():
+    toy = Op("toy", {
+        "cuda": Backend(lambda x: ("cuda", x)),
+        "triton": Backend(lambda x: ("triton", x), lambda call: "x is too small" if call["x"].numel() < 4 else None, strict=True),
+        "reference": Backend(lambda x: ("reference", x)),
+    })  # fmt: skip
+    x = torch.zeros(4, device="meta")
+    assert toy(None, x=x)[0] == "cuda" and toy("triton", x=x)[0] == "triton"
+    with strict_mode():
+        assert toy(None, x=x)[0] == toy("triton", x=x)[0] == "triton"
+        assert toy(None, x=torch.zeros(4))[0] == "cuda" and toy("reference", x=torch.zeros(4))[0] == "reference"  # on CPU nothing changes
+        with pytest.raises(ValueError, match=r"toy: no backend can serve this call in strict mode \(triton: x is too small\)"):
+            toy(None, x=x[:3])
+        with pytest.raises(ValueError, match="toy: backend 'reference' cannot serve this call: strict mode is on"):
+            toy("reference", x=x)
+        assert make_op()(None, x=x)[0] == "cuda"  # an operation that has nothing to choose
+    with use_backend("triton"):
+        assert toy(None, x=x)[0] == "triton"
 
 
 def test_auto_by_name_overrides_context_and_environment(monkeypatch):

@@ -1,0 +1,51 @@
+"""Linear layer:  y = x weight^T + bias.
+
+Usually that is the library's product.  cuBLAS, though, picks its kernel, and whether to split the sum over K, by the shape of the call: the bits of a
+row depend on how many other rows there are.  In strict mode the Triton kernel serves on CUDA (linear_triton.py), which gives a row the same bits in a
+decode step of one token as in a packed batch of thousands.  Only the forward feeds log-probs: gradients are the library's products either way.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._dispatch import Backend, check, register
+from ._triton import why_not_triton
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """Multiply each row of x by weight^T and add the bias.
+
+    x: (T, K).  weight: (N, K).  bias: (N,).  All in one dtype.  Returns (T, N) in that dtype, differentiable in all three; accumulated in fp32 (fp64
+    for fp64) and, by the kernel, rounded once.  `strict_mode()` says when the bits of a row depend on that row alone.
+    Raises ValueError on a mismatch of shapes or dtypes.
+    """
+    check(x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1] and x.dtype == weight.dtype,
+          f"linear: weight is {tuple(weight.shape)} {weight.dtype}, x is {tuple(x.shape)} {x.dtype}; wanted (N, K) and (T, K) alike")  # fmt: skip
+    check(bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype),
+          f"linear: bias is {None if bias is None else (*bias.shape, bias.dtype)}; wanted ({weight.shape[0]},) {x.dtype}")  # fmt: skip
+    return op(backend, x=x, weight=weight, bias=bias)
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _triton(**call) -> Tensor:
+    from .linear_triton import linear_triton
+
+    return linear_triton(**call)
+
+
+def why_not_linear(call: dict) -> str | None:
+    x, weight = call["x"], call["weight"]
+    if x.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        return f"x is {x.dtype}; the kernel takes fp32, fp16 or bf16"
+    if weight.shape[1] == 0:
+        return f"weight is {tuple(weight.shape)}, which leaves nothing to multiply"
+    if weight.shape[1] > 1 and weight.stride(1) != 1:
+        return f"the numbers of a row of weight are not neighbours in memory (strides {weight.stride()})"
+    return why_not_triton(call)
+
+
+op = register("linear", triton=Backend(_triton, why_not_linear, strict=True), reference=Backend(linear_reference))

@@ -1,0 +1,104 @@
+"""Linear layer in Triton with row-independent bits; the equation is that of linear.py.
+
+A program computes one tile of BM tokens x BN outputs: a running product over K in ascending steps of BK, never split, in one tile shape per dtype and
+compute capability, for one token as for thousands.  Rows of a matrix product do not depend on each other, and what lies behind the last row is read
+as 0: so the bits of a row follow from that row and the weights.  The bias is added in fp32; y is rounded once.
+
+Programs are numbered so that those which run together share operands in L2: a band of GROUP token tiles meets one tile of weights after the other.
+
+Backward: dx = dy weight, dweight = dy^T x by the library, whose choice of order changes no log-prob.
+
+Predicted for an H200 in bf16, not measured: 4.3 TB/s from memory; 5.5 TB/s from L2, and 112 GB/s into one processor.  A step of 64 in K fetches 24
+KiB for a whole tile of 64 x 128; rows beyond T are no traffic.
+Decode, T = 64, K = 4096.  N = 4096 reads 33.6 MB of weights (7.8 us), but its 32 tiles occupy 32 of 132 processors: 14 us.  N = 6144: 50.3 MB (11.7
+us), 14 us.  N = 24576: 201 MB of weights (47 us) and 101 MB of x from L2: 55 us.
+Training, T = 8192, K = N = 4096.  275 GFLOP (0.35 ms at 788 TFLOP/s) fetch 6.4 GB through L2: 1.2 ms, 3.3 times the library.  That is the price of
+one tile that is low enough for decode: the compute of a taller one would be the limit where few processors share a narrow layer.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._triton import AheadOfTime, on_device_of
+from .linear_logprob_triton import Tiles, _logits, operands
+
+# BM = 64 is the least that Hopper's wgmma takes.  Not measured on a GPU yet; two programs of 4 x (64 + 128) x 64 x 2 = 96 KiB fit on an SM of sm_90.
+# There is no slice of a vocabulary.
+TILES = {80: Tiles(64, 128, 32, 4, 4, 0), 90: Tiles(64, 128, 64, 4, 4, 0), 100: Tiles(64, 128, 64, 4, 4, 0)}
+TILES_FP32 = Tiles(64, 64, 16, 8, 3, 0)  # exact fp32 products, no tensor cores
+TILES_INTERPRETER = Tiles(16, 16, 16, 4, 1, 0, 2)
+
+
+def tiles_of(x: Tensor) -> Tiles:
+    if not x.is_cuda:
+        return TILES_INTERPRETER
+    if x.dtype == torch.float32:
+        return TILES_FP32
+    capability = 10 * torch.cuda.get_device_capability(x.device)[0]
+    return TILES[max((c for c in TILES if c <= capability), default=80)]
+
+
+def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return LinearFunction.apply(x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous(), weight, bias)
+
+
+class LinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        T, N = x.shape[0], weight.shape[0]
+        ctx.save_for_backward(x, weight)
+        y = torch.empty(T, N, dtype=x.dtype, device=x.device)
+        if y.numel():
+            tiles = tiles_of(x)
+            with on_device_of(x):
+                linear_fwd_kernel[(triton.cdiv(T, tiles.BM) * triton.cdiv(N, tiles.BN),)](
+                    bias_ptr=y if bias is None else bias.contiguous(), y_ptr=y, T=T, N=N, BIAS=bias is not None,
+                    **operands(x, weight, tiles))  # fmt: skip
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        return dy @ weight if need_x else None, dy.T @ x if need_weight else None, dy.sum(0) if need_bias else None
+
+
+# The number of tokens and where they lie change from call to call: neither is specialised.
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["bias_ptr"])
+def linear_fwd_kernel(
+    hidden, weight, bias_ptr, y_ptr, T, N, D, hidden_stride, weight_stride,
+    BIAS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    band = GROUP * tl.cdiv(N, BN)
+    width = tl.minimum(tl.cdiv(T, BM) - pid // band * GROUP, GROUP)
+    row0 = (pid // band * GROUP + pid % band % width) * BM
+    col0 = pid % band // width * BN
+    rows, cols = row0 + tl.arange(0, BM), col0 + tl.arange(0, BN)
+    y = _logits(hidden, weight, rows, cols, row0, col0, T, N, D, hidden_stride, weight_stride, BM, BN, BK, DESCRIPTORS)
+    if BIAS:
+        y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    at = y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(rows < T)[:, None] & (cols < N)[None, :])
+
+
+def ahead_of_time() -> list[AheadOfTime]:
+    sizes = {"T": "i32", "N": "i32:16", "D": "i32:16", "hidden_stride": "i32:16", "weight_stride": "i32:16"}
+    cases = []
+
+    def add(name, tiles, capabilities, dtype, descriptors):
+        for bias in (False, True):
+            kinds = [f"tensordesc<{dtype}[{block}, {tiles.BK}]>" if descriptors else f"*{dtype}:16" for block in (tiles.BM, tiles.BN)]
+            signature = dict(zip(("hidden", "weight"), kinds, strict=True)) | sizes | {"bias_ptr": f"*{dtype}", "y_ptr": f"*{dtype}:16"}
+            constants = dict(BIAS=bias, BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, GROUP=tiles.GROUP, DESCRIPTORS=descriptors)
+            cases.append(AheadOfTime(f"linear_fwd {name} bias {bias}", linear_fwd_kernel, signature, constants, tiles.num_warps, tiles.num_stages,
+                                     registers=168, matrix=dtype != "fp32", capabilities=capabilities))  # fmt: skip
+
+    for capability, tiles in TILES.items():
+        for descriptors in (False, True) if capability >= 90 else (False,):
+            for dtype in ("bf16", "fp16"):
+                add(f"sm_{capability} {dtype} {'descriptors' if descriptors else 'pointers'}", tiles, (capability,), dtype, descriptors)
+    add("fp32", TILES_FP32, (80, 90, 100), "fp32", False)
+    return cases
