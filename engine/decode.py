@@ -139,13 +139,7 @@ class DecodeRows:
             drawn = linear_sample(hidden, weight, temperature=parameters["temperature"], **keys)
         else:
             filled = fill_rows(hidden) if self.on_cpu else hidden
-            if strict:
-                logits = linear(filled, weight, out_dtype=torch.float32)
-            elif filled.dtype == torch.float32 or self.on_cpu:
-                logits = filled.float() @ weight.float().T
-            else:
-                logits = torch.mm(filled, weight.T, out_dtype=torch.float32)
-            drawn = sample(logits[: len(hidden)], **parameters, **keys)
+            drawn = sample(linear(filled, weight, out_dtype=torch.float32)[: len(hidden)], **parameters, **keys)
         if strict and parameters["temperature"] != 0:
             # The trainer's kernel scores the token: its sums run in another order than the sampler's.
             support = drawn.support if "thresholds" in self.ring else None

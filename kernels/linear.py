@@ -13,22 +13,28 @@ from ._dispatch import Backend, check, register
 from ._triton import why_not_triton
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None, backend: str | None = None) -> Tensor:
     """Multiply each row of x by weight^T and add the bias.
 
     x: (T, K).  weight: (N, K).  bias: (N,).  All in one dtype.  Returns (T, N) in that dtype, differentiable in all three; accumulated in fp32 (fp64
-    for fp64) and, by the kernel, rounded once.  `strict_mode()` says when the bits of a row depend on that row alone.
-    Raises ValueError on a mismatch of shapes or dtypes.
+    for fp64) and, by the kernel, rounded once.  out_dtype: fp32 hands the sums out as they are, for logits; forward only.
+    `strict_mode()` says when the bits of a row depend on that row alone.  Raises ValueError on a mismatch of shapes or dtypes.
     """
     check(x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1] and x.dtype == weight.dtype,
           f"linear: weight is {tuple(weight.shape)} {weight.dtype}, x is {tuple(x.shape)} {x.dtype}; wanted (N, K) and (T, K) alike")  # fmt: skip
     check(bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype),
           f"linear: bias is {None if bias is None else (*bias.shape, bias.dtype)}; wanted ({weight.shape[0]},) {x.dtype}")  # fmt: skip
-    return op(backend, x=x, weight=weight, bias=bias)
+    if out_dtype in (None, x.dtype):
+        return op(backend, x=x, weight=weight, bias=bias, out_dtype=x.dtype)
+    check(out_dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16) and bias is None,
+          f"linear: out_dtype is {out_dtype}, x is {x.dtype}{'' if bias is None else ' and there is a bias'}; wanted float32 from bf16 or fp16, no bias")  # fmt: skip
+    return op(backend, x=x.detach(), weight=weight.detach(), bias=None, out_dtype=out_dtype)
 
 
-def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias)
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    if out_dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    return torch.mm(x, weight.T, out_dtype=out_dtype) if x.is_cuda else x.to(out_dtype) @ weight.to(out_dtype).T
 
 
 def _triton(**call) -> Tensor:

@@ -40,16 +40,16 @@ def tiles_of(x: Tensor) -> Tiles:
     return TILES[max((c for c in TILES if c <= capability), default=80)]
 
 
-def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return LinearFunction.apply(x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous(), weight, bias)
+def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    return LinearFunction.apply(x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous(), weight, bias, out_dtype)
 
 
 class LinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, out_dtype):
         T, N = x.shape[0], weight.shape[0]
         ctx.save_for_backward(x, weight)
-        y = torch.empty(T, N, dtype=x.dtype, device=x.device)
+        y = torch.empty(T, N, dtype=out_dtype, device=x.device)
         if y.numel():
             tiles = tiles_of(x)
             with on_device_of(x):
@@ -61,8 +61,8 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
-        return dy @ weight if need_x else None, dy.T @ x if need_weight else None, dy.sum(0) if need_bias else None
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        return dy @ weight if need_x else None, dy.T @ x if need_weight else None, dy.sum(0) if need_bias else None, None
 
 
 # The number of tokens and where they lie change from call to call: neither is specialised.
@@ -89,11 +89,11 @@ def ahead_of_time() -> list[AheadOfTime]:
     cases = []
 
     def add(name, tiles, capabilities, dtype, descriptors):
-        for bias in (False, True):
+        for bias, out in dict.fromkeys([(False, dtype), (True, dtype), (False, "fp32")]):
             kinds = [f"tensordesc<{dtype}[{block}, {tiles.BK}]>" if descriptors else f"*{dtype}:16" for block in (tiles.BM, tiles.BN)]
-            signature = dict(zip(("hidden", "weight"), kinds, strict=True)) | sizes | {"bias_ptr": f"*{dtype}", "y_ptr": f"*{dtype}:16"}
+            signature = dict(zip(("hidden", "weight"), kinds, strict=True)) | sizes | {"bias_ptr": f"*{dtype}", "y_ptr": f"*{out}:16"}
             constants = dict(BIAS=bias, BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, GROUP=tiles.GROUP, DESCRIPTORS=descriptors)
-            cases.append(AheadOfTime(f"linear_fwd {name} bias {bias}", linear_fwd_kernel, signature, constants, tiles.num_warps, tiles.num_stages,
+            cases.append(AheadOfTime(f"linear_fwd {name} bias {bias} out {out}", linear_fwd_kernel, signature, constants, tiles.num_warps, tiles.num_stages,
                                      registers=168, matrix=dtype != "fp32", capabilities=capabilities))  # fmt: skip
 
     for capability, tiles in TILES.items():

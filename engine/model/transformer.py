@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from athanor.config import ModelConfig
-from athanor.kernels import attention, rmsnorm, rope, swiglu
+from athanor.kernels import attention, linear, rmsnorm, rope, swiglu
 
 # Products of few rows, or of an odd number of rows per CPU thread, take other paths in BLAS and round differently (seen with 5-27 rows on AMD and
 # 1-7 on Intel).  Rollout and trainer therefore run the model on multiples of this many rows, the last ones filler that nobody reads.
@@ -74,6 +74,13 @@ class RMSNorm(nn.Module):
         return rmsnorm(x, self.weight, eps=self.eps, residual=residual)
 
 
+class Linear(nn.Linear):
+    """nn.Linear by way of the kernel, which has a row-independent version for strict mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class DecoderLayer(nn.Module):
     """Attention and SwiGLU, q/k/v and gate/up fused into one matrix each (split again in HuggingFace files by `weights`)."""
 
@@ -83,13 +90,13 @@ class DecoderLayer(nn.Module):
         self.index = index
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, d
         self.input_norm = RMSNorm(D, config.rms_norm_eps)
-        self.qkv_proj = nn.Linear(D, (self.num_heads + 2 * self.num_kv_heads) * d, bias=config.architecture == "qwen2")
+        self.qkv_proj = Linear(D, (self.num_heads + 2 * self.num_kv_heads) * d, bias=config.architecture == "qwen2")
         if config.architecture == "qwen3":
             self.q_norm, self.k_norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
-        self.o_proj = nn.Linear(self.num_heads * d, D, bias=False)
+        self.o_proj = Linear(self.num_heads * d, D, bias=False)
         self.post_attention_norm = RMSNorm(D, config.rms_norm_eps)
-        self.gate_up_proj = nn.Linear(D, 2 * F, bias=False)
-        self.down_proj = nn.Linear(F, D, bias=False)
+        self.gate_up_proj = Linear(D, 2 * F, bias=False)
+        self.down_proj = Linear(F, D, bias=False)
         self.qk_norm = config.architecture == "qwen3"
 
     def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:

@@ -58,3 +58,12 @@ def test_mismatches_are_refused():
         linear(x, torch.ones(4, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"linear: bias is \(3, torch.float32\); wanted \(4,\) torch.float32"):
         linear(x, torch.ones(4, 3), torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fp32_logits_of_low_precision_are_not_rounded(dtype, generator):
+    x, weight = (torch.randn(n, 33, generator=generator).to(dtype) for n in (7, 19))
+    y, oracle = linear(x, weight, out_dtype=torch.float32), x.double() @ weight.double().T
+    assert y.dtype == torch.float32 and (y.double() - oracle).abs().max() < 1e-5 * oracle.abs().max()
+    with pytest.raises(ValueError, match="out_dtype is torch.float64"):
+        linear(x, weight, out_dtype=torch.float64)

@@ -140,3 +140,13 @@ def test_refuses_what_it_cannot_serve(triton_device):
                          ((x[:, :0], x[:, :0]), r"weight is \(3, 0\), which leaves nothing to multiply")):  # fmt: skip
         with pytest.raises(ValueError, match=f"linear: backend 'triton' cannot serve this call: .*{reason}"):
             linear(*args, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+def test_fp32_sums_come_out_unrounded_and_row_by_row(dtype, triton_device, rowwise_products, generator):
+    x, weight, _ = inputs(150, 40, 21, generator, dtype, triton_device)
+    y = linear(x, weight, out_dtype=torch.float32, backend="triton")
+    oracle = x.double() @ weight.double().T
+    assert y.dtype == torch.float32 and (y.double() - oracle).abs().max() < 1e-5 * oracle.abs().max()
+    assert torch.equal(y.to(dtype), linear(x, weight, backend="triton"))
+    assert torch.equal(linear(x[13:20], weight, out_dtype=torch.float32, backend="triton"), y[13:20])
