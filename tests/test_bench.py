@@ -76,16 +76,17 @@ def test_every_operation_has_a_case_that_passes_the_gate(modules):
 def test_a_wrong_result_is_reported_and_not_timed(spoil, modules):
     case = case_of(modules, "swiglu")
     wrong = replace(case, run=lambda **inputs: (spoil(case.run(**inputs)[0]), *case.run(**inputs)[1:]))
-    (row,) = modules.measure.rows_of(wrong, "cpu", {}, 20, lambda text: None)
-    assert row["wrong"].startswith("output 0: ") and not row["correct"] and "median_us" not in row
+    rows = modules.measure.rows_of(wrong, "cpu", {}, 20, lambda text: None)
+    assert [row["kind"] for row in rows] == ["backend"] * len(rows) and rows
+    assert all(row["wrong"].startswith("output 0: ") and not row["correct"] and "median_us" not in row for row in rows)
 
 
 def test_what_a_backend_raises_is_its_own_row(modules):
     def broken(**inputs):
         raise RuntimeError("launch failed\nsecond line")
 
-    (row,) = modules.measure.rows_of(replace(case_of(modules, "swiglu"), run=broken), "cpu", {}, 20, lambda text: None)
-    assert row["wrong"] == "raised RuntimeError: launch failed"
+    rows = modules.measure.rows_of(replace(case_of(modules, "swiglu"), run=broken), "cpu", {}, 20, lambda text: None)
+    assert {row["backend"] for row in rows} >= {"reference"} and {row["wrong"] for row in rows} == {"raised RuntimeError: launch failed"}
 
 
 def test_an_element_that_nobody_wrote_fails_even_where_zero_is_right(modules):
