@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from gate import Gate
+from gate import Gate, Verdict
 from peers import peers_of
 from timing import peak_bytes, quantile, times_us
 
+import athanor
 import athanor.kernels
 from athanor.kernels._dispatch import OPS
 
@@ -28,7 +29,8 @@ def all_cases(device: str, say: Callable[[str], None] | None = None) -> list:
     found = []
     for name in sorted(path.stem for path in (HERE / "cases").glob("*.py")):
         try:
-            cases = importlib.import_module(f"cases.{name}").cases(device)
+            module = importlib.import_module(f"cases.{name}")
+            cases = module.cases(device) if hasattr(module, "cases") else []  # a file of whole workloads has none, see workloads.py
         except (ImportError, AttributeError, TypeError) as error:
             if say is None:
                 raise
@@ -56,9 +58,13 @@ def counterpart(case, device: str) -> Callable:
     return find
 
 
-def environment(device: str) -> dict:
-    """Machine, versions, and the commit of the kernels that are measured (`-dirty` where their folder differs from it)."""
+def environment(device: str, *, engine: bool = False) -> dict:
+    """Machine, versions, and the commit of the kernels that are measured (`-dirty` where their folder differs from it).
+
+    engine: the engine and the C++ sources count too.
+    """
     kernels = athanor.kernels.__path__[0]
+    measured = [".", athanor.__path__[0], str(HERE.parent / "csrc")] if engine else ["."]
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", kernels, *arguments], capture_output=True, text=True).stdout.strip()
@@ -67,7 +73,7 @@ def environment(device: str) -> dict:
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else "none"
     return {"machine": name, "device": device, "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-            "triton": triton, "commit": commit + ("-dirty" if git("status", "--porcelain", "--", ".") else "")}  # fmt: skip
+            "triton": triton, "commit": commit + ("-dirty" if git("status", "--porcelain", "--", *measured) else "")}  # fmt: skip
 
 
 def cpu_name() -> str:
@@ -90,7 +96,7 @@ def rows_of(case, device: str, ceiling: dict | None, repeats: int, say: Callable
     for name in OPS[case.op].backends:
         if device == "cpu" and name == "triton":
             continue  # the interpreter is for tests: its times mean nothing
-        row = judged(gate, name, lambda name=name, **inputs: case.run(**inputs, backend=name))
+        row = judged(name, lambda name=name: gate.check(lambda **inputs: case.run(**inputs, backend=name)))
         if row.get("correct"):
             contenders[name] = lambda name=name: case.run(**inputs, backend=name)
         rows.append({"kind": "backend"} | row)
@@ -100,7 +106,7 @@ def rows_of(case, device: str, ceiling: dict | None, repeats: int, say: Callable
         rows.append({"kind": "peer", "backend": "eager"})
         for name, peer in peers_of(case, device).items():
             say(f"{case.op} {sizes_of(case)}: {name}")
-            row = judged(gate, name, peer)
+            row = judged(name, lambda peer=peer: gate.check(peer))
             # a peer beyond the rule (most round logits to bf16) is timed all the same, with its error beside it; nonsense is not
             if row.pop("comparable", False):
                 contenders[name] = peer.timed(**inputs) if hasattr(peer, "timed") else lambda peer=peer: peer(**inputs)
@@ -118,10 +124,10 @@ def rows_of(case, device: str, ceiling: dict | None, repeats: int, say: Callable
     return [head | row | {"gate": gate.scope} for row in rows]
 
 
-def judged(gate: Gate, name: str, function: Callable[..., tuple]) -> dict:
-    """What the gate says of one contender.  What it raises goes into the row: one broken contender must not cost the rest of a run."""
+def judged(name: str, check: Callable[[], Verdict]) -> dict:
+    """What a gate says of one contender.  What it raises goes into the row: one broken contender must not cost the rest of a run."""
     try:
-        verdict = gate.check(function)
+        verdict = check()
     except ValueError as refusal:
         if "cannot serve this call" in str(refusal):
             return {"backend": name, "skipped": str(refusal)}
@@ -134,10 +140,15 @@ def judged(gate: Gate, name: str, function: Callable[..., tuple]) -> dict:
 
 def timed(case, times: list[float], queued: bool, eager_us: float, ceiling: dict) -> dict:
     median = quantile(times, 0.5)
-    gb_s, tflop_s = case.bytes / median * 1e-3, case.flops / median * 1e-6
-    limit = max(gb_s / ceiling["copy_gb_s"], tflop_s / ceiling["matmul_tflop_s"])
     return {"median_us": median, "p20_us": quantile(times, 0.2), "p80_us": quantile(times, 0.8), "repeats": len(times), "queued": queued,
-            "gb_s": gb_s, "tflop_s": tflop_s, "percent_of_ceiling": 100 * limit, "times_eager": eager_us / median} | ceiling  # fmt: skip
+            "times_eager": eager_us / median} | speed(case, median, ceiling) | ceiling  # fmt: skip
+
+
+def speed(case, median_us: float, ceiling: dict) -> dict:
+    """Useful bytes and flops per time, and the percentage of the ceiling that binds."""
+    gb_s, tflop_s = case.bytes / median_us * 1e-3, case.flops / median_us * 1e-6
+    limit = max(gb_s / ceiling["copy_gb_s"], tflop_s / ceiling["matmul_tflop_s"])
+    return {"gb_s": gb_s, "tflop_s": tflop_s, "percent_of_ceiling": 100 * limit}
 
 
 def measure(cases: list, device: str, ceiling: dict | None, repeats: int, say: Callable[[str], None]) -> Iterator[dict]:

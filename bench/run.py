@@ -1,12 +1,13 @@
-"""Measure every kernel beside what a user would otherwise run.
+"""Measure every kernel, and whole workloads of the engine, beside what a user would otherwise run.
 
     python bench/run.py [--op NAME ...] [--check | --compile | --list] [--json FILE] [--plot FILE] [--base REV] [--device cpu|cuda] [--repeats N]
 
 No timing without a correct result (gate.py): a backend that errs more than twice plain PyTorch against fp64, plus a few ulp, is reported as WRONG,
 not timed, and the exit code is 1.  Times are medians of at least 20 repetitions with p20 and p80 (timing.py); the ceilings, copy bandwidth and
-matmul, are measured in the same run.  Peers that are installed run behind the same gate (peers.py).  --compile needs no GPU: it compiles every
-kernel for sm_80, sm_90 and sm_100 and exits with 1 when one spills or passes a limit.  On a CPU shared with other work only ratios within one run
-mean anything.  The last line on stdout is one JSON object; exit codes: 0 good, 1 wrong or over a limit, 2 bad arguments.
+matmul, are measured in the same run.  Peers that are installed run behind the same gate (peers.py).  --op rollout is a family of whole workloads
+(workloads.py): sampling, a GRPO step, the prefill of a group.  --compile needs no GPU: it compiles every kernel for sm_80, sm_90 and sm_100 and exits
+with 1 when one spills or passes a limit.  On a CPU shared with other work only ratios within one run mean anything; OMP_NUM_THREADS sets the threads
+of all contenders.  The last line on stdout is one JSON object; exit codes: 0 good, 1 wrong or over a limit, 2 bad arguments.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+import workloads  # noqa: E402
 from measure import all_cases, base_rows, environment, measure, with_base  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -43,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS, allow_abbrev=False)
-    parser.add_argument("--op", action="append", metavar="NAME", help="one operation instead of all; may be given several times")
+    parser.add_argument("--op", action="append", metavar="NAME", help="one operation, workload or family of workloads instead of all; repeatable")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="run the correctness gate only")
     mode.add_argument("--compile", action="store_true", help="compile for sm_80, sm_90, sm_100 and report registers, shared memory and spills")
@@ -52,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw roofline and percent of the ceiling to this PNG")
     parser.add_argument("--base", metavar="REV", help="measure the same cases with the kernels of this git revision too and print the ratio per row")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=30, help=f"timed calls per row, at least {MIN_REPEATS} (default 30)")
+    parser.add_argument("--repeats", type=int, default=30, help=f"timed calls per row, at least {MIN_REPEATS} (default 30); of a workload a sixth")
     parser.add_argument("--older-kernels", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     timing = not (chosen.check or chosen.compile or chosen.list)
@@ -60,11 +62,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--device cuda: torch sees no CUDA device here")
     if chosen.repeats < MIN_REPEATS:
         parser.error(f"--repeats {chosen.repeats}: wanted at least {MIN_REPEATS}")
+    found = [] if chosen.older_kernels else workloads.all_workloads(chosen.device)
+    whole = {name for workload in found for name in (workload.family, workload.op)}
     for name in chosen.op or []:
-        if name not in OPS:
-            if chosen.older_kernels:
-                continue
-            parser.error(f"--op: no operation {name!r}; {near_misses(name, OPS)}")
+        if name in whole and (chosen.compile or chosen.base):
+            parser.error(f"--{'compile' if chosen.compile else 'base'} is for kernels: {name} is a workload of the engine")
+        if name not in OPS and name not in whole and not chosen.older_kernels:
+            parser.error(f"--op: no operation {name!r}; {near_misses(name, [*OPS, *whole])}")
     for option in ("plot", "base"):
         if getattr(chosen, option) and not timing:
             parser.error(f"--{option} needs times: not with --check, --compile or --list")
@@ -80,10 +84,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return chosen
 
 
+TEXT = ("op", "sizes", "dtype", "backend", "split", "note", "kernel", "case")  # columns that are not numbers
+
+
 def table_of(rows: list[dict], columns: dict, title: str | None = None) -> Table:
     table = Table(title=title, box=None, header_style="bold", pad_edge=False)
     for name in columns:
-        table.add_column(name, overflow="fold", justify="left" if name in ("op", "sizes", "dtype", "backend", "note", "kernel", "case") else "right")
+        table.add_column(name, overflow="fold", justify="left" if name in TEXT else "right")
     for row in rows:
         table.add_row(*(str(show(row)) for show in columns.values()))
     return table
@@ -97,6 +104,8 @@ def note(row: dict) -> str:
     if "skipped" in row:
         return "skipped: " + row["skipped"].split("cannot serve this call: ")[-1]
     parts = [f"WRONG {row['wrong']}"] if "wrong" in row else ["correct"] if row.get("correct") else []
+    parts += [f"log-prob gap {max(gap for gap, _ in row['errors']):.1e}"] if "family" in row and row.get("errors") else []
+    parts += [f"goal {row['goal']:g} x {row['rival']}"] if row["kind"] == "backend" and "goal" in row else []
     return "; ".join(parts + ([] if row.get("queued", True) else ["host-bound: holds Python's time"]))
 
 
@@ -108,12 +117,22 @@ def rate(row: dict) -> str:
     return f"{row['gb_s']:.1f} GB/s" if by_bytes else f"{row['tflop_s']:.3f} TFLOP/s"
 
 
+UNTIMED = ("op", "sizes", "dtype", "backend", "note")
 COLUMNS = {
     "op": lambda row: row["op"], "sizes": lambda row: " ".join(f"{k}={v}" for k, v in row["sizes"].items()), "dtype": lambda row: row["dtype"],
     "backend": lambda row: row["backend"], "median us": number("median_us", ".1f"),
     "p20-p80": lambda row: f"{row['p20_us']:.1f}-{row['p80_us']:.1f}" if "p20_us" in row else "", "rate": rate,
     "% ceiling": number("percent_of_ceiling", ".1f"), "x eager": number("times_eager", ".2f"), "x base": number("times_base", ".2f"),
     "peak MiB": lambda row: f"{row['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in row else "", "note": note,
+}  # fmt: skip
+WORKLOADS = {
+    **{name: COLUMNS[name] for name in ("op", "sizes", "dtype", "backend")},
+    "median s": lambda row: f"{row['median_us'] / 1e6:.3f}" if "median_us" in row else "",
+    "p20-p80": lambda row: f"{row['p20_us'] / 1e6:.3f}-{row['p80_us'] / 1e6:.3f}" if "p20_us" in row else "",
+    "tokens/s": number("tokens_per_s", ".0f"), "decode tokens/s": number("decode_tokens_per_s", ".0f"), "bound": number("bound_tokens_per_s", ".0f"),
+    "% ceiling": COLUMNS["% ceiling"], "x rival": number("times_rival", ".2f"), "peak MiB": COLUMNS["peak MiB"],
+    "split": lambda row: ", ".join(f"{key.removesuffix('_s').replace('_', ' ')} {row[key]:.3f} s" for key in workloads.SPLIT if key in row),
+    "note": note,
 }  # fmt: skip
 COMPILED = {
     "op": lambda row: row["op"], "case": lambda row: row["case"], "arch": lambda row: row["arch"],
@@ -156,10 +175,16 @@ def main() -> int:
     if chosen.compile:
         return compile_all(chosen, out)
     cases = [case for case in all_cases(chosen.device, say if chosen.older_kernels else None) if not chosen.op or case.op in chosen.op]
+    whole = [] if chosen.base or chosen.older_kernels else [
+        workload for workload in workloads.all_workloads(chosen.device) if not chosen.op or {workload.family, workload.op} & set(chosen.op)
+    ]  # fmt: skip
     if chosen.list:
         for case in cases:
             sizes = " ".join(f"{k}={v}" for k, v in case.sizes.items())
             print(f"{case.op:<16}{sizes:<34}{str(case.dtype).removeprefix('torch.'):<10}{', '.join(OPS[case.op].backends)}")
+        for workload in whole:
+            sizes = " ".join(f"{k}={v}" for k, v in workload.sizes.items())
+            print(f"{workload.op:<16}{sizes:<34} {str(workload.dtype).removeprefix('torch.'):<10}{', '.join(workload.contenders)}")
         return 0
     common = environment(chosen.device)
     out.print(" ".join(f"{k}={v}" for k, v in common.items()))
@@ -180,8 +205,14 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             with_base(rows, base_rows(chosen.base, again, Path(folder)))
         append(chosen.json, rows)
-    columns = {k: v for k, v in COLUMNS.items() if (k != "x base" or chosen.base) and (ceiling or k in ("op", "sizes", "dtype", "backend", "note"))}
-    out.print(table_of(rows, columns))
+    columns = {k: v for k, v in COLUMNS.items() if (k != "x base" or chosen.base) and (ceiling or k in UNTIMED)}
+    if rows:
+        out.print(table_of(rows, columns))
+    for row in workloads.measure(whole, chosen.device, ceiling, chosen.repeats // 6, say):
+        rows.append(row)
+        append(chosen.json, [row])
+    if whole:
+        out.print(table_of([row for row in rows if "family" in row], {k: v for k, v in WORKLOADS.items() if ceiling or k in UNTIMED}))
     if chosen.plot and any("median_us" in row for row in rows):
         from plots import roofline
 

@@ -29,6 +29,20 @@ def modules(monkeypatch):
     return SimpleNamespace(gate=gate, measure=measure, peers=peers, timing=timing)
 
 
+CEILING = {"copy_gb_s": 10.0, "matmul_tflop_s": 0.1}
+TINY = {"model": "0.8M", "prompts": 2, "G": 3, "prompt": 5, "new": 4}
+
+
+@pytest.fixture
+def rollout(modules):
+    import cases.rollout
+    import rollout_engine
+    import rollout_peers
+    import workloads
+
+    return SimpleNamespace(cases=cases.rollout, engine=rollout_engine, peers=rollout_peers, workloads=workloads)
+
+
 def case_of(modules, op, device="cpu"):
     return next(case for case in modules.measure.all_cases(device) if case.op == op)
 
@@ -62,16 +76,17 @@ def test_every_operation_has_a_case_that_passes_the_gate(modules):
 def test_a_wrong_result_is_reported_and_not_timed(spoil, modules):
     case = case_of(modules, "swiglu")
     wrong = replace(case, run=lambda **inputs: (spoil(case.run(**inputs)[0]), *case.run(**inputs)[1:]))
-    (row,) = modules.measure.rows_of(wrong, "cpu", {}, 20, lambda text: None)
-    assert row["wrong"].startswith("output 0: ") and not row["correct"] and "median_us" not in row
+    rows = modules.measure.rows_of(wrong, "cpu", {}, 20, lambda text: None)
+    assert [row["kind"] for row in rows] == ["backend"] * len(rows) and rows
+    assert all(row["wrong"].startswith("output 0: ") and not row["correct"] and "median_us" not in row for row in rows)
 
 
 def test_what_a_backend_raises_is_its_own_row(modules):
     def broken(**inputs):
         raise RuntimeError("launch failed\nsecond line")
 
-    (row,) = modules.measure.rows_of(replace(case_of(modules, "swiglu"), run=broken), "cpu", {}, 20, lambda text: None)
-    assert row["wrong"] == "raised RuntimeError: launch failed"
+    rows = modules.measure.rows_of(replace(case_of(modules, "swiglu"), run=broken), "cpu", {}, 20, lambda text: None)
+    assert {row["backend"] for row in rows} >= {"reference"} and {row["wrong"] for row in rows} == {"raised RuntimeError: launch failed"}
 
 
 def test_an_element_that_nobody_wrote_fails_even_where_zero_is_right(modules):
@@ -243,6 +258,8 @@ def test_cuda_sources_are_compiled_with_warnings_as_errors(modules, monkeypatch,
     (["--json", "/nowhere/rows.jsonl"], "--json /nowhere/rows.jsonl: there is no folder /nowhere"),
     (["--base", "no-such-revision"], "--base no-such-revision: no such revision"),
     (["--check", "--plot", "x.png"], "--plot needs times"),
+    (["--compile", "--op", "rollout"], "--compile is for kernels: rollout is a workload of the engine"),
+    (["--base", "HEAD", "--op", "grpo_step"], "--base is for kernels: grpo_step is a workload of the engine"),
     (["--chek"], "unrecognized arguments: --chek"),
 ])  # fmt: skip
 def test_bad_arguments_are_one_line_and_exit_code_2(arguments, message, modules, capsys):
@@ -255,4 +272,122 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments, message, modules,
 
 
 def test_listing():
-    assert "linear_logprob" in bench("--list").stdout
+    listed = bench("--list").stdout
+    assert "linear_logprob" in listed and "grpo_step" in listed
+
+
+def test_a_workload_is_measured_beside_its_peers_behind_its_gate(rollout):
+    rows = rollout.workloads.rows_of(rollout.cases.generate("cpu", TINY), CEILING, 1, lambda text: None)
+    rows = {row["backend"]: row for row in rows}
+    assert list(rows) == ["athanor", "eager", "transformers"] and rows["athanor"]["errors"][0][0] <= 1e-5
+    for name in ("athanor", "eager"):
+        row = rows[name]
+        assert row["correct"] and row["repeats"] == 5 and row["p20_us"] <= row["median_us"] <= row["p80_us"] and row["peak_bytes"] > 0
+        assert row["tokens_per_s"] == pytest.approx(2 * 3 * 4 / row["median_us"] * 1e6)
+        assert row["times_rival"] == pytest.approx(rows["eager"]["median_us"] / row["median_us"]) and row["first_token_s"] > 0
+    assert rows["athanor"]["kind"] == "backend" and rows["athanor"]["logp_gap"] <= 1e-5 and "greedy = eager loop" in rows["athanor"]["gate"]
+    assert all(row["correct"] or "pip install transformers" in row["skipped"] for row in [rows["transformers"]])
+
+
+def test_a_workload_says_what_a_peer_would_need(rollout, monkeypatch):
+    found = rollout.workloads.importlib.util.find_spec
+    monkeypatch.setattr(rollout.workloads.importlib.util, "find_spec", lambda name: None if name in ("trl", "datasets") else found(name))
+    ours, trl = rollout.workloads.rows_of(rollout.cases.grpo_step("cpu", TINY), CEILING, 1, lambda text: None)
+    assert ours["correct"] and ours["median_us"] == pytest.approx(1e6 * (ours["rollout_s"] + ours["update_s"]), rel=0.5)
+    assert trl["skipped"] == "not installed: pip install trl==1.16.0 datasets" and "times_rival" not in ours
+    monkeypatch.setattr(rollout.workloads.importlib.util, "find_spec", lambda name: None if name == "pydantic" else found(name))
+    (alone,) = rollout.workloads.rows_of(rollout.cases.grpo_step("cpu", TINY), CEILING, 1, lambda text: None)
+    assert alone["skipped"] == "not installed: pip install pydantic"
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda c, requests, sampling: c.logps.__setitem__(2, c.logps[2] + 2e-5), "sampled log-probs differ from the training forward's by 2"),
+    (lambda c, requests, sampling: c.logps.__setitem__(2, float("nan")), "sampled log-probs differ from the training forward's by nan"),
+    (lambda c, requests, sampling: sampling.temperature or c.token_ids.__setitem__(3, (c.token_ids[3] + 1) % 512), "greedy: 1 of 8 tokens differ"),
+    (lambda c, requests, sampling: len(requests) == 6 and c.token_ids.__setitem__(0, (c.token_ids[0] + 1) % 512), "1 tokens of samples that share"),
+    (lambda c, requests, sampling: len(requests) == 6 and c.logps.__setitem__(0, 0.0), "log-probs of samples that share a prompt differ"),
+])  # fmt: skip
+def test_the_gate_of_sampling_refuses(spoil, message, rollout, monkeypatch):
+    """Wrong log-probs, another greedy token, and samples that depend on whether their prompt was shared; 6 requests are those of one sample each."""
+    honest = rollout.engine.Generator.generate
+
+    def spoiled(self, requests, sampling):
+        groups = honest(self, requests, sampling)
+        spoil(groups[0][0], requests, sampling)
+        return groups
+
+    monkeypatch.setattr(rollout.engine.Generator, "generate", spoiled)
+    (row,) = rollout.workloads.rows_of(rollout.cases.generate("cpu", TINY), CEILING, 1, lambda text: None)
+    assert row["wrong"].startswith(message) and not row["correct"] and "median_us" not in row
+
+
+def test_a_step_off_the_policy_is_not_timed(rollout, monkeypatch):
+    honest = rollout.engine.Generator.generate
+
+    def spoiled(self, requests, sampling):
+        groups = honest(self, requests, sampling)
+        groups[1][2].logps[0] -= 3e-5
+        return groups
+
+    monkeypatch.setattr(rollout.engine.Generator, "generate", spoiled)
+    (row,) = rollout.workloads.rows_of(rollout.cases.grpo_step("cpu", TINY), CEILING, 1, lambda text: None)
+    assert row["wrong"].startswith("sampled log-probs differ from the training forward's by 3.0") and "median_us" not in row
+
+
+@pytest.mark.parametrize("changes", [{}, {"architecture": "qwen3", "head_dim": 24, "tie_word_embeddings": False}])
+def test_the_plain_loop_and_transformers_have_the_weights_of_the_engine(changes, rollout):
+    """Log-probs of the plain loop's own samples, given to transformers whole."""
+    pytest.importorskip("transformers")
+    model = rollout.engine.random_model(rollout.cases.MODELS["0.8M"] | changes, "cpu", torch.float32)
+    prompts = rollout.engine.random_prompts(model, 2, 5)
+    tokens, logps = rollout.peers.eager_generate(model, prompts, 3, 7, 1.0)
+    twin = rollout.peers.huggingface_model(model)
+    with torch.no_grad():
+        logits = twin(torch.cat((prompts.repeat_interleave(3, 0), tokens), 1)).logits[:, 4:-1]
+    torch.testing.assert_close(logps, logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0], rtol=0, atol=1e-5)
+    assert len({tuple(row) for row in tokens.tolist()}) == 6
+
+
+def test_a_peer_of_another_model_is_not_timed(rollout, monkeypatch):
+    pytest.importorskip("transformers")
+    honest = rollout.peers.huggingface_model
+
+    def other(model):
+        twin = honest(model)
+        twin.model.layers[1].self_attn.k_proj.bias.data.zero_()
+        return twin
+
+    monkeypatch.setattr(rollout.peers, "huggingface_model", other)
+    rows = rollout.workloads.rows_of(rollout.cases.generate("cpu", TINY | {"new": 16}), CEILING, 1, lambda text: None)
+    assert rows[2]["wrong"].startswith("greedy: ") and "median_us" not in rows[2] and rows[0]["median_us"] > 0
+
+
+def test_trl_takes_a_whole_step(rollout):
+    for name in ("trl", "datasets", "accelerate", "transformers"):
+        pytest.importorskip(name)
+    peer = rollout.workloads.Contender("rollout_peers:TRLStep", lambda: rollout.cases.step_arguments("cpu", TINY)).make("cpu")
+    assert peer.check().wrong is None
+    figures = peer.run()
+    assert figures["seconds"] == figures["rollout_s"] + figures["update_s"] and figures["update_s"] > 0
+
+
+def test_a_shared_prompt_is_prefilled_once(rollout):
+    """Its work is that of one prompt; a request per sample pays for each."""
+    sizes = TINY | {"prompts": 1, "prompt": 300, "G": 4, "new": 1}
+    shared, apart = rollout.workloads.rows_of(rollout.cases.group_prefill("cpu", sizes), CEILING, 1, lambda text: None)
+    assert shared["goal"] == 8 and shared["rival"] == apart["backend"] and apart["times_rival"] == 1.0 and shared["times_rival"] > 1.5
+    assert shared["flops"] == pytest.approx(300 * 2 * 725_000, rel=0.25)  # the layers' matrices, and some attention
+
+
+@pytest.mark.parametrize("name, rows, tokens_per_s", [("Qwen2.5-7B", 64, 10_200), ("Qwen2.5-7B", 256, 16_300)])
+def test_the_decode_bound_is_bandwidth_over_weights_and_keys(name, rows, tokens_per_s, rollout):
+    """At 4.8 TB/s, bf16, 4,096 tokens of context each; computed elsewhere with the input embedding among the weights, 4 % more of them."""
+    step_s = 2 * rollout.cases.step_elements(rollout.cases.MODELS[name], rows, 4096) / 4.8e12
+    assert rows / step_s == pytest.approx(tokens_per_s, rel=0.04)
+
+
+def test_the_bench_checks_a_workload_from_the_command_line(tmp_path):
+    done = bench("--op", "group_prefill", "--check", "--json", str(tmp_path / "rows.jsonl"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert row["family"] == "rollout" and row["correct"] and row["commit"] and json.loads(done.stdout.splitlines()[-1])["rows"] == [row]

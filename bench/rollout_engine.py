@@ -1,0 +1,209 @@
+"""The engine's side of the rollout workloads, and their gate.
+
+The gate: sampled log-probs equal the packed training forward's, greedy tokens equal those of the plain PyTorch loop, and samples of a group that
+shares its prompt equal those of one request per sample.  It runs in fp32, where rounding in another order is about 1e-5 nats at most.
+"""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from gate import Verdict
+from rollout_peers import eager_generate, figures
+from torch import Tensor
+from workloads import seconds_of
+
+from athanor.advantages import advantages_of
+from athanor.batch import pack
+from athanor.config import GRPOConfig, MixEntry, ModelConfig, OptimizerConfig, RewardEntry, SamplingConfig
+from athanor.generate import Completion, Generator, Request
+from athanor.losses import resolve_preset
+from athanor.model.transformer import Decoder
+from athanor.optim import Optimizer
+from athanor.parallel import Ranks
+from athanor.samples import Problem, Sample
+from athanor.stages.policy_update import ROUNDING_GAP, update_policy
+from athanor.stages.training import completion_logprobs
+
+MICRO_BATCH_TOKENS = 4096
+
+
+def random_model(config: dict, device: str, dtype: torch.dtype) -> Decoder:
+    """Random weights without zeros, biases and norms included, so that nothing which is forgotten goes unseen."""
+    with torch.device("meta"):
+        model = Decoder(ModelConfig(**config))
+    model = model.to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, model.config.initializer_range, generator=generator)
+            if parameter.dim() < 2:
+                parameter += 1.0
+    return model.eval()
+
+
+def random_prompts(model: Decoder, prompts: int, length: int) -> Tensor:
+    """(prompts, length) int64 on the model's device."""
+    drawn = np.random.default_rng(1).integers(0, model.config.vocab_size, (prompts, length))
+    return torch.from_numpy(drawn).to(model.embed.weight.device)
+
+
+def requests_of(prompts: Tensor, group_size: int, first_seed: int = 0) -> list[Request]:
+    seeds = np.arange(first_seed, first_seed + len(prompts) * group_size).reshape(len(prompts), group_size)
+    return [Request(ids, row) for ids, row in zip(prompts.cpu().numpy(), seeds, strict=True)]
+
+
+def single_requests(requests: list[Request]) -> list[Request]:
+    """One for each sample."""
+    return [Request(r.prompt_ids, r.seeds[i : i + 1]) for r in requests for i in range(len(r.seeds))]
+
+
+def sampled(model: Decoder, requests: list[Request], new_tokens: int, temperature: float = 1.0) -> tuple[list[list[Completion]], dict[str, float]]:
+    """Samples of exactly new_tokens each, because the end token lies outside of the vocabulary, and where their time went if the generator says."""
+    generator = Generator(model, {model.config.vocab_size}, max_rows=sum(len(r.seeds) for r in requests))
+    groups = generator.generate(requests, SamplingConfig(temperature=temperature, max_tokens=new_tokens))
+    return groups, dict(getattr(generator, "timings", {}))
+
+
+@torch.no_grad()
+def logp_gap(model: Decoder, prompts: Tensor, groups: list[list[Completion]]) -> float:
+    """Largest difference in nats between the sampler's log-probs and the packed training forward's; NaN if any is."""
+    flat = [(ids, c) for ids, group in zip(prompts.cpu().numpy(), groups, strict=True) for c in group]
+    gaps = []
+    for batch in pack([ids for ids, _ in flat], [c.token_ids for _, c in flat], MICRO_BATCH_TOKENS, prompts.device):
+        trained = completion_logprobs(model, batch).logps.cpu().numpy()
+        gaps.append(np.abs(trained - np.concatenate([flat[i][1].logps for i in batch.sequences])).max())
+    return float(np.max(gaps))
+
+
+def gate_sampling(model: Decoder, prompts: Tensor, group_size: int, new_tokens: int) -> Verdict:
+    """All three; errors hold the gap to the training forward and the one between shared and single samples."""
+    groups, _ = sampled(model, requests_of(prompts, group_size), new_tokens)
+    gap = logp_gap(model, prompts, groups)
+    greedy, _ = sampled(model, requests_of(prompts, 1), new_tokens, temperature=0.0)
+    plain, _ = eager_generate(model, prompts, 1, new_tokens, 0.0)
+    differ = int((np.stack([c.token_ids for (c,) in greedy]) != plain.cpu().numpy()).sum())
+    verdict = gate_sharing(model, prompts, group_size, groups)
+    verdict.errors.insert(0, [gap, ROUNDING_GAP])
+    if not gap <= ROUNDING_GAP:
+        verdict.wrong = f"sampled log-probs differ from the training forward's by {gap:.2e} nats, allowed {ROUNDING_GAP:g}"
+    elif differ:
+        verdict.wrong = f"greedy: {differ} of {plain.numel()} tokens differ from the eager loop's"
+    return verdict
+
+
+def gate_sharing(model: Decoder, prompts: Tensor, group_size: int, groups: list[list[Completion]]) -> Verdict:
+    """groups: the samples of one request per prompt, held against those of one request per sample with the same seeds."""
+    together = [c for group in groups for c in group]
+    apart, _ = sampled(model, single_requests(requests_of(prompts, group_size)), len(together[0].token_ids))
+    pairs = [(a, b) for a, (b,) in zip(together, apart, strict=True)]
+    differ = sum(int((a.token_ids != b.token_ids).sum()) for a, b in pairs)
+    gap = float(np.max([np.abs(a.logps - b.logps).max() for a, b in pairs]))
+    wrong = f"{differ} tokens of samples that share a prompt differ from those of single requests" if differ else None
+    if wrong is None and not gap <= ROUNDING_GAP:
+        wrong = f"log-probs of samples that share a prompt differ from those of single requests by {gap:.2e} nats, allowed {ROUNDING_GAP:g}"
+    return Verdict(wrong, [[gap, ROUNDING_GAP]])
+
+
+class EngineGenerate:
+    """Generator over all groups at once."""
+
+    def __init__(self, model: Decoder, prompts: Tensor, group_size: int, new_tokens: int, device: str, *, gated: dict):
+        """gated: what gate_sampling runs on."""
+        self.model, self.prompts, self.group_size, self.new_tokens, self.device = model, prompts, group_size, new_tokens, device
+        self.gated, self.gap, self.timings = gated, 0.0, {}
+
+    def generate(self, new_tokens: int) -> list[list[Completion]]:
+        groups, self.timings = sampled(self.model, requests_of(self.prompts, self.group_size), new_tokens)
+        return groups
+
+    def check(self) -> Verdict:
+        verdict = gate_sampling(**self.gated)
+        self.gap, _ = verdict.errors[0]
+        if self.gated["model"] is not self.model:
+            self.gap = logp_gap(self.model, self.prompts, self.generate(self.new_tokens))
+            if verdict.wrong is None and not np.isfinite(self.gap):
+                verdict.wrong = "log-probs at full size are not finite"
+        return verdict
+
+    def run(self) -> dict[str, float]:
+        # Full length last: its timings are the ones that stay.
+        return figures(self.generate, len(self.prompts) * self.group_size, self.new_tokens, self.device) | {"logp_gap": self.gap} | self.timings
+
+
+class EngineStep:
+    """A GRPO step of the engine's pieces: Generator, a reward, group advantages, and `update_policy` with one optimizer step and no KL."""
+
+    def __init__(self, model: Decoder, prompts: Tensor, group_size: int, new_tokens: int, device: str, *, reward, optimizer: OptimizerConfig):
+        self.prompts, self.group_size, self.new_tokens, self.device, self.reward = prompts, group_size, new_tokens, device, reward
+        self.config = GRPOConfig(
+            kind="grpo", prompts=[MixEntry(task="bench")], rewards=[RewardEntry(reward="accuracy")], prompts_per_step=len(prompts),
+            group_size=group_size, updates_per_rollout=1, optimizer=optimizer, micro_batch_tokens=MICRO_BATCH_TOKENS,
+            sampling=SamplingConfig(max_tokens=new_tokens),
+        )  # fmt: skip
+        self.preset = resolve_preset("grpo", kl="none")
+        ranks = Ranks(device, threads=torch.get_num_threads())
+        self.context = SimpleNamespace(name="bench", ranks=ranks, console=SimpleNamespace(warn=lambda text: None))  # the row says the gap
+        model = copy.deepcopy(model)
+        self.loop = SimpleNamespace(model=model, optimizer=Optimizer(model, optimizer, ranks))
+        self.steps = 0
+
+    def rollout(self) -> tuple[list[list[Sample]], Tensor]:
+        """Groups of samples with new seeds, and their advantages (S,)."""
+        requests = requests_of(self.prompts, self.group_size, first_seed=self.steps * len(self.prompts) * self.group_size)
+        completions, _ = sampled(self.loop.model, requests, self.new_tokens)
+        groups = [
+            [Sample(Problem("", None, i, "bench"), "", c.token_ids, c.logps, c.finish, request.prompt_ids) for c in group]
+            for i, (request, group) in enumerate(zip(requests, completions, strict=True))
+        ]
+        rewards = torch.tensor([self.reward(s.token_ids) for group in groups for s in group])
+        return groups, advantages_of(rewards, torch.arange(len(rewards)) // self.group_size, self.preset)
+
+    def step(self) -> dict[str, float]:
+        (groups, advantages), rollout_s = seconds_of(self.rollout, self.device)
+        metrics = update_policy(self.context, self.config, self.preset.variant, self.loop, None, groups, advantages, 0)
+        self.steps += 1
+        tokens = sum(s.num_tokens for group in groups for s in group)
+        return {"rollout_s": rollout_s, "logp_gap": metrics["logp_gap_max"], "live": int((advantages != 0).sum()), "tokens": tokens}
+
+    def check(self) -> Verdict:
+        before = self.loop.model.embed.weight.detach().clone()
+        seen, rows = self.step(), len(self.prompts) * self.group_size
+        verdict = Verdict(errors=[[seen["logp_gap"], ROUNDING_GAP]])
+        if not seen["logp_gap"] <= ROUNDING_GAP:
+            verdict.wrong = f"sampled log-probs differ from the training forward's by {seen['logp_gap']:.2e} nats, allowed {ROUNDING_GAP:g}"
+        elif (seen["live"], seen["tokens"]) != (rows, rows * self.new_tokens):
+            verdict.wrong = f"{seen['live']} samples with an advantage, {seen['tokens']} tokens; wanted {rows}, {rows * self.new_tokens}"
+        elif torch.equal(before, self.loop.model.embed.weight):
+            verdict.wrong = "a step left the weights as they were"
+        return verdict
+
+    def run(self) -> dict[str, float]:
+        seen, total_s = seconds_of(self.step, self.device)
+        return {"seconds": total_s, "rollout_s": seen["rollout_s"], "update_s": total_s - seen["rollout_s"], "logp_gap": seen["logp_gap"]}
+
+
+class EnginePrefill:
+    """The first token of every sample of one prompt: a group, or (shared=False) a request per sample."""
+
+    def __init__(self, model: Decoder, prompts: Tensor, group_size: int, new_tokens: int, device: str, *, gated: dict, shared: bool):
+        self.model, self.new_tokens, self.device, self.gated = model, new_tokens, device, gated
+        requests = requests_of(prompts, group_size)
+        self.requests = requests if shared else single_requests(requests)
+
+    def sample(self) -> tuple[list[list[Completion]], dict[str, float]]:
+        return sampled(self.model, self.requests, self.new_tokens)
+
+    def check(self) -> Verdict:
+        g = SimpleNamespace(**self.gated)
+        groups, _ = sampled(g.model, requests_of(g.prompts, g.group_size), g.new_tokens)
+        verdict = gate_sharing(g.model, g.prompts, g.group_size, groups)
+        groups, _ = self.sample()
+        if verdict.wrong is None and not all(np.isfinite(c.logps).all() for group in groups for c in group):
+            verdict.wrong = "log-probs at full size are not finite"
+        return verdict
+
+    def run(self) -> dict[str, float]:
+        (_, timings), seconds = seconds_of(self.sample, self.device)
+        return {"seconds": seconds} | timings
