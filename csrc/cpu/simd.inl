@@ -15,7 +15,7 @@ ATHANOR_INLINE void store(float* p, v16 x) { *reinterpret_cast<v16_unaligned*>(p
 ATHANOR_INLINE v16 splat(float x) { return x - v16{}; }
 
 // The first n of 16 lanes, the others `fill`.
-#ifdef __AVX512F__
+#ifdef ATHANOR_AVX512
 ATHANOR_INLINE __mmask16 first_lanes(std::int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 ATHANOR_INLINE v16 load_first(const float* p, std::int64_t n, float fill = 0) { return _mm512_mask_loadu_ps(splat(fill), first_lanes(n), p); }
 ATHANOR_INLINE void store_first(float* p, std::int64_t n, v16 x) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
@@ -66,7 +66,7 @@ ATHANOR_INLINE v16 maximum(v16 a, v16 b) { return (a > b) | (a != a) ? a : b; } 
 // x, opaque: a product is not fused with what is added to it afterwards.  Of two products in one sum the compiler fuses whichever it meets first,
 // which may differ between two places where the same function is inlined.
 ATHANOR_INLINE v16 rounded(v16 x) {
-#ifdef __AVX512F__
+#ifdef ATHANOR_AVX512
     asm("" : "+v"(x));
 #else
     asm("" : "+m"(x));  // several registers
