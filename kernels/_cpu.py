@@ -37,6 +37,11 @@ def why_not_cpu(call: dict) -> str | None:
     return None
 
 
+def address(x: Tensor | None) -> int:
+    """Where the numbers of x start; 0 = there is no such tensor."""
+    return 0 if x is None else x.data_ptr()
+
+
 def dense(x: Tensor) -> Tensor:
     """x itself or a contiguous copy."""
     return x if x.is_contiguous() else x.contiguous()

@@ -12,6 +12,7 @@ A row whose sum of squares exceeds fp32 (|x| around 1e19) comes out as zeros, as
 import torch
 from torch import Tensor
 
+from ._cpu import why_not_cpu
 from ._dispatch import Backend, accumulation_dtype, check, register
 from ._triton import why_not_triton
 
@@ -24,7 +25,7 @@ def rmsnorm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | 
     residual is given; differentiable in all.  Raises ValueError on a shape or dtype mismatch.
 
     Rows whose elements are neighbours in memory are read in place when all axes but one before the last form one stride (a head slice of a fused
-    qkv matrix does); any other layout is copied first by the Triton backend.
+    qkv matrix does); any other layout is copied first by the Triton and cpu backends.
     """
     check(weight.ndim == 1 and x.ndim >= 1 and x.shape[-1] == weight.shape[0],
           f"rmsnorm: weight is {tuple(weight.shape)}, x is {tuple(x.shape)}; wanted weight (D,) and x (..., D)")  # fmt: skip
@@ -32,6 +33,25 @@ def rmsnorm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | 
         check(residual.shape == x.shape and residual.dtype == x.dtype,
               f"rmsnorm: residual is {tuple(residual.shape)} {residual.dtype}; wanted that of x, {tuple(x.shape)} {x.dtype}")  # fmt: skip
     return op(backend, x=x, weight=weight, eps=eps, residual=residual)
+
+
+def in_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """x (..., D) as rows: x itself (or a contiguous copy where no two strides describe it), and (inner, outer_stride, inner_stride):
+    row r starts at (r // inner) * outer_stride + (r % inner) * inner_stride."""
+    D = x.shape[-1]
+    axes = []  # (size, stride) of the leading axes, neighbours that form one stride merged; an axis of size 1 has no stride
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if axes and axes[-1][1] == size * stride:
+            axes[-1] = axes[-1][0] * size, stride
+        else:
+            axes.append((size, stride))
+    if (D > 1 and x.stride(-1) != 1) or len(axes) > 2:
+        return x.contiguous(), 1, D, 0
+    if len(axes) == 2:
+        return x, axes[1][0], axes[0][1], axes[1][1]
+    return x, 1, axes[0][1] if axes else D, 0
 
 
 def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -70,10 +90,16 @@ class RMSNormFunction(torch.autograd.Function):
         return dx, dweight, None, dx if ctx.needs_input_grad[3] else None
 
 
+def _cpu(**call) -> Tensor | tuple[Tensor, Tensor]:
+    from .rmsnorm_cpu import rmsnorm_cpu
+
+    return rmsnorm_cpu(**call)
+
+
 def _triton(**call) -> Tensor | tuple[Tensor, Tensor]:
     from .rmsnorm_triton import rmsnorm_triton
 
     return rmsnorm_triton(**call)
 
 
-op = register("rmsnorm", triton=Backend(_triton, why_not_triton), reference=Backend(rmsnorm_reference))
+op = register("rmsnorm", triton=Backend(_triton, why_not_triton), cpu=Backend(_cpu, why_not_cpu), reference=Backend(rmsnorm_reference))

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton import AheadOfTime, on_device_of
+from .rmsnorm import in_rows
 
 # Not measured on a GPU yet: sizes from registers per thread (16 elements of a row each) and from the bytes in flight that fill the memory bus.
 ONE_PASS = 8192  # elements of a row kept in registers
@@ -32,25 +33,6 @@ def tile_of(D: int) -> tuple[int, int, int]:
     block = min(max(16, triton.next_power_of_2(D)), LOOP_BLOCK if D > ONE_PASS else ONE_PASS)
     rows = max(1, TILE // block)
     return rows, block, 4 if rows * block <= 2048 else 8
-
-
-def in_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """x (..., D) as rows: x itself (or a contiguous copy where no two strides describe it), and (inner, outer_stride, inner_stride):
-    row r starts at (r // inner) * outer_stride + (r % inner) * inner_stride."""
-    D = x.shape[-1]
-    axes = []  # (size, stride) of the leading axes, neighbours that form one stride merged; an axis of size 1 has no stride
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if axes and axes[-1][1] == size * stride:
-            axes[-1] = axes[-1][0] * size, stride
-        else:
-            axes.append((size, stride))
-    if (D > 1 and x.stride(-1) != 1) or len(axes) > 2:
-        return x.contiguous(), 1, D, 0
-    if len(axes) == 2:
-        return x, axes[1][0], axes[0][1], axes[1][1]
-    return x, 1, axes[0][1] if axes else D, 0
 
 
 class RMSNormFunction(torch.autograd.Function):

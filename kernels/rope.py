@@ -11,6 +11,7 @@ again.  The reference is that composition, to the bit.
 import torch
 from torch import Tensor
 
+from ._cpu import why_not_cpu
 from ._dispatch import Backend, accumulation_dtype, check, register
 from ._triton import why_not_triton
 from .rmsnorm import rmsnorm_reference
@@ -34,6 +35,12 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, q_weight: Tensor | N
         check(q_weight.shape == k_weight.shape == (d,),
               f"rope: q_weight is {tuple(q_weight.shape)}, k_weight is {tuple(k_weight.shape)}; wanted {(d,)} for q {tuple(q.shape)}")  # fmt: skip
     return op(backend, q=q, k=k, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight, eps=eps)
+
+
+def angles(x: Tensor) -> tuple[Tensor, int]:
+    """cos or sin (T, d/2), copied only where the numbers of a row are not neighbours, with the stride of tokens."""
+    x = x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
+    return x, x.stride(0) if x.shape[0] > 1 else x.shape[1]
 
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None = None, k_weight: Tensor | None = None,
@@ -66,10 +73,16 @@ class RopeFunction(torch.autograd.Function):
         return _rotate(dy, cos, -sin), None, None
 
 
+def _cpu(**call) -> tuple[Tensor, Tensor]:
+    from .rope_cpu import rope_cpu
+
+    return rope_cpu(**call)
+
+
 def _triton(**call) -> tuple[Tensor, Tensor]:
     from .rope_triton import rope_triton
 
     return rope_triton(**call)
 
 
-op = register("rope", triton=Backend(_triton, why_not_triton), reference=Backend(rope_reference))
+op = register("rope", triton=Backend(_triton, why_not_triton), cpu=Backend(_cpu, why_not_cpu), reference=Backend(rope_reference))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._triton import AheadOfTime, on_device_of
 from .rmsnorm_triton import rstd_of, sum_partials
+from .rope import angles
 
 # Not measured on a GPU yet.  Pairs turned at a time: 16 heads of 128, one 16-byte load of each half per thread of 4 warps in bf16.  The backward
 # holds four times as many values per pair: with 8 heads it takes 96 registers, so that 5 programs run on a processor; with 16 heads it took 168.
@@ -37,11 +38,6 @@ def in_heads(x: Tensor) -> tuple[Tensor, int, int]:
     T, H, d = x.shape
     x = x if x.stride(2) == 1 else x.contiguous()
     return x, x.stride(0) if T > 1 else H * d, x.stride(1) if H > 1 else d
-
-
-def angles(x: Tensor) -> tuple[Tensor, int]:
-    x = x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
-    return x, x.stride(0) if x.shape[0] > 1 else x.shape[1]
 
 
 class RopeFunction(torch.autograd.Function):

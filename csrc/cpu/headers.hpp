@@ -7,6 +7,9 @@
 #include <cstring>
 #include <limits>
 #include <vector>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #include "kernels.hpp"
 #include "team.hpp"

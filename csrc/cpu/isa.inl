@@ -4,12 +4,20 @@ namespace athanor::cpu::ATHANOR_ISA {
 #include "simd.inl"
 #include "swiglu.inl"
 
+#include "rmsnorm.inl"
+#include "rope.inl"
+
 const Kernels& table() {
     static const Kernels all = [] {
         Kernels k{};
         k.isa = ATHANOR_ISA_NAME;
         k.swiglu_fwd = swiglu_fwd;
         k.swiglu_bwd = swiglu_bwd;
+
+        k.rmsnorm_fwd = rmsnorm_fwd;
+        k.rmsnorm_bwd = rmsnorm_bwd;
+        k.rope = rope;
+        k.rope_norm_bwd = rope_norm_bwd;
         return k;
     }();
     return all;

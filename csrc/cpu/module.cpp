@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings.hpp"
 #include "kernels.hpp"
 #include "team.hpp"
 
@@ -44,13 +45,6 @@ const Kernels& choose() {
 #endif
     return base::table();
 }
-
-template <typename T = float>
-T* at(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-using Address = std::uintptr_t;
-using Size = std::int64_t;
 }  // namespace
 
 const Kernels& kernels() {
@@ -69,6 +63,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("swiglu_bwd", [](Address gate_up, Address dy, Address dgate_up, Size T, Size F, Size stride, int threads) {
         kernels().swiglu_bwd(at(gate_up), at(dy), at(dgate_up), T, F, stride, threads);
     }, release);
+    bind_rows(m);
 }
 
 }  // namespace athanor::cpu

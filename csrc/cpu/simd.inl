@@ -15,6 +15,11 @@ ATHANOR_INLINE void store(float* p, v16 x) { *reinterpret_cast<v16_unaligned*>(p
 ATHANOR_INLINE v16 splat(float x) { return x - v16{}; }
 
 // The first n of 16 lanes, the others `fill`.
+#ifdef ATHANOR_AVX512
+ATHANOR_INLINE __mmask16 first_lanes(std::int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+ATHANOR_INLINE v16 load_first(const float* p, std::int64_t n, float fill = 0) { return _mm512_mask_loadu_ps(splat(fill), first_lanes(n), p); }
+ATHANOR_INLINE void store_first(float* p, std::int64_t n, v16 x) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+#else
 ATHANOR_INLINE v16 load_first(const float* p, std::int64_t n, float fill = 0) {
     float lanes[kLanes];
     for (std::int64_t i = 0; i < kLanes; ++i) {
@@ -23,33 +28,51 @@ ATHANOR_INLINE v16 load_first(const float* p, std::int64_t n, float fill = 0) {
     return load(lanes);
 }
 ATHANOR_INLINE void store_first(float* p, std::int64_t n, v16 x) {
-    for (std::int64_t i = 0; i < n; ++i) {
-        p[i] = x[i];
-    }
-}
-
-// Halves are added until one lane is left: the same tree whatever the vector held.
-ATHANOR_INLINE float sum(v16 x) {
-    float a[kLanes];
-    store(a, x);
-    for (int half = 8; half; half /= 2) {
-        for (int i = 0; i < half; ++i) {
-            a[i] += a[i + half];
+    float lanes[kLanes];
+    store(lanes, x);
+    const float* from = lanes;
+    for (std::int64_t part = kLanes / 2; part; part /= 2) {  // of fixed sizes: a copy of n floats would be a call
+        if (n & part) {
+            std::memcpy(p, from, part * sizeof(float));
+            p += part;
+            from += part;
         }
     }
-    return a[0];
+}
+#endif
+
+// Halves are joined until one lane is left: the same tree whatever the vector held.  Loops of fixed lengths, which the compiler turns into vectors.
+template <typename Join>
+ATHANOR_INLINE float joined(v16 x, Join&& join) {
+    float a[kLanes];
+    store(a, x);
+    for (int i = 0; i < 8; ++i) {
+        a[i] = join(a[i], a[i + 8]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        a[i] = join(a[i], a[i + 4]);
+    }
+    return join(join(a[0], a[2]), join(a[1], a[3]));
+}
+ATHANOR_INLINE float sum(v16 x) {
+    return joined(x, [](float a, float b) { return a + b; });
 }
 // The largest lane; NaN where a lane is NaN.
 ATHANOR_INLINE float largest(v16 x) {
-    float a[kLanes];
-    store(a, x);
-    float best = a[0];
-    for (int i = 1; i < kLanes; ++i) {
-        best = (a[i] > best || a[i] != a[i]) ? a[i] : best;
-    }
-    return best;
+    return joined(x, [](float a, float b) { return a > b || a != a ? a : b; });
 }
 ATHANOR_INLINE v16 maximum(v16 a, v16 b) { return (a > b) | (a != a) ? a : b; }  // NaN in either operand comes through only from a: see uses
+
+// x, opaque: a product is not fused with what is added to it afterwards.  Of two products in one sum the compiler fuses whichever it meets first,
+// which may differ between two places where the same function is inlined.
+ATHANOR_INLINE v16 rounded(v16 x) {
+#ifdef ATHANOR_AVX512
+    asm("" : "+v"(x));
+#else
+    asm("" : "+m"(x));  // several registers
+#endif
+    return x;
+}
 
 // e^x to 1 ulp or so (Cody and Waite's reduction, a polynomial of degree 6 fitted on [-ln2/2, ln2/2]); 0 below -87.3 with gradual underflow cut off,
 // inf above 88.7, NaN for NaN.
@@ -74,6 +97,21 @@ ATHANOR_INLINE v16 exponential(v16 x) {
     const v16 y = p * first * second;
     return x < low ? v16{} : (x > high ? splat(__builtin_inff()) : y);
 }
+
+// Memory for one call, not initialised.  A type of this namespace: of a standard container that is compiled here for a new instruction set, the linker
+// might keep this copy for the whole program.
+template <typename T>
+class Scratch {
+  public:
+    explicit Scratch(std::int64_t count) : at_(count ? new T[static_cast<std::size_t>(count)] : nullptr) {}
+    ~Scratch() { delete[] at_; }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    T* get() const { return at_; }
+
+  private:
+    T* at_;
+};
 
 // Call body(i, lanes) for i = 0, 16, 32, ... below count; `lanes` loads and stores 16 floats, fewer at the end (lanes beyond it read as `fill`).
 // The arithmetic of the last step is that of the others.

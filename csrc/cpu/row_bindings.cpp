@@ -1,0 +1,42 @@
+// rmsnorm, rope, logprob and sample for kernels/*_cpu.py.  A tensor of rows is four numbers: address, inner, outer stride, inner stride.
+#include "bindings.hpp"
+#include "kernels.hpp"
+
+namespace py = pybind11;
+
+namespace athanor::cpu {
+namespace {
+Rows rows(const py::tuple& r) { return {at(r[0].cast<Address>()), r[1].cast<Size>(), r[2].cast<Size>(), r[3].cast<Size>()}; }
+Heads heads(const py::tuple& r, Size count, Address weight, Address out) { return {rows(r), count, at(weight), at(out)}; }
+}  // namespace
+
+void bind_rows(py::module_& m) {
+    using Gil = py::gil_scoped_release;
+    m.def("rmsnorm_fwd", [](py::tuple x, py::tuple residual, Address weight, Address s, Address y, Address rstd, Size N, Size D, float eps,
+                            int threads) {
+        const Rows a = rows(x), b = rows(residual);
+        Gil released;
+        kernels().rmsnorm_fwd(a, b, at(weight), at(s), at(y), at(rstd), N, D, eps, threads);
+    });
+    m.def("rmsnorm_bwd", [](py::tuple s, py::tuple dy, py::tuple ds, Address weight, Address rstd, Address dx, Address dweight, Size N, Size D,
+                            int threads) {
+        const Rows a = rows(s), b = rows(dy), c = rows(ds);
+        Gil released;
+        kernels().rmsnorm_bwd(a, b, c, at(weight), at(rstd), at(dx), at(dweight), N, D, threads);
+    });
+    m.def("rope", [](py::tuple q, py::tuple k, Size num_q, Size num_k, Address q_weight, Address k_weight, Address q_out, Address k_out, Address cos,
+                     Address sin, Size cos_stride, Size sin_stride, Size T, Size d, float eps, bool inverse, int threads) {
+        const Heads a = heads(q, num_q, q_weight, q_out), b = heads(k, num_k, k_weight, k_out);
+        Gil released;
+        kernels().rope(a, b, {at(cos), at(sin), cos_stride, sin_stride}, T, d, eps, inverse, threads);
+    });
+    m.def("rope_norm_bwd", [](py::tuple x, py::tuple dy, Size num_heads, Address weight, Address dx, Address dweight, Address cos, Address sin,
+                              Size cos_stride, Size sin_stride, Size T, Size d, float eps, int threads) {
+        const Heads a = heads(x, num_heads, weight, dx);
+        const Rows b = rows(dy);
+        Gil released;
+        kernels().rope_norm_bwd(a, b, {at(cos), at(sin), cos_stride, sin_stride}, at(dweight), T, d, eps, threads);
+    });
+}
+
+}  // namespace athanor::cpu
