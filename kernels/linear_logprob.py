@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._dispatch import Backend, accumulation_dtype, check, register
 from ._triton import why_not_triton
-from .logprob import LogProbs, check_targets, logprob_reference
+from .logprob import LogProbs, check_support, check_targets, logprob_reference, supported
 
 # The reference's constants, for a CPU.
 PLAIN_LOGITS = 1 << 22  # so few are left to autograd, which keeps them all (16 MiB in fp32) and a few copies
@@ -16,29 +16,36 @@ TILE = (1024, 1024)  # tokens x vocabulary, beyond that: 4 MiB in fp32.  The fas
 KEPT_LOGITS = 1 << 24  # of which so many (64 MiB), and at most an eighth, are kept for the backward, which need not compute them again
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, return_argmax: bool = False,
-                   backend: str | None = None) -> LogProbs:  # fmt: skip
+def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, support: tuple[Tensor, Tensor] | None = None,
+                   return_argmax: bool = False, backend: str | None = None) -> LogProbs:  # fmt: skip
     """Log-probability and entropy of each target under softmax(hidden @ weight.T / temperature), without storing all logits.
 
-    hidden: (T, D).  weight: (V, D).  targets: (T,) int64, -100 = skip (logp 0, no gradient).  return_argmax: also the most likely token of each row,
-    ties to the lowest index (a greedy check costs `out.argmax == targets`); of a row with a NaN it is some token.
+    hidden: (T, D).  weight: (V, D).  targets: (T,) int64, -100 = skip (logp 0, no gradient).  support: `Sampled.support` of the draws, thresholds
+    (T,) and last_kept (T,) int64, as in `logprob`: softmax and entropy are over the target and the tokens that the sampler kept.  Those are found
+    from the logits as they are computed here: where the sampler's were rounded in another way, a token at the threshold may be left out (a skipped
+    row may keep nothing: its entropy is some number).  return_argmax: also the most likely token of each row, of the whole vocabulary whatever the
+    support, ties to the lowest index (a greedy check costs `out.argmax == targets`); of a row with a NaN it is some token.
     Returns LogProbs; logps is differentiable in hidden and weight.  Raises ValueError on a shape mismatch, a target outside
     [0, V) (checked on CPU; on a GPU such a row counts as skipped, so that no call waits for the device) or a temperature that is not positive.
     """
     check(hidden.ndim == 2 and weight.ndim == 2 and hidden.shape[1] == weight.shape[1],
           f"linear_logprob: weight is {tuple(weight.shape)}, hidden is {tuple(hidden.shape)}; wanted (V, D) and (T, D)")  # fmt: skip
     check_targets("linear_logprob", targets, hidden.shape[0], weight.shape[0], temperature)
-    return LogProbs(*linear_op(backend, hidden=hidden, weight=weight, targets=targets, temperature=float(temperature), return_argmax=return_argmax))
+    if support is not None:
+        check_support("linear_logprob", support, hidden.shape[0])
+    return LogProbs(*linear_op(backend, hidden=hidden, weight=weight, targets=targets, temperature=float(temperature), return_argmax=return_argmax,
+                               support=support))  # fmt: skip
 
 
-def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_argmax: bool) -> tuple:
+def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_argmax: bool,
+                             support: tuple[Tensor, Tensor] | None = None) -> tuple:  # fmt: skip
     if hidden.shape[0] * weight.shape[0] <= PLAIN_LOGITS:
         wide = accumulation_dtype(hidden.dtype)
         logits = hidden.to(wide) @ weight.to(wide).T
-        return *logprob_reference(logits, targets, temperature), logits.argmax(-1) if return_argmax else None
+        return *logprob_reference(logits, targets, temperature, support), logits.argmax(-1) if return_argmax else None
     backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = min(KEPT_LOGITS, hidden.shape[0] * weight.shape[0] // 8) if backward else 0
-    return LinearLogprobFunction.apply(hidden, weight, targets, temperature, return_argmax, keep)
+    return LinearLogprobFunction.apply(hidden, weight, targets, temperature, return_argmax, keep, support)
 
 
 class LinearLogprobFunction(torch.autograd.Function):
@@ -47,15 +54,16 @@ class LinearLogprobFunction(torch.autograd.Function):
     Forward: m = largest logit so far, S = sum exp((x - m) / temperature), U = sum (x - m) exp((x - m) / temperature), rescaled at a new maximum.
     Backward: with lse = m + temperature log S and each tile's logits again, q = onehot - exp((x - lse) / temperature); the row factor
     c = dlogp / temperature goes to the small operands:  d_hidden = c (q W),  d_weight = q^T (c hidden).
+    With a support, a token that was not kept counts as -inf in both, but not for the argmax.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, return_argmax, keep):
+    def forward(ctx, hidden, weight, targets, temperature, return_argmax, keep, support):
         T, V = hidden.shape[0], weight.shape[0]
         x = hidden.detach().to(accumulation_dtype(hidden.dtype))
         lowest = torch.finfo(x.dtype).min
         m, S, U, x_target = x.new_full((T,), lowest), x.new_zeros(T), x.new_zeros(T), x.new_zeros(T)
-        argmax = targets.new_zeros(T) if return_argmax else None
+        argmax, highest = (targets.new_zeros(T), torch.full_like(m, lowest)) if return_argmax else (None, None)
         buffers, ctx.kept = x.new_empty(3, TILE[0] * TILE[1]), []
         for rows, cols in _tiles(T, V):
             z, d, e = (buffer[: (rows.stop - rows.start) * (cols.stop - cols.start)].view(rows.stop - rows.start, -1) for buffer in buffers)
@@ -70,12 +78,17 @@ class LinearLogprobFunction(torch.autograd.Function):
             x_target[rows] += torch.where(here, z.gather(1, y.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1), 0.0)
             largest = z.amax(1)
             if return_argmax:
-                argmax[rows] = torch.where(largest > m[rows], z.argmax(1) + cols.start, argmax[rows])
+                argmax[rows] = torch.where(largest > highest[rows], z.argmax(1) + cols.start, argmax[rows])
+                highest[rows] = torch.maximum(highest[rows], largest)
+            if support is not None:
+                largest = _restrict_(z, support, rows, cols, y).amax(1)
             new = torch.maximum(m[rows], largest)
             shift = (m[rows] - new).clamp_min(lowest)
             factor = (shift / temperature).exp()
             torch.sub(z, new.unsqueeze(1), out=d)
             (torch.exp(d, out=e) if temperature == 1.0 else torch.div(d, temperature, out=e).exp_())
+            if support is not None:  # -inf is the rule then
+                d.clamp_min_(lowest)
             de = torch.bmm(d.unsqueeze(1), e.unsqueeze(2)).flatten()
             if de.isnan().any():  # a logit of -inf, and -inf * 0 is NaN
                 de = torch.linalg.vecdot(d.clamp_min_(lowest), e)
@@ -87,14 +100,14 @@ class LinearLogprobFunction(torch.autograd.Function):
         skip = (targets < 0) | (targets >= V)
         logps = ((x_target - m) / temperature - log_S).masked_fill(nothing, -torch.inf).masked_fill(skip, 0.0)
         entropy = (log_S - U / S / temperature).masked_fill(nothing, 0.0)
-        ctx.save_for_backward(hidden, weight, targets, m + temperature * log_S, skip | nothing)
+        ctx.save_for_backward(hidden, weight, targets, m + temperature * log_S, skip | nothing, *(support or ()))
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy, *([argmax] if return_argmax else []))
         return logps, entropy, argmax
 
     @staticmethod
     def backward(ctx, dlogps, _entropy, _argmax):
-        hidden, weight, targets, lse, skip = ctx.saved_tensors
+        hidden, weight, targets, lse, skip, *support = ctx.saved_tensors
         (T, V), wide = (hidden.shape[0], weight.shape[0]), lse.dtype
         x = hidden.detach().to(wide)
         c = (dlogps.masked_fill(skip, 0.0) / ctx.temperature).unsqueeze(1)
@@ -106,10 +119,12 @@ class LinearLogprobFunction(torch.autograd.Function):
         buffer = x.new_empty(TILE[0] * TILE[1])
         for i, (rows, cols) in enumerate(_tiles(T, V)):
             w, q = weight[cols].detach().to(wide), buffer[: (rows.stop - rows.start) * (cols.stop - cols.start)].view(rows.stop - rows.start, -1)
+            y = targets[rows] - cols.start
             z = ctx.kept[i] if i < len(ctx.kept) else torch.mm(x[rows], w.T, out=q)
+            if support and i >= len(ctx.kept):
+                _restrict_(z, support, rows, cols, y)
             torch.sub(z, lse[rows], out=q)
             (q if ctx.temperature == 1.0 else q.div_(ctx.temperature)).exp_()
-            y = targets[rows] - cols.start
             here = (y >= 0) & (y < q.shape[1])
             q.scatter_add_(1, y.clamp(0, q.shape[1] - 1).unsqueeze(1), -here.to(wide).unsqueeze(1))
             if dhidden is not None:
@@ -117,7 +132,13 @@ class LinearLogprobFunction(torch.autograd.Function):
             if dweight is not None:
                 dweight[cols].addmm_(q.T, cx[rows], alpha=-1)
         dhidden = None if dhidden is None else dhidden.mul_(c).to(hidden.dtype)
-        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None
+        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None, None
+
+
+def _restrict_(z: Tensor, support: tuple[Tensor, Tensor], rows: slice, cols: slice, y: Tensor) -> Tensor:
+    """A tile of logits with -inf for what the sampler did not keep; y is the target's column in the tile, if it is there."""
+    keep = supported(z, (support[0][rows], support[1][rows] - cols.start)) | (torch.arange(z.shape[1], device=z.device) == y.unsqueeze(1))
+    return z.masked_fill_(~keep, -torch.inf)
 
 
 def _tiles(T: int, V: int):

@@ -6,6 +6,8 @@ and slice.  `linear_logprob_merge_kernel` joins the slices in index order.  Slic
 row of a matrix product does not depend on the other rows of its tile: so neither do the results, bit for bit (batch-invariant), and repeats give
 equal bits.
 
+With a support, a token that was not kept counts as -inf.  The argmax is of all tokens, so it then has a maximum of its own: 4 bytes more.
+
 Programs are numbered so that those which run together share operands in L2: a band of GROUP token tiles meets one slice after the other.
 
 Backward, for each slice of SLICE_BWD tokens of the vocabulary: `linear_logprob_bwd_kernel` recomputes its logits and writes dz = c (onehot - p) for
@@ -28,7 +30,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._triton import AheadOfTime, on_device_of
-from .logprob_triton import LOG2E, LOWEST, exponentials, finished, rescaled
+from .logprob_triton import LOG2E, LOWEST, exponentials, finished, kept_logits, rescaled
 
 
 class Tiles(NamedTuple):
@@ -50,9 +52,13 @@ SLICE_BWD, ROWS_BWD = 16384, 8192  # 256 MiB of dz in bf16
 MERGE_SLICES, MERGE_TOKENS = 16, 32
 
 
-def linear_logprob_triton(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_argmax: bool) -> tuple:
+def linear_logprob_triton(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_argmax: bool,
+                          support: tuple[Tensor, Tensor] | None = None) -> tuple:  # fmt: skip
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    return LinearLogprobFunction.apply(hidden, weight, targets.contiguous(), temperature, return_argmax)
+    if support is not None:
+        # int32: in int64 the comparisons would take registers that the tile needs
+        support = support[0].detach().float().contiguous(), support[1].clamp(-1, weight.shape[0]).int().contiguous()
+    return LinearLogprobFunction.apply(hidden, weight, targets.contiguous(), temperature, return_argmax, support)
 
 
 def tiles_of(hidden: Tensor) -> Tiles:
@@ -64,8 +70,15 @@ def tiles_of(hidden: Tensor) -> Tiles:
     return TILES[max((c for c in TILES if c <= capability), default=80)]
 
 
-def tiles_with_argmax(tiles: Tiles) -> Tiles:
-    """The argmax needs registers of its own: half of a wide tile or one stage less, with which no supported Triton spills."""
+def tiles_with(tiles: Tiles, argmax: bool, support: bool) -> Tiles:
+    """Argmax and support need registers of their own: for one of them half of a wide tile or one stage less, for both a narrow tile.
+
+    With these no supported Triton spills.  BK stays: it alone orders the sum of a logit, and the backward must find the kept tokens of the forward.
+    """
+    if argmax and support:
+        return tiles._replace(BN=min(tiles.BN, 64))
+    if not (argmax or support):
+        return tiles
     return tiles._replace(BN=tiles.BN // 2) if tiles.BN > 128 else tiles._replace(num_stages=max(1, tiles.num_stages - 1))
 
 
@@ -84,39 +97,41 @@ def operands(hidden: Tensor, weight: Tensor, tiles: Tiles) -> dict:
 
 class LinearLogprobFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, return_argmax):
+    def forward(ctx, hidden, weight, targets, temperature, return_argmax, support):
         T, V, device = hidden.shape[0], weight.shape[0], hidden.device
         tiles = tiles_of(hidden)
         slices = triton.cdiv(V, tiles.SLICE)
         logps, entropy, m, S = (torch.empty(T, dtype=torch.float32, device=device) for _ in range(4))
         argmax = torch.empty(T, dtype=torch.int64, device=device) if return_argmax else None
         if T:
-            partials = torch.empty(4, slices, T, dtype=torch.float32, device=device)
+            partials = torch.empty(5 if return_argmax and support else 4, slices, T, dtype=torch.float32, device=device)
             # without argmax, pointers that are never used, always to an aligned address: another one would compile anew
             index = torch.empty(slices, T, dtype=torch.int32, device=device) if return_argmax else partials
-            call = operands(hidden, weight, tiles_with_argmax(tiles) if return_argmax else tiles)
+            thresholds, last_kept = support or (partials, targets)
+            call = operands(hidden, weight, tiles_with(tiles, return_argmax, support is not None))
             with on_device_of(hidden):
                 linear_logprob_fwd_kernel[(triton.cdiv(T, tiles.BM) * slices,)](
-                    targets_ptr=targets, partials_ptr=partials, index_ptr=index, T=T, V=V, inv_temperature=1 / temperature,
-                    SLICE=tiles.SLICE, ARGMAX=return_argmax, **call)  # fmt: skip
+                    targets_ptr=targets, thresholds_ptr=thresholds, last_kept_ptr=last_kept, partials_ptr=partials, index_ptr=index, T=T, V=V,
+                    inv_temperature=1 / temperature, SLICE=tiles.SLICE, ARGMAX=return_argmax, SUPPORT=support is not None, **call)  # fmt: skip
                 linear_logprob_merge_kernel[(triton.cdiv(T, MERGE_TOKENS),)](
                     partials, index, targets, logps, entropy, m, S, argmax if return_argmax else m, T, V, slices, 1 / temperature,
-                    ARGMAX=return_argmax, SLICES=MERGE_SLICES, TOKENS=MERGE_TOKENS, num_warps=4)  # fmt: skip
-        ctx.save_for_backward(hidden, weight, targets, m, S)
+                    ARGMAX=return_argmax, SUPPORT=support is not None, SLICES=MERGE_SLICES, TOKENS=MERGE_TOKENS, num_warps=4)  # fmt: skip
+        ctx.save_for_backward(hidden, weight, targets, m, S, *(support or ()))
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy, *([argmax] if return_argmax else []))
         return logps, entropy, argmax
 
     @staticmethod
     def backward(ctx, dlogps, _entropy, _argmax):
-        hidden, weight, targets, m, S = ctx.saved_tensors
+        hidden, weight, targets, m, S, *support = ctx.saved_tensors
+        thresholds, last_kept = support or (m, targets)
         (T, D), V = hidden.shape, weight.shape[0]
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         coef = torch.where((targets >= 0) & (targets < V) & (m != -torch.inf), dlogps, 0.0) / ctx.temperature
         largest = torch.where(coef.isfinite(), coef.abs(), 0.0).amax() if T else coef.sum()
         unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
         coef = coef / unit
-        tiles = tiles_of(hidden)
+        tiles = tiles_with(tiles_of(hidden), False, bool(support))
         dhidden = [None] * triton.cdiv(T, ROWS_BWD)
         dweight = torch.zeros(V, D, dtype=weight.dtype, device=weight.device) if need_weight else None
         # rows start at multiples of 16 elements, for the stores and for the library
@@ -129,8 +144,9 @@ class LinearLogprobFunction(torch.autograd.Function):
                 grid = triton.cdiv(len(x), tiles.BM) * triton.cdiv(len(w), tiles.BN)
                 with on_device_of(hidden):
                     linear_logprob_bwd_kernel[(grid,)](
-                        targets_ptr=targets[rows], coef_ptr=coef[rows], m_ptr=m[rows], S_ptr=S[rows], dz_ptr=dz, T=len(x), V=len(w), first=first,
-                        dz_stride=dz.stride(0), inv_temperature=1 / ctx.temperature, **operands(x, w, tiles))  # fmt: skip
+                        targets_ptr=targets[rows], thresholds_ptr=thresholds[rows], last_kept_ptr=last_kept[rows], coef_ptr=coef[rows], m_ptr=m[rows],
+                        S_ptr=S[rows], dz_ptr=dz, T=len(x), V=len(w), first=first, dz_stride=dz.stride(0), inv_temperature=1 / ctx.temperature,
+                        SUPPORT=bool(support), **operands(x, w, tiles))  # fmt: skip
                 if need_hidden:
                     dhidden[i] = add_product(dhidden[i], dz, w)
                 if need_weight:
@@ -139,7 +155,7 @@ class LinearLogprobFunction(torch.autograd.Function):
                 torch.mul(dw, unit, out=dweight[first : first + SLICE_BWD])
         if need_hidden:
             dhidden = torch.cat([(x * unit).to(hidden.dtype) for x in dhidden]) if T else torch.zeros_like(hidden)
-        return dhidden if need_hidden else None, dweight, None, None, None
+        return dhidden if need_hidden else None, dweight, None, None, None, None
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -170,10 +186,11 @@ def _logits(hidden, weight, rows, cols, row0, col0, T, V, D, hidden_stride, weig
     return acc
 
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["targets_ptr", "partials_ptr", "index_ptr"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["targets_ptr", "thresholds_ptr", "last_kept_ptr", "partials_ptr", "index_ptr"])
 def linear_logprob_fwd_kernel(
-    hidden, weight, targets_ptr, partials_ptr, index_ptr, T, V, D, hidden_stride, weight_stride, inv_temperature,
+    hidden, weight, targets_ptr, thresholds_ptr, last_kept_ptr, partials_ptr, index_ptr, T, V, D, hidden_stride, weight_stride, inv_temperature,
     SLICE: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DESCRIPTORS: tl.constexpr, ARGMAX: tl.constexpr,
+    SUPPORT: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     slices = tl.cdiv(V, SLICE)
@@ -186,6 +203,10 @@ def linear_logprob_fwd_kernel(
     m = tl.full([BM], LOWEST, tl.float32)
     S, U, x_target = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     index = tl.zeros([BM], tl.int32)
+    if SUPPORT:
+        threshold = tl.load(thresholds_ptr + rows, mask=rows < T, other=0.0)[:, None]
+        last_kept = tl.load(last_kept_ptr + rows, mask=rows < T, other=0)[:, None]
+        top = m  # the largest logit, kept or not
     for col0 in range(slice * SLICE, tl.minimum(slice * SLICE + SLICE, V), BN):
         cols = col0 + tl.arange(0, BN)
         x = _logits(hidden, weight, rows, cols, row0, col0, T, V, D, hidden_stride, weight_stride, BM, BN, BK, DESCRIPTORS)
@@ -194,7 +215,11 @@ def linear_logprob_fwd_kernel(
         largest = tl.max(x, 1)
         if ARGMAX:
             at = tl.min(tl.where(x == largest[:, None], cols[None, :], 2147483647), 1)
-            index = tl.where(largest > m, at, index)
+            index = tl.where(largest > (top if SUPPORT else m), at, index)
+        if SUPPORT:
+            top = tl.maximum(top, largest)
+            x = kept_logits(x, cols[None, :], target[:, None], threshold, last_kept)
+            largest = tl.max(x, 1)
         new = tl.maximum(m, largest)
         S, U = rescaled(S, U, m, new, inv_temperature)
         e, de = exponentials(x, new[:, None], inv_temperature)
@@ -208,19 +233,22 @@ def linear_logprob_fwd_kernel(
     tl.store(at + 3 * plane, x_target, mask=rows < T)
     if ARGMAX:
         tl.store(index_ptr + slice.to(tl.int64) * T + rows, index, mask=rows < T)
+        if SUPPORT:
+            tl.store(at + 4 * plane, top, mask=rows < T)
 
 
-SMALL = ["targets_ptr", "logps_ptr", "entropy_ptr", "coef_ptr", "m_ptr", "S_ptr", "argmax_ptr"]  # their alignment compiles nothing
+# their alignment compiles nothing
+SMALL = ["targets_ptr", "thresholds_ptr", "last_kept_ptr", "logps_ptr", "entropy_ptr", "coef_ptr", "m_ptr", "S_ptr", "argmax_ptr"]
 
 
 @triton.jit(do_not_specialize=["T", "slices"], do_not_specialize_on_alignment=SMALL)
 def linear_logprob_merge_kernel(partials_ptr, index_ptr, targets_ptr, logps_ptr, entropy_ptr, m_ptr, S_ptr, argmax_ptr, T, V, slices, inv_temperature,
-                                ARGMAX: tl.constexpr, SLICES: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+                                ARGMAX: tl.constexpr, SUPPORT: tl.constexpr, SLICES: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     plane = slices.to(tl.int64) * T
     m = tl.full([TOKENS], LOWEST, tl.float32)
     S, U, x_target = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
-    index = tl.zeros([TOKENS], tl.int32)
+    top, index = m, tl.zeros([TOKENS], tl.int32)
     for i in range(0, slices, SLICES):
         s = i + tl.arange(0, SLICES)
         mask = (s < slices)[:, None] & (t < T)[None, :]
@@ -230,9 +258,11 @@ def linear_logprob_merge_kernel(partials_ptr, index_ptr, targets_ptr, logps_ptr,
         x_target += tl.sum(tl.load(partials_ptr + 3 * plane + at, mask=mask, other=0.0), 0)
         largest = tl.max(ms, 0)
         if ARGMAX:
+            tops = tl.load(partials_ptr + 4 * plane + at, mask=mask, other=LOWEST) if SUPPORT else ms
+            highest = tl.max(tops, 0)
             found = tl.load(index_ptr + at, mask=mask, other=2147483647)
-            found = tl.min(tl.where(ms == largest[None, :], found, 2147483647), 0)
-            index = tl.where(largest > m, found, index)
+            found = tl.min(tl.where(tops == highest[None, :], found, 2147483647), 0)
+            index, top = tl.where(highest > top, found, index), tl.maximum(top, highest)
         new = tl.maximum(m, largest)
         S, U = rescaled(S, U, m, new, inv_temperature)
         Ss, Us = rescaled(Ss, Us, ms, new[None, :], inv_temperature)
@@ -249,8 +279,9 @@ def linear_logprob_merge_kernel(partials_ptr, index_ptr, targets_ptr, logps_ptr,
 
 @triton.jit(do_not_specialize=["T", "first"], do_not_specialize_on_alignment=SMALL)
 def linear_logprob_bwd_kernel(
-    hidden, weight, targets_ptr, coef_ptr, m_ptr, S_ptr, dz_ptr, T, V, D, first, hidden_stride, weight_stride, dz_stride, inv_temperature,
-    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    hidden, weight, targets_ptr, thresholds_ptr, last_kept_ptr, coef_ptr, m_ptr, S_ptr, dz_ptr, T, V, D, first, hidden_stride, weight_stride,
+    dz_stride, inv_temperature,
+    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DESCRIPTORS: tl.constexpr, SUPPORT: tl.constexpr,
 ):  # fmt: skip
     """dz = coef (onehot - p) of a slice of the vocabulary that begins at `first` and has V tokens."""
     pid = tl.program_id(0)
@@ -264,6 +295,10 @@ def linear_logprob_bwd_kernel(
     target = tl.load(targets_ptr + rows, mask=rows < T, other=-1) - first
     m, S = tl.load(m_ptr + rows, mask=rows < T, other=0.0), tl.load(S_ptr + rows, mask=rows < T, other=1.0)
     x = _logits(hidden, weight, rows, cols, row0, col0, T, V, steps, hidden_stride, weight_stride, BM, BN, BK, DESCRIPTORS)
+    if SUPPORT:
+        threshold = tl.load(thresholds_ptr + rows, mask=rows < T, other=0.0)[:, None]
+        last_kept = tl.load(last_kept_ptr + rows, mask=rows < T, other=0)[:, None] - first
+        x = kept_logits(x, cols[None, :], target[:, None], threshold, last_kept)
     m = tl.where(coef == 0, float("inf"), m)  # p = 0 where nothing flows back: x is 0 in a skipped tile, and m is -inf in a row of forbidden tokens
     dz = tl.exp2((x - m[:, None]) * (inv_temperature * LOG2E)) * (-coef / S)[:, None]
     dz = tl.where(cols[None, :] == target[:, None], dz + coef[:, None], dz)
@@ -273,8 +308,9 @@ def linear_logprob_bwd_kernel(
 
 def ahead_of_time() -> list[AheadOfTime]:
     sizes = {"T": "i32", "V": "i32:16", "D": "i32:16", "hidden_stride": "i32:16", "weight_stride": "i32:16", "inv_temperature": "fp32"}
-    fwd = {"targets_ptr": "*i64", "partials_ptr": "*fp32", "index_ptr": "*i32"} | sizes
-    rows = {"targets_ptr": "*i64", "coef_ptr": "*fp32", "m_ptr": "*fp32", "S_ptr": "*fp32"}
+    support = {"thresholds_ptr": "*fp32", "last_kept_ptr": "*i32"}
+    fwd = {"targets_ptr": "*i64", "partials_ptr": "*fp32", "index_ptr": "*i32"} | support | sizes
+    rows = {"targets_ptr": "*i64", "coef_ptr": "*fp32", "m_ptr": "*fp32", "S_ptr": "*fp32"} | support
     cases = []
 
     def add(name, tiles, capabilities, dtype, descriptors):
@@ -284,11 +320,13 @@ def ahead_of_time() -> list[AheadOfTime]:
             cases.append(AheadOfTime(label, kernel, dict(zip(("hidden", "weight"), kinds, strict=True)) | signature, constants, tiles.num_warps,
                                      tiles.num_stages, registers=255, matrix=dtype != "fp32", capabilities=capabilities))  # fmt: skip
 
-        for argmax in (False, True):
-            case(linear_logprob_fwd_kernel, f"linear_logprob_fwd {name} argmax {argmax}", tiles_with_argmax(tiles) if argmax else tiles, fwd,
-                 SLICE=tiles.SLICE, ARGMAX=argmax)  # fmt: skip
         bwd = rows | sizes | {"dz_ptr": f"*{dtype}:16", "first": "i32", "dz_stride": "i32:16"}
-        case(linear_logprob_bwd_kernel, f"linear_logprob_bwd {name}", tiles, bwd)
+        for truncated in (False, True):
+            label = name + " support" * truncated
+            for argmax in (False, True):
+                case(linear_logprob_fwd_kernel, f"linear_logprob_fwd {label} argmax {argmax}", tiles_with(tiles, argmax, truncated), fwd,
+                     SLICE=tiles.SLICE, ARGMAX=argmax, SUPPORT=truncated)  # fmt: skip
+            case(linear_logprob_bwd_kernel, f"linear_logprob_bwd {label}", tiles_with(tiles, False, truncated), bwd, SUPPORT=truncated)
 
     for capability, tiles in TILES.items():
         for descriptors in (False, True) if capability >= 90 else (False,):
@@ -297,5 +335,7 @@ def ahead_of_time() -> list[AheadOfTime]:
     add("fp32", TILES_FP32, (80, 90, 100), "fp32", False)
     merge = {"partials_ptr": "*fp32:16", "index_ptr": "*i32:16", "targets_ptr": "*i64", "argmax_ptr": "*i64", "T": "i32", "V": "i32:16",
              "slices": "i32", "inv_temperature": "fp32"} | dict.fromkeys(("logps_ptr", "entropy_ptr", "m_ptr", "S_ptr"), "*fp32")  # fmt: skip
-    constants = dict(ARGMAX=True, SLICES=MERGE_SLICES, TOKENS=MERGE_TOKENS)
-    return [*cases, AheadOfTime("linear_logprob_merge", linear_logprob_merge_kernel, merge, constants, registers=128)]
+    for truncated in (False, True):
+        constants = dict(ARGMAX=True, SUPPORT=truncated, SLICES=MERGE_SLICES, TOKENS=MERGE_TOKENS)
+        cases.append(AheadOfTime("linear_logprob_merge" + " support" * truncated, linear_logprob_merge_kernel, merge, constants, registers=128))
+    return cases

@@ -26,6 +26,24 @@ def _close64(got, oracle, what=""):
         assert error <= 1e-12 * max(1.0, oracle.abs().max()), f"{what}: {error:.3e}"
 
 
+def _keep_largest(logits, counts):
+    """The support that keeps the counts[t] largest logits of row t, of equal ones the lowest index first, and its mask (T, V): a sort."""
+    thresholds, last_kept = torch.full_like(logits[:, 0], -torch.inf), torch.full((len(logits),), logits.shape[1] - 1)
+    keep = torch.zeros(logits.shape, dtype=torch.bool)
+    for t, (row, n) in enumerate(zip(logits.tolist(), counts, strict=True)):
+        kept = sorted(range(len(row)), key=lambda v, row=row: (-row[v], v))[:n]
+        keep[t, kept] = True
+        if n < len(row):  # else not truncated
+            lowest = min((row[v] for v in kept), default=torch.inf)
+            thresholds[t], last_kept[t] = lowest, max((v for v in kept if row[v] == lowest), default=-1)
+    return (thresholds, last_kept), keep
+
+
+@pytest.fixture
+def keep_largest():
+    return _keep_largest
+
+
 @pytest.fixture
 def within_rule():
     return _within_rule

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from athanor.kernels import linear_logprob
+from athanor.kernels import linear_logprob, logprob, sample
 from athanor.kernels.linear_logprob import PLAIN_LOGITS, linear_op
 
 SIZES = [(1, 7), (128, 96), (129, 257), (0, 64)]  # one row, aligned, both odd, empty
@@ -25,13 +25,14 @@ def path(request, monkeypatch):
     return request.param
 
 
-def oracle(logits, targets, temperature):
-    """Sum of exponentials by hand, in fp64, one row at a time."""
+def oracle(logits, targets, temperature, keep=None):
+    """Sum of exponentials by hand, in fp64, one row at a time, over the tokens of the mask `keep` and the target."""
     logps, entropies = [], []
-    for z, y in zip(logits / temperature, targets.tolist(), strict=True):
-        e = torch.exp(z - z.max())
-        p = e / e.sum()
-        logps.append(torch.log(p[y]) if y >= 0 else z.sum() * 0)
+    for t, (z, y) in enumerate(zip(logits / temperature, targets.tolist(), strict=True)):
+        kept = [v for v in range(len(z)) if keep is None or keep[t, v] or v == y]
+        e = torch.exp(z - z[kept].max())
+        p = e[kept] / e[kept].sum()
+        logps.append(torch.log(e[y] / e[kept].sum()) if y >= 0 else z.sum() * 0)
         entropies.append(-(p * torch.where(p > 0, p, 1.0).log()).sum())
     empty = logits.sum(1)
     return (torch.stack(logps), torch.stack(entropies)) if logps else (empty, empty.detach())
@@ -60,6 +61,62 @@ def test_matches_the_oracle_in_fp64_with_gradients(T, V, temperature, path, clos
     dhidden, dweight = torch.autograd.grad(got.logps, (hidden, weight), g.double())
     close64(dhidden, dz @ weight.detach())
     close64(dweight, dz.T @ hidden.detach())
+
+
+def quarters(*shape, generator, dtype=torch.float64):
+    """Numbers whose products and sums are exact in every dtype, so that a logit has the same bits in any tile, and ties are ties."""
+    return (torch.randint(-3, 4, shape, generator=generator) / 4).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("T, V", SIZES)
+def test_a_support_restricts_the_softmax_and_its_gradients(T, V, temperature, path, close64, keep_largest, generator):
+    """Rows that keep everything, one token, a few with ties at the threshold, and nothing but the target, which lies inside or outside."""
+    hidden, weight = quarters(T, 24, generator=generator), quarters(V, 24, generator=generator)
+    _, _, targets, g = inputs(T, V, generator)
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    counts = [V, 1, 2, V // 2, 0, V - 1, 5]  # a skipped row keeps at least one token: of nothing there is no entropy
+    support, keep = keep_largest(logits, [max(counts[t % 7], y < 0) for t, y in enumerate(targets.tolist())])
+    if T > 1:
+        ties, outside = (logits == support[0][:, None]) & ~keep, ~keep[torch.arange(T), targets.clamp(0)] & (targets >= 0)
+        assert ties.any() and outside.any() and (~outside & (targets >= 0)).any()
+    want_logps, want_entropy = oracle(logits, targets, temperature, keep)
+    dz = torch.autograd.grad(want_logps, logits, g.double())[0]
+    got = linear_logprob(hidden, weight, targets, temperature=temperature, support=support, return_argmax=True)
+    close64(got.logps, want_logps)
+    close64(got.entropy, want_entropy)
+    assert torch.equal(got.argmax, logits.argmax(1))  # of all tokens
+    dhidden, dweight = torch.autograd.grad(got.logps, (hidden, weight), g.double())
+    close64(dhidden, dz @ weight.detach())
+    close64(dweight, dz.T @ hidden.detach())
+    same = logprob(logits, targets, temperature=temperature, support=support)
+    close64(got.logps, same.logps)
+    close64(got.entropy, same.entropy)
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_what_the_sampler_drew(dtype, path, within_rule, generator):
+    hidden, weight = quarters(60, 24, generator=generator, dtype=dtype), quarters(97, 24, generator=generator, dtype=dtype)
+    logits, rows = hidden.detach().float() @ weight.detach().float().T, torch.arange(60)
+    drawn = sample(logits, temperature=0.7, top_k=30, top_p=0.9, min_p=0.01, seeds=rows, positions=rows)
+    got = linear_logprob(hidden, weight, drawn.tokens, temperature=0.7, support=drawn.support).logps
+    wide = logits.double()
+    want, _ = oracle(wide, drawn.tokens, 0.7, (wide > drawn.thresholds[:, None]) | ((wide == drawn.thresholds[:, None]) & (
+        torch.arange(97) <= drawn.last_kept[:, None])))  # fmt: skip
+    assert (drawn.logps - drawn.full_logps > 0.05).all()  # the truncation matters
+    assert torch.equal(got, drawn.logps) if path == "plain" else got.dtype == torch.float32
+    within_rule(got, drawn.logps, want)
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_probabilities_over_the_support_sum_to_one(path, keep_largest, generator):
+    hidden, weight = quarters(1, 24, generator=generator), quarters(97, 24, generator=generator)
+    support, keep = keep_largest((hidden @ weight.T).detach(), [31])
+    tokens = keep[0].nonzero().squeeze(1)
+    logps = linear_logprob(hidden.expand(31, -1), weight, tokens, temperature=1.3, support=[s.expand(31) for s in support]).logps
+    assert len(tokens) == 31 and abs(logps.exp().sum() - 1) < 1e-12
 
 
 def test_the_default_recipe_keeps_its_logits():
@@ -120,11 +177,12 @@ def test_forbidden_tokens_and_extreme_logits(path, generator):
 
 
 @pytest.mark.parametrize("path", PATHS, indirect=True)
-def test_nan_poisons_its_own_row_alone(path, generator):
+@pytest.mark.parametrize("support", [None, (torch.full((25,), 0.5), torch.full((25,), 59))], ids=["all", "support"])
+def test_nan_poisons_its_own_row_alone(support, path, generator):
     hidden, weight, _, _ = inputs(25, 60, generator)
     with torch.no_grad():
         hidden[13, 2] = nan
-    out = linear_logprob(hidden, weight, torch.arange(25), return_argmax=True)
+    out = linear_logprob(hidden, weight, torch.arange(25), support=support, return_argmax=True)
     dhidden = torch.autograd.grad(out.logps, hidden, torch.ones(25).double())[0]
     for x in (out.logps[:, None], out.entropy[:, None], dhidden):
         assert torch.isnan(x).any(1).nonzero().flatten().tolist() == [13]
@@ -168,6 +226,8 @@ def test_wrong_shapes_and_temperature_are_refused():
         linear_logprob(torch.ones(2, 4), torch.ones(9, 5), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="linear_logprob: temperature is -1"):
         linear_logprob(torch.ones(2, 4), torch.ones(9, 4), torch.zeros(2, dtype=torch.int64), temperature=-1)
+    with pytest.raises(ValueError, match=r"linear_logprob: support is \(2,\) torch.float32 and \(1,\) torch.int64; wanted \(2,\)"):
+        linear_logprob(torch.ones(2, 4), torch.ones(9, 4), torch.zeros(2, dtype=torch.int64), support=(torch.ones(2), torch.zeros(1).long()))
 
 
 MEASURE = """

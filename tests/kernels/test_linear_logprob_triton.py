@@ -22,10 +22,12 @@ BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
 SIZES = [(1, 16, 7), (32, 32, 96), (19, 17, 37), (33, 24, 49), (37, 19, 101), (5, 8, 1), (0, 16, 50)]
 
 
-def oracle(hidden, weight, targets, temperature, g):
-    """logp, entropy, and the gradients of g . logp, by the formulas, in fp64."""
+def oracle(hidden, weight, targets, temperature, g, support=None):
+    """logp, entropy, and the gradients of g . logp, by the formulas, in fp64; `support` is a mask (T, V) that includes the targets."""
     h, w, g = hidden.double().cpu(), weight.double().cpu(), g.double().cpu()
     x = h @ w.T
+    if support is not None:
+        x = x.masked_fill(~support, -inf)
     z = (x - x.max(1, keepdim=True).values) / temperature if x.numel() else x
     e = z.exp()
     p = e / e.sum(1, keepdim=True)
@@ -38,21 +40,22 @@ def oracle(hidden, weight, targets, temperature, g):
     return logp, entropy, dz @ w, dz.T @ h
 
 
-def plain_fp32(hidden, weight, targets, temperature, g):
+def plain_fp32(hidden, weight, targets, temperature, g, support=None):
     """The textbook formula in fp32 from the same rounded numbers; gradients rounded to the inputs' dtype."""
     h, w = hidden.float().requires_grad_(), weight.float().requires_grad_()
-    log_p = ((h @ w.T) / temperature).log_softmax(-1)
+    z = (h @ w.T) / temperature
+    log_p = (z if support is None else z.masked_fill(~support, -inf)).log_softmax(-1)
     keep = targets >= 0
     logp = torch.where(keep, log_p.gather(1, targets.clamp(min=0)[:, None]).squeeze(1), 0.0)
     dh, dw = torch.autograd.grad(logp, (h, w), g)
-    return logp.detach(), -(log_p.exp() * log_p).sum(1).detach(), dh.to(hidden.dtype), dw.to(weight.dtype)
+    return logp.detach(), -torch.where(log_p > -inf, log_p.exp() * log_p, 0.0).sum(1).detach(), dh.to(hidden.dtype), dw.to(weight.dtype)
 
 
 def run(hidden, weight, targets, g, temperature=1.0, device="cpu", **options):
     h, w = (x.detach().to(device).requires_grad_() for x in (hidden, weight))
     out = linear_logprob(h, w, targets.to(device), temperature=temperature, backend="triton", **options)
     grads = torch.autograd.grad(out.logps, (h, w), g.to(device))
-    return tuple(x.detach().cpu() for x in (out.logps, out.entropy, *grads)) + ((out.argmax.cpu(),) if options else ())
+    return tuple(x.detach().cpu() for x in (out.logps, out.entropy, *grads)) + (() if out.argmax is None else (out.argmax.cpu(),))
 
 
 def inputs(T, D, V, generator, dtype=torch.float32, spread=1.0):
@@ -85,6 +88,28 @@ def test_errs_no_more_than_the_plain_formula(T, D, V, dtype, triton_device, with
             within_rule(a, b, c, what)
         elif V > 1:  # dz is rounded to 16 bits on its way into the GEMMs, which the plain formula in fp32 does not do
             assert_sqnr(a, c, what, 55 if dtype == torch.float16 else 45)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
+@pytest.mark.parametrize("T, D, V", SIZES)
+def test_a_support_restricts_the_softmax_and_its_gradients(T, D, V, dtype, triton_device, within_rule, keep_largest, generator, monkeypatch):
+    """Rows that keep everything, one token, a few with ties at the threshold, and nothing but the target, over several slices forward and back."""
+    monkeypatch.setattr(module, "SLICE_BWD", 48)
+    _, _, targets, g = inputs(T, D, V, generator)
+    hidden, weight = (torch.randint(-3, 4, (n, D), generator=generator).to(dtype) / 4 for n in (T, V))  # exact, so that ties are ties
+    logits = hidden.float() @ weight.float().T
+    counts = [V, 1, 2, V // 2, 0, V - 1, 5]  # a skipped row keeps at least one token: of nothing there is no entropy
+    support, keep = keep_largest(logits, [max(counts[t % 7], y < 0) for t, y in enumerate(targets.tolist())])
+    keep |= torch.arange(V) == targets[:, None]
+    plain, want = (f(hidden, weight, targets, 0.7, g, keep) for f in (plain_fp32, oracle))
+    for argmax in (False, True):
+        got = run(hidden, weight, targets, g, 0.7, triton_device, support=[s.to(triton_device) for s in support], return_argmax=argmax)
+        assert not argmax or torch.equal(got[4], logits.argmax(1))  # of all tokens
+        for a, b, c, what in zip(got[:4], plain, want, ("logps", "entropy", "d_hidden", "d_weight"), strict=True):
+            if dtype == torch.float32 or what in ("logps", "entropy"):
+                within_rule(a, b, c, what)
+            elif V > 1:
+                assert_sqnr(a, c, what, 55 if dtype == torch.float16 else 45)
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1.0, 5.0])
@@ -205,10 +230,12 @@ def test_forbidden_tokens_and_extreme_logits(triton_device, generator):
     assert (got.logps == -inf).all() and not got.entropy.any() and not got.argmax.any()
 
 
-def test_nan_poisons_its_own_row_alone(triton_device, generator):
+@pytest.mark.parametrize("truncated", [False, True])
+def test_nan_poisons_its_own_row_alone(truncated, triton_device, generator):
     hidden, weight, targets, g = inputs(20, 16, 100, generator)
     hidden[13, 2] = nan
-    logps, entropy, dhidden, _, argmax = run(hidden, weight, torch.arange(20), g, device=triton_device, return_argmax=True)
+    support = (torch.full((20,), 0.5, device=triton_device), torch.full((20,), 99, device=triton_device)) if truncated else None
+    logps, entropy, dhidden, _, argmax = run(hidden, weight, torch.arange(20), g, device=triton_device, support=support, return_argmax=True)
     for x in (logps[:, None], entropy[:, None], dhidden):
         assert torch.isnan(x).any(1).nonzero().flatten().tolist() == [13]
     assert ((0 <= argmax) & (argmax < 100)).all()
@@ -262,20 +289,22 @@ def test_offsets_beyond_two_to_the_31_elements(triton_device, generator, monkeyp
         assert not (offset and call["DESCRIPTORS"])
         far_dz.zero_()
         rest = dict(zip(("targets_ptr", "coef_ptr", "m_ptr", "S_ptr"), (t.to(triton_device) for t in (targets, g, m, S)), strict=True))
+        rest |= {"thresholds_ptr": rest["m_ptr"], "last_kept_ptr": rest["targets_ptr"], "SUPPORT": False}
         module.linear_logprob_bwd_kernel[(1,)](**rest, dz_ptr=far_dz, T=3, V=3, first=0, dz_stride=stride, inv_temperature=1.0, **call)
         assert torch.allclose(far_dz.cpu().double(), dz, atol=2e-3)
         assert torch.equal(linear_logprob(h, w, targets.to(triton_device), backend="triton").logps.cpu(), want[0])
 
 
 def test_neither_lengths_nor_temperatures_compile_anew(launches, generator):
-    """50 lengths, 18 temperatures, labels at any address: one specialisation per kernel, with descriptors (D = 32) and with pointers."""
-    for D, argmax in ((32, True), (19, False), (32, False)):
+    """50 lengths, 18 temperatures, labels and supports at any address: one specialisation per kernel, with descriptors (D = 32) and with pointers."""
+    for D, argmax, truncated in ((32, True, False), (19, False, False), (32, False, False), (32, False, True), (32, True, True)):
         launches.keys.clear()
         weight = torch.randn(64, D, generator=generator).requires_grad_()
         for n in range(50):
             hidden = torch.randn(n + 1, D, generator=generator).requires_grad_()
             targets = torch.randint(0, 64, (n + 2,), generator=generator)[n % 2 :][: n + 1]
-            out = linear_logprob_triton(hidden, weight, targets, [1.0, 2.0, 0.5 + n / 100][n % 3], argmax)
+            support = (torch.zeros(n + 2)[n % 2 :][: n + 1], targets) if truncated else None
+            out = linear_logprob_triton(hidden, weight, targets, [1.0, 2.0, 0.5 + n / 100][n % 3], argmax, support)
             out[0].backward(torch.ones(n + 2)[1:])
         names = sorted(name for name, *_ in launches.keys)
         assert names == ["linear_logprob_bwd_kernel", "linear_logprob_fwd_kernel", "linear_logprob_merge_kernel"], launches.keys
@@ -286,7 +315,7 @@ def test_slices_do_not_depend_on_the_number_of_tokens(launches, generator):
     slices = []
     for T in (1, 7, 130, 1000):
         launches.grids.clear()
-        LinearLogprobFunction.apply(torch.randn(T, 16, generator=generator), weight, torch.zeros(T, dtype=torch.int64), 1.0, False)
+        LinearLogprobFunction.apply(torch.randn(T, 16, generator=generator), weight, torch.zeros(T, dtype=torch.int64), 1.0, False, None)
         slices.append(launches.grids[0][0] / -(-T // 16))
     assert set(slices) == {-(-500 // 48)}
 
