@@ -280,8 +280,9 @@ class GRPOConfig(TrainConfig):
     """End the stage after the first step whose rollouts reach this mean accuracy reward; null = run all steps."""
     max_refills: int = Field(3, ge=0)
     """Times that a step may draw again when the preset drops groups without contrast (dynamic sampling)."""
-    max_logp_gap: float = Field(1e-3, gt=0)
-    """Stop the run when a sampled log-prob differs from the trainer's by more than this (nats); from 1e-5 on there is a warning."""
+    max_logp_gap: float | None = Field(None, gt=0)
+    """Stop the run when a sampled log-prob differs from the trainer's by more than this (nats); null = 1e-3 where their bits are meant to be equal
+    (on a CPU, and on CUDA in strict mode), where from 1e-5 on there is a warning, and no limit elsewhere."""
     control: Literal["none", "shuffle", "flip"] = "none"
     """Negative control: shuffle the advantages inside the batch, or flip their sign."""
 
@@ -353,7 +354,7 @@ class RecipeConfig(Config):
     max_rows: int = Field(512, ge=1)
     """Sequences that decode at once."""
     strict: bool = False
-    """On CUDA, take kernels whose sums do not depend on the batch: sampled log-probs then equal the trainer's bit for bit.  On a CPU they do anyway."""
+    """On CUDA, take kernels whose sums do not depend on the batch: sampled log-probs equal the trainer's bit for bit.  On a CPU they do anyway."""
     verify_weights: bool = False
     """Hash the weights after every RL step and again before the next rollout; stop when the sampler reads other ones."""
     reuse: str = ""

@@ -121,8 +121,7 @@ class DecodeRows:
         start = perf_counter()
         lengths = self.lengths[:n]
         positions = torch.where(self.status[:n] == RUNNING, lengths - 1, -1)
-        shared = self.shared and SharedPrefix(self.shared.order[:n], self.shared.inverse[:n], self.shared.group_offsets[: n + 1], self.shared.prefix_lens[:n])
-        attend = DecodeAttention(self.cache, self.table[:n], positions, limit, shared)
+        attend = DecodeAttention(self.cache, self.table[:n], positions, limit, self.shared and self.shared.first(n))
         hidden = self.model(self.last[:n], positions.clamp_min(0), attend)
         middle = perf_counter()
         self._append(hidden, 0)

@@ -17,7 +17,6 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 from athanor.config import SamplingConfig
@@ -37,7 +36,7 @@ class Generator:
     max_rows: samples that decode at once.  kv_tokens: size of the KV pool; default what the requests need, within half of the free memory on a CPU
     and 85 % of it on CUDA.  policy: "reserve" admits a group when its worst case fits, "pause" by expected length; a row that finds no block then
     waits with its KV.  Nothing is ever computed twice.  max_prefill_tokens: prompt tokens of one prefill.
-    fused_sampling: draw with `linear_sample`, which needs no logits and takes no top_k, top_p or min_p; the same seed gives other tokens than without.
+    fused_sampling: draw with `linear_sample`, which needs no logits and takes no top_k, top_p or min_p; a seed then gives other tokens than without.
     tokenizer: needed for stop strings alone.  `seconds` adds up where the time went.
     """
 

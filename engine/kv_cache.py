@@ -1,7 +1,7 @@
 """Keys and values in blocks that rows share, and the two attentions that fill and read them.
 
-The host (`athanor._host.Scheduler`) decides which blocks a row has; the bytes live here.  R rows, n of them decoding, H query heads, K key/value heads,
-d head width, T packed tokens.
+The host (`athanor._host.Scheduler`) decides which blocks a row has; the bytes live here.  R rows, n of them decoding, H query heads, K key/value
+heads, d head width, T packed tokens.
 """
 
 from dataclasses import dataclass
@@ -63,6 +63,10 @@ class SharedPrefix:
     inverse: Tensor  # (R,) int64, where each row stands in `order`
     group_offsets: Tensor  # (R+1,) int32 over `order`; groups that do not exist are empty
     prefix_lens: Tensor  # (R,) int32 tokens
+
+    def first(self, n: int) -> "SharedPrefix":
+        """Of the first n rows, where no other row decodes."""
+        return SharedPrefix(self.order[:n], self.inverse[:n], self.group_offsets[: n + 1], self.prefix_lens[:n])
 
 
 class DecodeAttention:

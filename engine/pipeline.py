@@ -184,7 +184,8 @@ def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenize
     # Everything that decides the stage's result besides its inputs' bytes; how often it saves and what it is called in the report do not.
     own = stage.model_dump(mode="json", exclude={"label", "save_every"})
     vocabulary = [tokenizer.id_to_token(i) for i in range(tokenizer.vocab_size)]
-    facts = {"stage": own, "tasks": used, "model": shape, "vocabulary": vocabulary, "seed": recipe.seed, "dtype": recipe.dtype, "strict": recipe.strict, "name": name}
+    facts = {"stage": own, "tasks": used, "model": shape, "vocabulary": vocabulary, "name": name}
+    facts |= {"seed": recipe.seed, "dtype": recipe.dtype, "strict": recipe.strict}
     key = hash_config(facts)
     inputs = stage_inputs(name, recipe, run_dir)
     decision = "run"

@@ -38,6 +38,13 @@ CHARTS = [  # metrics (the first that a stage has), title, what it says, options
     (("language_consistency", "language"), "One language", "Language consistency of the rollouts", {"percent": True}),
     (("logp_gap_max",), "Rollout vs. trainer", "Largest log-prob difference of a token, nats", {"log_scale": True}),
 ]
+TIME_PARTS = {  # metric, seconds per step: heading
+    "rollout_prefill_s": "prefill",
+    "rollout_forward_s": "decode: forward",
+    "rollout_sample_s": "decode: sampling",
+    "rollout_host_s": "decode: host",
+    "train_s": "update",
+}
 REWARD_PARTS = ("accuracy", "format", "language_consistency", "language", "preference", "repetition", "overlong")
 
 
@@ -65,6 +72,7 @@ def write_report(run_dir: Path | str) -> Path:
         legend={stages[name]["title"]: slot % NUM_SERIES for name, slot in colors.items() if any(row["stage"] == name for row in rows)},
         charts=[_safe(chart) for chart in _rl_charts(rows, stages, colors)],
         reward_charts=[_safe(chart) for chart in _reward_charts(rows, stages, colors)],
+        time_split=_time_split(rows, stages),
         supervised_charts=[_safe(chart) for chart in _supervised_charts(rows, stages)],
         stages=stages,
         longest_s=max((stage["wall_s"] for stage in stages.values()), default=0) or 1,
@@ -155,6 +163,18 @@ def _tiles(stages: dict, run: dict) -> list[dict]:
     if wall:
         tiles.append({"value": format_duration(wall), "what": "wall time, all of it", "more": run.get("device", "")})
     return tiles
+
+
+def _time_split(rows: list[dict], stages: dict) -> dict[str, dict[str, float]]:
+    """Seconds per part of each RL stage's steps; `other` is rewards, decoding of text and everything else."""
+    split = {}
+    for name, stage in stages.items():
+        steps = [row for row in rows if row["stage"] == name and row.get("rollout_s") is not None and row.get("step_s") is not None]
+        if stage["kind"] == "grpo" and steps:
+            parts = {heading: sum(row.get(metric) or 0.0 for row in steps) for metric, heading in TIME_PARTS.items()}
+            whole = sum(row["step_s"] for row in steps)
+            split[stage["title"]] = parts | {"other": max(0.0, whole - sum(parts.values())), "all": whole}
+    return split
 
 
 def _columns(stages: dict) -> list[tuple[str, str, str]]:

@@ -17,7 +17,7 @@ from athanor._host import Admission, Events, Scheduler
 from athanor.config import SamplingConfig
 from athanor.decode import ERROR, FILTERS, LENGTH, REPETITION, RUNNING, STOP, Drawn, window_of
 from athanor.kv_cache import PrefillAttention
-from athanor.model.transformer import fill_rows, fill_tokens
+from athanor.model.transformer import fill_tokens
 from athanor.samples import Completion, Finished, Request
 from athanor.stops import StopStrings
 
@@ -247,7 +247,8 @@ class Stream(Iterator[Finished]):
 
         cu_seqlens = tensor([np.zeros(1), np.cumsum(lengths)], np.int32)
         input_ids, positions, bounds = fill_tokens(tensor(sequences, np.int64), tensor([np.arange(n) for n in lengths], np.int64), cu_seqlens)
-        blocks_of, slots_of = (torch.nn.functional.pad(tensor(x, np.int32), (0, len(input_ids) - int(lengths.sum())), value=-1) for x in (blocks, slots))
+        filler = len(input_ids) - int(lengths.sum())
+        blocks_of, slots_of = (torch.nn.functional.pad(tensor(x, np.int32), (0, filler), value=-1) for x in (blocks, slots))
         hidden = g.model(input_ids, positions, PrefillAttention(g.cache, bounds, blocks_of[:, None], slots_of))
         return hidden[cu_seqlens[1:].long() - 1]
 

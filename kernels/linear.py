@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: 
     if out_dtype in (None, x.dtype):
         return op(backend, x=x, weight=weight, bias=bias, out_dtype=x.dtype)
     check(out_dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16) and bias is None,
-          f"linear: out_dtype is {out_dtype}, x is {x.dtype}{'' if bias is None else ' and there is a bias'}; wanted float32 from bf16 or fp16, no bias")  # fmt: skip
+          f"linear: out_dtype is {out_dtype}, x is {x.dtype}, bias is {'not ' * (bias is not None)}None; wanted fp32 from bf16 or fp16, no bias")
     return op(backend, x=x.detach(), weight=weight.detach(), bias=None, out_dtype=out_dtype)
 
 

@@ -93,8 +93,8 @@ def ahead_of_time() -> list[AheadOfTime]:
             kinds = [f"tensordesc<{dtype}[{block}, {tiles.BK}]>" if descriptors else f"*{dtype}:16" for block in (tiles.BM, tiles.BN)]
             signature = dict(zip(("hidden", "weight"), kinds, strict=True)) | sizes | {"bias_ptr": f"*{dtype}", "y_ptr": f"*{out}:16"}
             constants = dict(BIAS=bias, BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, GROUP=tiles.GROUP, DESCRIPTORS=descriptors)
-            cases.append(AheadOfTime(f"linear_fwd {name} bias {bias} out {out}", linear_fwd_kernel, signature, constants, tiles.num_warps, tiles.num_stages,
-                                     registers=168, matrix=dtype != "fp32", capabilities=capabilities))  # fmt: skip
+            cases.append(AheadOfTime(f"linear_fwd {name} bias {bias} out {out}", linear_fwd_kernel, signature, constants, tiles.num_warps,
+                                     tiles.num_stages, registers=168, matrix=dtype != "fp32", capabilities=capabilities))  # fmt: skip
 
     for capability, tiles in TILES.items():
         for descriptors in (False, True) if capability >= 90 else (False,):

@@ -147,7 +147,8 @@ def test_log_probs_equal_the_packed_training_forward_bit_for_bit(architecture, n
 
 @pytest.mark.parametrize(
     "sampling",
-    [{"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}, {"temperature": 0.6, "top_p": 0.95}, {"temperature": 1.3, "top_k": 7, "top_p": 0.9, "min_p": 0.05}],
+    [{"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}, {"temperature": 0.6, "top_p": 0.95},
+     {"temperature": 1.3, "top_k": 7, "top_p": 0.9, "min_p": 0.05}],  # fmt: skip
     ids=lambda s: " ".join(s),
 )
 def test_truncated_log_probs_are_rebuilt_by_the_trainer_bit_for_bit(sampling):

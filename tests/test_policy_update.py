@@ -31,7 +31,8 @@ def grpo_config(**changes):
 def rollout(seed=0):
     model = Decoder(ModelConfig(vocab_size=TOKENIZER.vocab_size, hidden_size=32, num_hidden_layers=2, initializer_range=0.2)).initialize_(seed)
     config = grpo_config()
-    groups = sample_groups(rollout_generator(model, TOKENIZER, 64, 4), TOKENIZER, [TASK.problem("train", i) for i in range(6)], 4, config.sampling, CONTEXT.ranks, seed)
+    generator = rollout_generator(model, TOKENIZER, 64, 4)
+    groups = sample_groups(generator, TOKENIZER, [TASK.problem("train", i) for i in range(6)], 4, config.sampling, CONTEXT.ranks, seed)
     advantages = torch.from_numpy(np.random.default_rng(seed).normal(size=24).astype(np.float32))
     advantages[[1, 5, 6, 7, 20]] = 0.0
     return model, groups, advantages
@@ -125,3 +126,52 @@ def test_a_rollout_by_other_weights_is_caught():
     groups[0][0].logps[0] = np.nan
     with pytest.raises((UserError, FloatingPointError)):
         update(rollout()[0], groups, advantages)
+
+
+@pytest.mark.parametrize("sampling", [{"top_k": 3}, {"top_p": 0.7}, {"temperature": 0.8, "min_p": 0.1}], ids=lambda s: " ".join(s))
+def test_truncated_sampling_starts_from_the_same_identities(sampling):
+    """The trainer rebuilds the distribution that each token was drawn from; its full softmax would give ratios below 1."""
+    config = grpo_config(updates_per_rollout=1).model_copy(update={"sampling": SamplingConfig(max_tokens=12, **sampling)})
+    model, _, advantages = rollout()
+    generator = rollout_generator(model, TOKENIZER, 64, 4)
+    groups = sample_groups(generator, TOKENIZER, [TASK.problem("train", i) for i in range(6)], 4, config.sampling, CONTEXT.ranks, 0)
+    loop = SimpleNamespace(model=model, optimizer=Optimizer(model, config.optimizer, CONTEXT.ranks))
+    metrics = update_policy(CONTEXT, config, LossVariant(), loop, None, groups, advantages, 0)
+    assert metrics["logp_gap_max"] == metrics["logp_gap_mean"] == metrics["logp_gap_k3"] == 0.0
+    assert metrics["ratio_mean"] == metrics["ratio_max"] == 1.0
+    for group in groups:
+        for sample in group:
+            sample.support = None
+    with pytest.raises(UserError, match="sampled log-probs differ"):
+        update_policy(CONTEXT, config, LossVariant(), loop, None, groups, advantages, 0)
+
+
+def test_the_gap_is_a_mean_and_a_divergence_too(monkeypatch):
+    monkeypatch.setattr(CONTEXT, "console", SimpleNamespace(warn=lambda text: None), raising=False)
+    model, groups, advantages = rollout()
+    shift = 5e-4
+    for sample in sum(groups, []):
+        sample.logps = sample.logps - np.float32(shift)
+    metrics, _ = update(model, groups, advantages)
+    assert metrics["logp_gap_mean"] == pytest.approx(shift, rel=1e-2) and metrics["logp_gap_k3"] == pytest.approx(shift**2 / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_a_correction_weighs_the_distance_from_the_sampler(updates, monkeypatch):
+    """A sampler whose log-probs are off by log 1.5 on every token: the trainer's own are the old ones, a token weighs 1.5, or 1.2 when cut there."""
+    model, groups, advantages = rollout()
+    monkeypatch.setattr(CONTEXT, "console", SimpleNamespace(warn=lambda text: None), raising=False)
+    plain, gradient = update(model, groups, advantages, updates_per_rollout=updates)
+    for high, weight in ((2.0, 1.5), (1.2, 1.2)):
+        model, groups, advantages = rollout()
+        for sample in sum(groups, []):
+            sample.logps = sample.logps - np.float32(np.log(1.5))
+        variant = LossVariant(correction="tis", correction_high=high)
+        corrected, scaled = update(model, groups, advantages, variant, updates_per_rollout=updates, max_logp_gap=1.0)
+        assert corrected["logp_gap_max"] == pytest.approx(np.log(1.5), rel=1e-4)
+        if updates == 1:
+            assert corrected["ratio_max"] == 1.0  # old log-probs are the trainer's
+            torch.testing.assert_close(scaled, weight * gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+            live = sum(s.num_tokens for s, a in zip(sum(groups, []), advantages.tolist(), strict=True) if a)
+            assert corrected["correction_weight"] * live == pytest.approx(weight * live, rel=1e-3)
+    assert "correction_weight" not in plain

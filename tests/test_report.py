@@ -62,6 +62,13 @@ def make_run(run_dir, *, stages=STAGES, steps=60, facts=True):
                     }
                     row |= {
                         "logp_gap_max": 10 ** rng.uniform(-6.6, -5.4),
+                        "step_s": 10.0,
+                        "rollout_s": 5.0,
+                        "rollout_prefill_s": 1.0,
+                        "rollout_forward_s": 2.0,
+                        "rollout_sample_s": 0.5,
+                        "rollout_host_s": 0.5,
+                        "train_s": 4.0,
                         "grad_norm": 0.3,
                         "loss": noise,
                         "clip_fraction": math.nan,
@@ -172,7 +179,7 @@ def test_curves_overlay_the_rl_stages_and_are_described_for_those_who_do_not_see
 def test_tables_have_headers_for_rows_and_columns(page_text):
     page = Page(page_text)
     scopes = [value for tag, name, value in page.attributes if tag == "th" and name == "scope"]
-    assert scopes.count("col") == page.tags.count("th") - scopes.count("row") and scopes.count("row") == 9 + 11
+    assert scopes.count("col") == page.tags.count("th") - scopes.count("row") and scopes.count("row") == 9 + 11 + 4  # results, stages, time of the RL stages
 
 
 def test_missing_metrics_samples_and_facts_do_not_break_the_page(tmp_path):
@@ -291,3 +298,11 @@ def test_running_mean_is_the_mean_of_the_neighbours():
 def test_a_chart_of_few_constant_or_missing_values_is_drawn(values, log_scale):
     svg = line_chart([Series("a", list(range(len(values))), values, 0)], label='a "label" & <more>', log_scale=log_scale)
     assert svg.startswith("<svg") and svg.rstrip().endswith("</svg>") and 'aria-label="a &quot;label&quot; &amp; &lt;more>"' in svg
+
+
+def test_the_time_of_rl_is_split_up(page_text):
+    """Per step: 10 s, of which 1 prefill, 2 + 0.5 + 0.5 decode, 4 update, so 2 are left."""
+    section = page_text[page_text.index('id="time"') :]
+    section = section[: section.index("</section>")]
+    for part, percent in (("prefill", 10), ("decode: forward", 20), ("decode: sampling", 5), ("decode: host", 5), ("update", 40), ("other", 20)):
+        assert f">{part}</th>" in section and f"{percent} %" in section
