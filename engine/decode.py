@@ -2,10 +2,11 @@
 
 A row is one running sample.  Its last token, length, random counter, sampling parameters and block table live on the device; a window of steps runs
 without the host, which then reads what was drawn (`Drawn`) and what became of the rows (`status`).  A row that has ended inside a window stands
-still: it writes nothing and reads nothing.  On CUDA the step is a captured graph, one per bucket of rows and lengths; on a CPU a window is one step.
+still: it writes nothing and reads nothing.  On CUDA the step is a captured graph, one per bucket of rows and lengths.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -19,7 +20,6 @@ from athanor.model.transformer import ROW_STEP, Decoder, fill_rows
 
 RUNNING, STOP, REPETITION, LENGTH, ERROR = range(5)  # of `status`
 FILTERS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
-WINDOW = 8  # steps on CUDA between two looks of the host: a finished row idles for half of it on average
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class DecodeRows:
     """Device state of up to `capacity` rows and the step that advances them."""
 
     def __init__(
-        self, model: Decoder, cache: PagedKVCache, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...], fused: bool,
-        seconds: dict[str, float],
+        self, model: Decoder, cache: PagedKVCache, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...], *, window: int,
+        fused: bool, seconds: dict[str, float],
     ):  # fmt: skip
-        """records: fields of `Sampled` that are kept for every token besides tokens and logps.  fused: draw with `linear_sample`, which takes no
-        filters.  seconds: where times are added up."""
-        self.model, self.cache, self.device, self.records, self.fused, self.seconds = model, cache, cache.device, records, fused, seconds
-        self.on_cpu, self.window = self.device.type == "cpu", window_of(cache.device)
+        """records: fields of `Sampled` that are kept for every token besides tokens and logps.  window: steps without the host.
+        fused: draw with `linear_sample`, which takes no filters.  seconds: where times are added up.
+        """
+        self.model, self.cache, self.device, self.on_cpu = model, cache, cache.device, cache.device.type == "cpu"
+        self.records, self.window, self.fused, self.seconds = records, window, fused, seconds
         self.capacity = -(-num_rows // ROW_STEP) * ROW_STEP  # products of few rows round differently on a CPU, see ROW_STEP
         R, W = self.capacity, self.window
 
@@ -101,13 +102,10 @@ class DecodeRows:
         """Run a window over rows 0..n-1, none of which is longer than `longest` before it."""
         self.slot.zero_()
         n_run = min(row_bucket(n, self.on_cpu), self.capacity)
-        if self.on_cpu:
-            self._step(n_run, None)
-        else:
-            limit = length_bucket(longest + self.window, self.table.shape[1] * self.cache.block_size)
-            graph = self._graph(n_run, limit)
-            for _ in range(self.window):
-                graph.replay()
+        limit = length_bucket(longest + self.window, self.table.shape[1] * self.cache.block_size)
+        step = partial(self._step, n_run, limit) if self.on_cpu else self._graph(n_run, limit).replay
+        for _ in range(self.window):
+            step()
         return self._read(0, n, self.window)
 
     def draw(self, hidden: Tensor, first: int) -> Drawn:
@@ -117,7 +115,7 @@ class DecodeRows:
         self._append(hidden, first)
         return self._read(first, first + m, 1)
 
-    def _step(self, n: int, limit: int | None) -> None:
+    def _step(self, n: int, limit: int) -> None:
         start = perf_counter()
         lengths = self.lengths[:n]
         positions = torch.where(self.status[:n] == RUNNING, lengths - 1, -1)
@@ -198,10 +196,6 @@ class DecodeRows:
             self.status.copy_(status)
             self.slot.zero_()
         return self.graphs[key]
-
-
-def window_of(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else WINDOW
 
 
 def row_bucket(n: int, on_cpu: bool) -> int:

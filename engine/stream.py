@@ -15,7 +15,7 @@ from torch import Tensor
 
 from athanor._host import Admission, Events, Scheduler
 from athanor.config import SamplingConfig
-from athanor.decode import ERROR, FILTERS, LENGTH, REPETITION, RUNNING, STOP, Drawn, window_of
+from athanor.decode import ERROR, FILTERS, LENGTH, REPETITION, RUNNING, STOP, Drawn
 from athanor.kv_cache import PrefillAttention
 from athanor.model.transformer import fill_tokens
 from athanor.samples import Completion, Finished, Request
@@ -52,7 +52,7 @@ class Stream(Iterator[Finished]):
         num_rows = min(g.max_rows, len(self._request_of))
         num_blocks = g.pool_blocks(self._blocks_wanted(active, num_rows))
         self.scheduler = Scheduler(
-            num_rows, longest, num_blocks, g.block_size, policy=g.policy, lookahead=window_of(g.device), refill_rows=max(1, num_rows // 4)
+            num_rows, longest, num_blocks, g.block_size, policy=g.policy, lookahead=g.window, refill_rows=max(1, num_rows // 4)
         )
         records = (("full_logps",) if full_logps else ()) + (("thresholds", "last_kept") if any(s.truncated for s in all_sampling) else ())
         eos = [sorted(request.eos_ids or g.eos_ids) for request in requests]
@@ -157,7 +157,7 @@ class Stream(Iterator[Finished]):
         return self._ready.popleft()
 
     def step(self) -> list[Finished]:
-        """Decode one window (a step on a CPU) and return what has finished by then, often nothing."""
+        """Decode one window and return what has finished by then, often nothing."""
         if not self._ready and not self.finished:
             self._advance()
         done = list(self._ready)

@@ -179,7 +179,8 @@ def test_curves_overlay_the_rl_stages_and_are_described_for_those_who_do_not_see
 def test_tables_have_headers_for_rows_and_columns(page_text):
     page = Page(page_text)
     scopes = [value for tag, name, value in page.attributes if tag == "th" and name == "scope"]
-    assert scopes.count("col") == page.tags.count("th") - scopes.count("row") and scopes.count("row") == 9 + 11 + 4  # results, stages, time of the RL stages
+    assert scopes.count("col") == page.tags.count("th") - scopes.count("row")
+    assert scopes.count("row") == 9 + 11 + 4  # results, stages, times of the RL stages
 
 
 def test_missing_metrics_samples_and_facts_do_not_break_the_page(tmp_path):

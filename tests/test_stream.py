@@ -62,6 +62,19 @@ def test_refills_and_pauses_change_no_bit(policy, kv_tokens):
         same(a, b)
 
 
+@pytest.mark.parametrize("window", [2, 5, 64])  # the last is longer than any sample
+def test_steps_without_the_host_change_no_bit(window):
+    """End tokens, stop strings, repetition and limits inside a window: what was decoded beyond them is dropped, and its blocks are as good as new."""
+    asked = requests(12, samples=4)
+    sampling = SamplingConfig(max_tokens=30, temperature=0.7, stop=["one two", "done"], repetition_tokens=4, repetition_probability=0.6)
+    model = make_model()
+    whole = Generator(model, {EOS}, tokenizer=WORDS).generate(asked, sampling)
+    ahead = Generator(model, {EOS}, tokenizer=WORDS, max_rows=16, kv_tokens=700, policy="pause", window=window).generate(asked, sampling)
+    for a, b in zip(sum(whole, []), sum(ahead, []), strict=True):
+        same(a, b)
+    assert {c.finish for c in sum(whole, [])} == {"stop", "length", "repetition"}
+
+
 def test_aborted_samples_go_on_where_they_were_with_the_same_bits():
     asked, model = requests(8, samples=4), make_model()
     whole = Generator(model, {EOS}).generate(asked, SAMPLING)
