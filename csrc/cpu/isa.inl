@@ -6,6 +6,8 @@ namespace athanor::cpu::ATHANOR_ISA {
 
 #include "rmsnorm.inl"
 #include "rope.inl"
+#include "logprob.inl"
+#include "sample.inl"
 
 const Kernels& table() {
     static const Kernels all = [] {
@@ -18,6 +20,10 @@ const Kernels& table() {
         k.rmsnorm_bwd = rmsnorm_bwd;
         k.rope = rope;
         k.rope_norm_bwd = rope_norm_bwd;
+        k.logprob_fwd = logprob_fwd;
+        k.logprob_bwd = logprob_bwd;
+        k.sample = sample;
+        k.philox_uniform = philox_uniform;
         return k;
     }();
     return all;

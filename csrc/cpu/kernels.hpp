@@ -29,6 +29,38 @@ struct Angles {
     std::int64_t cos_stride, sin_stride;
 };
 
+// (T, V) with what logprob wants of each row.
+struct Logits {
+    const float* at;
+    std::int64_t stride, T, V;
+    const std::int64_t* targets;  // (T,), outside [0, V): skip
+    const float* thresholds;      // (T,), with last_kept the support; null: none
+    const std::int64_t* last_kept;
+    float inverse_temperature;
+
+    const float* row(std::int64_t t) const { return at + t * stride; }
+    std::int64_t target(std::int64_t t) const { return targets[t] >= 0 && targets[t] < V ? targets[t] : -1; }
+    float threshold(std::int64_t t) const { return thresholds ? thresholds[t] : -__builtin_inff(); }
+    std::int64_t last(std::int64_t t) const { return thresholds ? last_kept[t] : V - 1; }
+};
+
+// A parameter of sample: one number, or one for each row.
+template <typename T>
+struct PerRow {
+    T value;
+    const T* rows;  // null: value
+    T operator[](std::int64_t row) const { return rows ? rows[row] : value; }
+};
+struct Sampling {
+    PerRow<float> temperature;  // 0: greedy
+    PerRow<std::int64_t> top_k;
+    PerRow<double> top_p, min_p;
+};
+struct Sampled {
+    std::int64_t *tokens, *last_kept;
+    float *logps, *full_logps, *entropy, *thresholds;
+};
+
 struct Kernels {
     const char* isa;
     void (*swiglu_fwd)(const float* gate_up, float* y, std::int64_t T, std::int64_t F, std::int64_t stride, int threads);
@@ -42,6 +74,14 @@ struct Kernels {
     // rope.inl
     void (*rope)(const Heads& q, const Heads& k, const Angles& angles, std::int64_t T, std::int64_t d, float eps, bool inverse, int threads);
     void (*rope_norm_bwd)(const Heads& x, Rows dy, const Angles& angles, float* dweight, std::int64_t T, std::int64_t d, float eps, int threads);
+    // logprob.inl: argmax may be null
+    void (*logprob_fwd)(const Logits& logits, float* logps, float* entropy, float* largest, float* inverse_sum, std::int64_t* argmax, int threads);
+    void (*logprob_bwd)(const Logits& logits, const float* dlogps, const float* largest, const float* inverse_sum, float* dlogits,
+                        std::int64_t dlogits_stride, int threads);
+    // sample.inl: uniforms (B,) in [0, 1)
+    void (*sample)(const float* logits, std::int64_t stride, std::int64_t B, std::int64_t V, const Sampling& sampling, const double* uniforms,
+                   const Sampled& out, int threads);
+    void (*philox_uniform)(const std::int64_t* seeds, const std::int64_t* positions, double* uniforms, std::int64_t count);
 };
 
 // ATHANOR_CPU_ISA (avx512, avx2 or base) asks for less than the machine has.

@@ -8,6 +8,9 @@ namespace athanor::cpu {
 namespace {
 Rows rows(const py::tuple& r) { return {at(r[0].cast<Address>()), r[1].cast<Size>(), r[2].cast<Size>(), r[3].cast<Size>()}; }
 Heads heads(const py::tuple& r, Size count, Address weight, Address out) { return {rows(r), count, at(weight), at(out)}; }
+Logits logits(Address x, Size stride, Size T, Size V, Address targets, Address thresholds, Address last_kept, float inverse_temperature) {
+    return {at(x), stride, T, V, at<Size>(targets), at(thresholds), at<Size>(last_kept), inverse_temperature};
+}
 }  // namespace
 
 void bind_rows(py::module_& m) {
@@ -36,6 +39,30 @@ void bind_rows(py::module_& m) {
         const Rows b = rows(dy);
         Gil released;
         kernels().rope_norm_bwd(a, b, {at(cos), at(sin), cos_stride, sin_stride}, at(dweight), T, d, eps, threads);
+    });
+    m.def("logprob_fwd", [](Address x, Size stride, Size T, Size V, Address targets, Address thresholds, Address last_kept, float inverse_temperature,
+                            Address logps, Address entropy, Address largest, Address inverse_sum, Address argmax, int threads) {
+        Gil released;
+        kernels().logprob_fwd(logits(x, stride, T, V, targets, thresholds, last_kept, inverse_temperature), at(logps), at(entropy), at(largest),
+                              at(inverse_sum), at<Size>(argmax), threads);
+    });
+    m.def("logprob_bwd", [](Address x, Size stride, Size T, Size V, Address targets, Address thresholds, Address last_kept, float inverse_temperature,
+                            Address dlogps, Address largest, Address inverse_sum, Address dlogits, Size dlogits_stride, int threads) {
+        Gil released;
+        kernels().logprob_bwd(logits(x, stride, T, V, targets, thresholds, last_kept, inverse_temperature), at(dlogps), at(largest), at(inverse_sum),
+                              at(dlogits), dlogits_stride, threads);
+    });
+    // Each parameter is a number and the address of (B,) numbers that count instead, or 0.
+    m.def("sample", [](Address x, Size stride, Size B, Size V, float temperature, Address temperatures, Size top_k, Address top_ks, double top_p,
+                       Address top_ps, double min_p, Address min_ps, Address uniforms, Address tokens, Address last_kept, Address logps,
+                       Address full_logps, Address entropy, Address thresholds, int threads) {
+        Gil released;
+        const Sampling sampling{{temperature, at(temperatures)}, {top_k, at<Size>(top_ks)}, {top_p, at<double>(top_ps)}, {min_p, at<double>(min_ps)}};
+        const Sampled out{at<Size>(tokens), at<Size>(last_kept), at(logps), at(full_logps), at(entropy), at(thresholds)};
+        kernels().sample(at(x), stride, B, V, sampling, at<double>(uniforms), out, threads);
+    });
+    m.def("philox_uniform", [](Address seeds, Address positions, Address uniforms, Size count) {
+        kernels().philox_uniform(at<Size>(seeds), at<Size>(positions), at<double>(uniforms), count);
     });
 }
 
