@@ -289,6 +289,13 @@ def test_a_workload_is_measured_beside_its_peers_behind_its_gate(rollout):
     assert all(row["correct"] or "pip install transformers" in row["skipped"] for row in [rows["transformers"]])
 
 
+def test_a_row_holds_the_split_that_the_generator_reports(rollout, monkeypatch):
+    monkeypatch.setattr(rollout.engine.Generator, "timings", {"prefill_s": 0.25, "forward_s": 0.5}, raising=False)
+    workload = rollout.cases.group_prefill("cpu", TINY | {"prompts": 1})
+    for row in rollout.workloads.rows_of(workload, CEILING, 1, lambda text: None):
+        assert (row["prefill_s"], row["forward_s"]) == (0.25, 0.5)
+
+
 def test_a_workload_says_what_a_peer_would_need(rollout, monkeypatch):
     found = rollout.workloads.importlib.util.find_spec
     monkeypatch.setattr(rollout.workloads.importlib.util, "find_spec", lambda name: None if name in ("trl", "datasets") else found(name))
