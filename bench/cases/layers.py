@@ -1,4 +1,7 @@
-"""rmsnorm, rope, swiglu, attention: forward and backward.  On CPU the default recipe's sizes, on a GPU those of an 8B model."""
+"""rmsnorm, rope, swiglu, attention: forward and backward.  On CPU the default recipe's sizes, on a GPU those of an 8B model.
+
+Of attention's rows on a GPU, cuda is the default and triton what strict mode takes.
+"""
 
 import torch
 from case import Case, differentiated

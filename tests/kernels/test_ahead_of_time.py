@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
 
 import athanor.kernels
+from athanor.kernels import attention_triton, paged_attention_triton
 from athanor.kernels._triton import limits_broken, resources
 
 MODULES = [
@@ -46,6 +48,31 @@ def test_a_broken_limit_is_seen(tmp_path):
     greedy = SimpleNamespace(asm={"ptx": ".target sm_90a\n @%p1 atom.global.add.f32 %f1;"}, metadata=SimpleNamespace(shared=1 << 20))
     assert limits_broken(case, 90, greedy, used) == ["atomics atom.global.add.f32", f"{1 << 20} bytes of shared memory; at most {227 * 1024}"]
     assert limits_broken(case, 80, compiled, used) == ["compiled for something else than sm_80"]
+
+
+def order_of_sums(compiled):
+    """Types and layouts, in full, of the products and of the sums and maxima along rows: what decides in which order Triton adds."""
+    text = compiled.asm["ttgir"]
+    layouts = dict(re.findall(r"(?m)^(#\w+) = (.*)$", text))
+    products = re.findall(r"(?m)((?:warp_group_dot|tt\.dot|tc_gen5_mma) .*? : .*?)(?: loc\(.*)?$", text)
+    rows = re.findall(r"(?m)^\s*\}\) : \((tensor<\d+x\d+xf32, .*?>)\) ->", text)
+    full = [re.sub(r"#\w+", lambda m: layouts.get(m[0], m[0]), re.sub(r"%\S+", "", line)) for line in (*products, *rows)]
+    assert len(products) >= 2 and len(rows) >= 2, text
+    return full
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_packed_and_decode_attention_add_in_the_same_order(capability):
+    """For every dtype, head and number of query heads that both have cases of: they promise equal bits."""
+    decode, packed = {}, {}
+    for module, kernel, found in ((paged_attention_triton, "paged_attention_split", decode), (attention_triton, "attention_fwd", packed)):
+        for case in module.ahead_of_time():
+            if case.kernel.__name__ == f"{kernel}_kernel" and capability in case.capabilities:
+                found[case.signature["q_ptr"], case.constants["D"], case.constants["REPEAT"]] = case
+    both = sorted(decode.keys() & packed.keys())
+    assert len(both) >= 4
+    for key in both:
+        assert order_of_sums(decode[key].compile(capability)) == order_of_sums(packed[key].compile(capability)), key
 
 
 def test_every_kernel_is_among_the_cases():

@@ -33,7 +33,7 @@ class Bug:
 
 
 GRPO, LINEAR = "test_grpo_loss_triton.py", "test_linear_logprob_triton.py"
-PAGED = "test_paged_attention_triton.py"
+PAGED, PACKED, PRODUCT = "test_paged_attention_triton.py", "test_attention_triton.py", "test_linear_triton.py"
 BUGS = [
     # policy_loss, grpo_loss
     Bug("dropped mask", "policy_loss.py", "loss = loss * m\n", "loss = loss * 1\n", "test_policy_loss.py"),
@@ -130,11 +130,25 @@ BUGS = [
     Bug("missing rescale", "paged_attention_triton.py", "acc * alpha[:, None]", "acc", PAGED),
     Bug("fp16 accumulation", "paged_attention_triton.py", "l * alpha + tl.sum(p, 1)", "(l * alpha + tl.sum(p, 1)).to(tl.float16).to(tl.float32)",
         PAGED),
-    Bug("unweighted merge", "paged_attention_triton.py", "L += weight * tl.load(l_ptr + c)", "L += tl.load(l_ptr + c)", PAGED),
+    Bug("unweighted merge", "paged_attention_triton.py", "L = L * old + tl.load(l_ptr + c) * new", "L = L + tl.load(l_ptr + c)", PAGED),
     Bug("rest of the prefix left out", "paged_attention.py", "prefix.long() // CHUNK\n", "-(-prefix.long() // CHUNK)\n", "test_paged_attention.py"),
     Bug("unused slots not cleaned", "paged_attention.py", "            values[:, :, short:].masked_fill_(behind[..., None], 0)\n", "",
         "test_paged_attention.py"),
     Bug("off-by-one slot", "kv_append.py", "positions % block_size\n", "(positions + 1) % block_size\n", "test_kv_append.py"),
+    # strict mode, linear, attention
+    Bug("strict mode not asked", "_dispatch.py", "candidate.strict != strict", "False", "test_dispatch.py"),
+    Bug("a backend by name in strict mode", "_dispatch.py", "if reason is None and strict and", "if False and", "test_dispatch.py"),
+    Bug("fp16 accumulation", "linear_triton.py", "BM, BN, BK, DESCRIPTORS)\n", "BM, BN, BK, DESCRIPTORS).to(tl.float16).to(tl.float32)\n", PRODUCT),
+    Bug("last band as high as the others", "linear_triton.py", "width = tl.minimum(tl.cdiv(T, BM) - pid // band * GROUP, GROUP)", "width = GROUP",
+        PRODUCT),
+    Bug("a row's neighbour in its sum", "linear_triton.py", "    if BIAS:\n", "    y += tl.sum(y, 0)[None, :] * 1e-7\n    if BIAS:\n", PRODUCT),
+    Bug("gradient of the first token alone", "linear_triton.py", "dy.sum(0) if need_bias", "dy[0] if need_bias", PRODUCT),
+    Bug("chunk of another size", "attention_triton.py", "if start % CHUNK == 0", "if start % (2 * CHUNK) == 0", PACKED),
+    Bug("unweighted merge", "attention_triton.py", "return M, L * old + l * new,", "return M, L + l,", PACKED),
+    Bug("a key of the future", "attention_triton.py", "(keys[:, None] <= position[None, :])", "(keys[:, None] <= position[None, :] + 1)", PACKED),
+    Bug("off-by-one segment", "attention_triton.py", "// ROWS + s <= index", "// ROWS + s < index + (s == 0)", PACKED),
+    Bug("gradient without its projection", "attention_triton.py", "input_precision=\"ieee\") - delta[None, :])", "input_precision=\"ieee\"))", PACKED),
+    Bug("missing scale", "attention_triton.py", "dk * (factor * LN2)", "dk", PACKED),
 ]  # fmt: skip
 
 
