@@ -38,7 +38,7 @@ class Generator:
     waits with its KV.  Nothing is ever computed twice.  max_prefill_tokens: prompt tokens of one prefill.
     fused_sampling: draw with `linear_sample`, which needs no logits and takes no top_k, top_p or min_p; a seed then gives other tokens than without.
     window: steps between two looks of the host, default 1 on a CPU and 8 on CUDA, where a sample that has ended idles for half of it on average.
-    tokenizer: needed for stop strings alone.  `seconds` adds up where the time went.
+    tokenizer: needed for stop strings alone.  `timings` adds up where the time went.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Generator:
         self.fused_sampling = fused_sampling
         self.max_rows, self.kv_tokens, self.policy, self.max_prefill_tokens = max_rows, kv_tokens, policy, max_prefill_tokens
         self.block_size, self.window = block_size or (16 if on_cpu else 64), window
-        self.seconds = dict.fromkeys(("prefill_s", "forward_s", "sample_s", "host_s"), 0.0)
+        self.timings = dict.fromkeys(("prefill_s", "forward_s", "sample_s", "host_s"), 0.0)
         self.num_prefill_tokens = 0
         self.cache: PagedKVCache | None = None
         self.rows: DecodeRows | None = None
@@ -159,7 +159,7 @@ class Generator:
             self.cache = PagedKVCache(self.model.config, num_blocks, self.block_size, self.dtype, self.device)
         if self.rows is None or not self.rows.holds(num_rows, max_blocks, num_eos, records):
             self.rows = None
-            options = {"window": self.window, "fused": self.fused_sampling, "seconds": self.seconds}
+            options = {"window": self.window, "fused": self.fused_sampling, "seconds": self.timings}
             self.rows = DecodeRows(self.model, self.cache, num_rows, max_blocks, num_eos, records, **options)
         return self.rows
 

@@ -200,7 +200,7 @@ class Stream(Iterator[Finished]):
                 self._columns[name][slot, : len(values)] = values
         self._load_rows()
         hidden = self._prefill(admission)
-        self.generator.seconds["prefill_s"] += perf_counter() - start
+        self.generator.timings["prefill_s"] += perf_counter() - start
         self._account(self.rows.draw(hidden, admission.first_row), admission.first_row)
 
     def _prefill(self, admission: Admission) -> Tensor:
@@ -275,7 +275,7 @@ class Stream(Iterator[Finished]):
         if events:
             self._finish(events)
             self._load_rows()
-        self.generator.seconds["host_s"] += perf_counter() - start
+        self.generator.timings["host_s"] += perf_counter() - start
 
     def _stop(self, slots: np.ndarray, before: np.ndarray, appended: np.ndarray, done: np.ndarray, first: int) -> None:
         for j, slot in enumerate(slots.tolist()):

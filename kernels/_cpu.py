@@ -28,13 +28,25 @@ def why_not_cpu(call: dict) -> str | None:
     """The reasons that hold for every C++ kernel here."""
     for name, value in call.items():
         if isinstance(value, Tensor):
-            if value.device.type != "cpu":
+            if not value.is_cpu:
                 return f"{name} is on {value.device.type}"
-            if value.is_floating_point() and value.dtype != torch.float32:
+            if value.dtype != torch.float32 and value.is_floating_point():
                 return f"{name} is {value.dtype}; the C++ kernels compute in fp32"
     if not native_there():
         return "the C++ kernels are not built (pip install builds them with g++)"
     return None
+
+
+class _Unrecorded:
+    """Stands in for autograd's context where nothing is differentiated: calls without gradients are small ones, and autograd's own cost shows."""
+
+    def __getattr__(self, name: str):
+        return lambda *ignored: None
+
+
+def run(function: type[torch.autograd.Function], *inputs):
+    """function.apply(*inputs), or its forward alone where gradients are off."""
+    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(_Unrecorded(), *inputs)
 
 
 def address(x: Tensor | None) -> int:

@@ -103,7 +103,7 @@ class Op:
     def resolve(self, call: dict, backend: str | None = None) -> tuple[str, Callable]:
         """Name and function of the backend that serves this call.  Raises ValueError when the one asked for cannot."""
         name = requested_backend(backend, self.name)
-        on_cpu = all(value.device.type == "cpu" for value in call.values() if isinstance(value, Tensor))
+        on_cpu = all([value.is_cpu for value in call.values() if isinstance(value, Tensor)])
         strict = is_strict() and not on_cpu and any(candidate.strict for candidate in self.backends.values())
         if name is not None:
             reason = self.why_not(name, **call)

@@ -7,11 +7,11 @@ Sums of 1024 exponentials are fp32, their sum is fp64.  `sample` on the cpu back
 import torch
 from torch import Tensor
 
-from ._cpu import address, dense, dense_rows, native
+from ._cpu import address, dense, dense_rows, native, run
 
 
 def logprob_cpu(logits: Tensor, targets: Tensor, temperature: float, support: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    return LogprobCpuFunction.apply(logits, targets, temperature, *(support or (None, None)))
+    return run(LogprobCpuFunction, logits, targets, temperature, *(support or (None, None)))
 
 
 def described(logits: Tensor, targets: Tensor, temperature: float, thresholds: Tensor | None, last_kept: Tensor | None) -> tuple:

@@ -6,14 +6,14 @@ dweight is added in runs of rows that their number alone fixes, then run after r
 import torch
 from torch import Tensor
 
-from ._cpu import address, dense, native
+from ._cpu import address, dense, native, run
 from .rmsnorm import in_rows
 
 NO_ROWS = (0, 1, 0, 0)
 
 
 def rmsnorm_cpu(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    return RMSNormCpuFunction.apply(x, weight, eps, residual)
+    return run(RMSNormCpuFunction, x, weight, eps, residual)
 
 
 def located(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int]]:

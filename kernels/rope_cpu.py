@@ -7,14 +7,14 @@ had, and adds dweight in the order of rmsnorm_cpu.py.
 import torch
 from torch import Tensor
 
-from ._cpu import address, dense, native
+from ._cpu import address, dense, native, run
 from .rmsnorm_cpu import located
 from .rope import angles
 
 
 def rope_cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None = None, k_weight: Tensor | None = None,
              eps: float = 1e-6) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return RopeCpuFunction.apply(q, k, cos, sin, q_weight, k_weight, eps)
+    return run(RopeCpuFunction, q, k, cos, sin, q_weight, k_weight, eps)
 
 
 class RopeCpuFunction(torch.autograd.Function):

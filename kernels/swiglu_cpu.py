@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from ._cpu import dense, dense_rows, native
+from ._cpu import dense, dense_rows, native, run
 
 
 def swiglu_cpu(gate_up: Tensor) -> Tensor:
-    return SwigluCpuFunction.apply(gate_up)
+    return run(SwigluCpuFunction, gate_up)
 
 
 class SwigluCpuFunction(torch.autograd.Function):

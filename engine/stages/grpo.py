@@ -54,10 +54,10 @@ def run(context: StageContext, config: GRPOConfig) -> dict:
         start = time.perf_counter()
         if trained is not None and weights_hash(generator.model) != trained:
             raise UserError(f"stage {context.name}, step {step + 1}: the sampler's weights are not those of the last optimizer step")
-        before = dict(generator.seconds)
+        before = dict(generator.timings)
         groups, scores, refills = _rollout(context, config, table, generator, stream, step, attempts)
         rollout_s = time.perf_counter() - start
-        metrics |= {f"rollout_{name}": generator.seconds[name] - before[name] for name in before}
+        metrics |= {f"rollout_{name}": generator.timings[name] - before[name] for name in before}
         advantages = _advantages(context, config, preset, groups, scores, step)
         metrics |= _describe(context, groups, scores, advantages) | {"refills": refills}
         start = time.perf_counter()
