@@ -147,7 +147,7 @@ BUGS = [
     Bug("unweighted merge", "attention_triton.py", "return M, L * old + l * new,", "return M, L + l,", PACKED),
     Bug("a key of the future", "attention_triton.py", "(keys[:, None] <= position[None, :])", "(keys[:, None] <= position[None, :] + 1)", PACKED),
     Bug("off-by-one segment", "attention_triton.py", "// ROWS + s <= index", "// ROWS + s < index + (s == 0)", PACKED),
-    Bug("gradient without its projection", "attention_triton.py", "input_precision=\"ieee\") - delta[None, :])", "input_precision=\"ieee\"))", PACKED),
+    Bug("gradient without its projection", "attention_triton.py", " - delta[None, :])", ")", PACKED),
     Bug("missing scale", "attention_triton.py", "dk * (factor * LN2)", "dk", PACKED),
 ]  # fmt: skip
 
