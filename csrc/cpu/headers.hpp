@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -9,4 +10,5 @@
 #include <vector>
 
 #include "kernels.hpp"
+#include "scratch.hpp"
 #include "team.hpp"

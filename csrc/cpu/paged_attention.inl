@@ -1,0 +1,65 @@
+// Decode attention: `attend` on the blocks of a paged cache, where they lie.  Work item = (kBatch neighbouring rows, key head): the rows of a group are
+// neighbours, so the prefix that they share is read from memory once and then from the cache.
+
+struct PagedKeys {
+    const float* keys;  // of one head
+    const std::int32_t* blocks;
+    std::int64_t block_stride, stride;
+    int shift;  // block_size = 2^shift
+    ATHANOR_INLINE const float* tile(std::int64_t c) const {
+        const std::int64_t token = c * kLanes, block = token >> shift;
+        return keys + blocks[block] * block_stride + (token - (block << shift));
+    }
+};
+
+struct PagedValues {
+    const float* values;
+    const std::int32_t* blocks;
+    std::int64_t block_stride, stride, run;
+    int shift;
+    ATHANOR_INLINE const float* at(std::int64_t first) const { return values + blocks[first >> shift] * block_stride; }
+};
+
+inline void paged_attention(const PagedAttention& a, float* out, float* lse) {
+    constexpr std::int64_t kBatch = 8;
+    const PagedCache& cache = a.cache;
+    const std::int64_t repeat = a.H / cache.Hkv, d = cache.d, batches = (cache.R + kBatch - 1) / kBatch;
+    std::int64_t longest = 0, tokens = 0;
+    for (std::int64_t r = 0; r < cache.R; ++r) {
+        longest = std::max<std::int64_t>(longest, a.seq_lens[r]);
+        tokens += a.seq_lens[r];
+    }
+    int shift = 0;
+    while (std::int64_t{1} << shift < cache.block_size) {
+        ++shift;
+    }
+    const std::int64_t grain = batches * cache.Hkv / (1 + tokens * a.H * d / (1 << 19)) + 1;
+    parallel_for(batches * cache.Hkv, grain, a.threads, [&](std::int64_t begin, std::int64_t end) {
+        Scratch scratch;
+        float *q = scratch.take(kBlockRows * d + attend_scratch(longest)), *memory = q + kBlockRows * d;
+        for (std::int64_t item = begin; item < end; ++item) {
+            const std::int64_t head = item % cache.Hkv, first = item / cache.Hkv * kBatch;
+            for (std::int64_t r = first; r < std::min(first + kBatch, cache.R); ++r) {
+                const std::int32_t* blocks = cache.table + r * cache.table_stride;
+                const PagedKeys keys{cache.keys + head * cache.key_strides[1], blocks, cache.key_strides[0], cache.key_strides[3], shift};
+                const PagedValues values{cache.values + head * cache.value_strides[1], blocks, cache.value_strides[0], cache.value_strides[2],
+                                         cache.block_size, shift};
+                for (std::int64_t h = head * repeat; h < (head + 1) * repeat; h += kBlockRows) {
+                    const std::int64_t count = std::min(kBlockRows, (head + 1) * repeat - h);
+                    Query queries[kBlockRows];
+                    for (std::int64_t i = 0; i < count; ++i) {
+                        const std::int64_t at = r * a.H + h + i;
+                        copy_row(a.q + r * a.q_row + (h + i) * a.q_head, d, a.scale, q + i * d);
+                        queries[i] = {a.seq_lens[r], out + at * d, lse + at};
+                    }
+                    if (a.seq_lens[r] > 0) {
+                        attend_all(q, queries, count, d, keys, values, memory);
+                        continue;
+                    }
+                    std::fill_n(queries[0].out, count * d, 0.0f);
+                    std::fill_n(queries[0].lse, count, -std::numeric_limits<float>::infinity());
+                }
+            }
+        }
+    });
+}
