@@ -28,9 +28,9 @@ def why_not_cpu(call: dict) -> str | None:
     """The reasons that hold for every C++ kernel here."""
     for name, value in call.items():
         if isinstance(value, Tensor):
-            if value.device.type != "cpu":
+            if not value.is_cpu:
                 return f"{name} is on {value.device.type}"
-            if value.is_floating_point() and value.dtype != torch.float32:
+            if value.dtype != torch.float32 and value.is_floating_point():
                 return f"{name} is {value.dtype}; the C++ kernels compute in fp32"
     if not native_there():
         return "the C++ kernels are not built (pip install builds them with g++)"

@@ -24,17 +24,17 @@ class AttentionCpuFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, scale):
         q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-        out, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
-        native().attention_fwd(_packed(q, k, v, cu_seqlens, scale), out.data_ptr(), lse.data_ptr())
-        ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
+        out, stats = torch.empty(q.shape), torch.empty(*q.shape[:2], 2)
+        native().attention_fwd(_packed(q, k, v, cu_seqlens, scale), out.data_ptr(), stats.data_ptr())
+        ctx.save_for_backward(q, k, v, cu_seqlens, out, stats)
         ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
+        q, k, v, cu_seqlens, out, stats = ctx.saved_tensors
         dout, dq, dk, dv = dense(dout), *(torch.empty(x.shape) for x in (q, k, v))
-        native().attention_bwd(_packed(q, k, v, cu_seqlens, ctx.scale), out.data_ptr(), lse.data_ptr(), dout.data_ptr(), dq.data_ptr(), dk.data_ptr(),
+        native().attention_bwd(_packed(q, k, v, cu_seqlens, ctx.scale), out.data_ptr(), stats.data_ptr(), dout.data_ptr(), dq.data_ptr(), dk.data_ptr(),
                                dv.data_ptr())  # fmt: skip
         return dq, dk, dv, None, None

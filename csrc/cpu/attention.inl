@@ -3,10 +3,11 @@
 // Forward: work item = (sequence, key head, at most kSpan positions).  It turns the keys it needs into panels and takes the rows (position by position,
 // the query heads of the key head side by side) kRows at a time.
 //
-// Backward: work item = (sequence, key head).  With p_ij = e^(s_ij - lse_i), recomputed, and delta_i = do_i . o_i:
+// Backward: work item = (sequence, key head).  With p_ij = e^(s_ij - m_i) / l_i, recomputed (from m and l: a rounded lse would be felt in every
+// weight), and delta_i = do_i . o_i:
 //     dv_j = sum_i p_ij do_i,  ds_ij = p_ij (do_i . v_j - delta_i),  dq_i = scale sum_j ds_ij k_j,  dk_j = sum_i ds_ij (scale q_i),
-// i running over the rows of all query heads of the key head.  Every sum is one chain in ascending order: rows are taken kBlockRows and keys kBlockKeys
-// at a time so that p and ds stay in the first cache, which changes no order.
+// i running over the rows of all query heads of the key head, kBlockRows of them and kBlockKeys keys at a time so that p and ds stay in the first
+// cache.  A sum is one chain of multiply-adds in each block, counted from the start of the sequence, and the blocks are added in ascending order.
 
 // Tokens 0..n-1 of x (any stride, d neighbours) as panels of 16 tokens, the last one filled up with zeros.
 inline void to_panels(const float* x, std::int64_t stride, std::int64_t n, std::int64_t d, float* panels) {
@@ -43,7 +44,7 @@ inline std::vector<AttentionItem> attention_items(const PackedAttention& a, std:
             }
         }
     }
-    std::sort(items.begin(), items.end(), [](const AttentionItem& x, const AttentionItem& y) { return x.cost() > y.cost(); });
+    std::stable_sort(items.begin(), items.end(), [](const AttentionItem& x, const AttentionItem& y) { return x.cost() > y.cost(); });
     return items;
 }
 
@@ -65,7 +66,22 @@ void over_items(const std::vector<AttentionItem>& items, const PackedAttention& 
     });
 }
 
-inline void attention_fwd(const PackedAttention& a, float* out, float* lse) {
+// Rows first .. first + count - 1 of an item: position by position, at each the query heads of the key head.
+struct AttentionRow {
+    std::int64_t token, head, position;
+};
+inline void attention_rows(const AttentionItem& item, std::int64_t repeat, std::int64_t first, std::int64_t count, AttentionRow* rows) {
+    std::int64_t position = first / repeat, head = first % repeat;
+    for (std::int64_t r = 0; r < count; ++r) {
+        rows[r] = {item.begin + position, item.head * repeat + head, position};
+        if (++head == repeat) {
+            head = 0;
+            ++position;
+        }
+    }
+}
+
+inline void attention_fwd(const PackedAttention& a, float* out, float* stats) {
     constexpr std::int64_t kSpan = 256;
     const std::int64_t repeat = a.H / a.Hkv, d = a.d;
     over_items(attention_items(a, kSpan), a, [&](const AttentionItem& item, Scratch& scratch) {
@@ -76,13 +92,21 @@ inline void attention_fwd(const PackedAttention& a, float* out, float* lse) {
         const RowValues values{a.v + item.begin * a.v_token + item.head * a.v_head, a.v_token};
         for (std::int64_t row = item.from * repeat; row < item.to * repeat; row += kBlockRows) {
             const std::int64_t count = std::min(kBlockRows, item.to * repeat - row);
+            AttentionRow rows[kBlockRows];
+            attention_rows(item, repeat, row, count, rows);
             Query queries[kBlockRows];
+            float m[kBlockRows], l[kBlockRows];
             for (std::int64_t r = 0; r < count; ++r) {
-                const std::int64_t position = (row + r) / repeat, token = item.begin + position, head = item.head * repeat + (row + r) % repeat;
+                const auto [token, head, position] = rows[r];
                 copy_row(a.q + token * a.q_token + head * a.q_head, d, a.scale, q + r * d);
-                queries[r] = {position + 1, out + (token * a.H + head) * d, lse + token * a.H + head};
+                queries[r] = {position + 1, out + (token * a.H + head) * d};
             }
-            attend_all(q, queries, count, d, keys, values, q + kBlockRows * d);
+            attend_all(q, queries, count, d, keys, values, q + kBlockRows * d, m, l);
+            for (std::int64_t r = 0; r < count; ++r) {
+                float* of_row = stats + 2 * (rows[r].token * a.H + rows[r].head);
+                of_row[0] = m[r];
+                of_row[1] = l[r];
+            }
         }
     });
 }

@@ -4,10 +4,11 @@ constexpr std::int64_t kBlockKeys = 128;
 constexpr int kPairs = kRows / 2;  // vectors in a tile of two products at once
 constexpr std::int64_t kWeightsStride = kBlockKeys + kLanes;  // not a power of two: a column of p does not fall on few sets of the cache
 
-// p and ds of R rows and keys 16 tile .. 16 (tile + C) - 1, 0 where row r sees fewer than n[r] keys: q, dout (R x d each), lse, delta (R).
+// p and ds of R rows and keys 16 tile .. 16 (tile + C) - 1, 0 where row r sees fewer than n[r] keys: q, dout (R x d each); m, 1 / l and delta of each.
 template <int R, int C>
 ATHANOR_INLINE void weigh(const float* q, const float* dout, std::int64_t width, std::int64_t d, const PanelKeys& keys, const PanelKeys& values,
-                          std::int64_t tile, const std::int64_t* n, const float* lse, const float* delta, float* p, float* ds) {
+                          std::int64_t tile, const std::int64_t* n, const float* m, const float* share,
+                          const float* delta, float* p, float* ds) {
     v16 s[R][C] = {}, dp[R][C] = {};
     const float *k[C], *v[C];
 #pragma GCC unroll 4
@@ -31,7 +32,7 @@ ATHANOR_INLINE void weigh(const float* q, const float* dout, std::int64_t width,
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
             const std::int64_t seen = n[r] - (tile + c) * kLanes;
-            const v16 weight = exponential_below_one(s[r][c] - splat(lse[r])), slope = weight * (dp[r][c] - splat(delta[r]));
+            const v16 weight = exponential_below_one(s[r][c] - splat(m[r])) * splat(share[r]), slope = weight * (dp[r][c] - splat(delta[r]));
             store(p + r * kWeightsStride + c * kLanes, seen < kLanes ? keep_below(weight, seen, 0) : weight);
             store(ds + r * kWeightsStride + c * kLanes, seen < kLanes ? keep_below(slope, seen, 0) : slope);
         }
@@ -93,7 +94,7 @@ ATHANOR_INLINE void accumulate_rows(const float* const (&w)[N], std::int64_t w_r
 }
 
 // One sequence and key head.  Within it a NaN may reach the gradients of tokens that did not see it: weights are 0 there, and 0 x NaN is NaN.
-inline void attention_bwd_item(const PackedAttention& a, const AttentionItem& item, Scratch& scratch, const float* out, const float* lse,
+inline void attention_bwd_item(const PackedAttention& a, const AttentionItem& item, Scratch& scratch, const float* out, const float* stats,
                                const float* dout, float* dq, float* dk, float* dv) {
     const std::int64_t repeat = a.H / a.Hkv, d = a.d, n = item.to, tiles = whole_tiles(n), width = whole_tiles(d) * kLanes;
     const std::int64_t rows = n * repeat, panel = tiles * kLanes * d, table = tiles * kLanes * width, block = kBlockRows * width;
@@ -112,17 +113,20 @@ inline void attention_bwd_item(const PackedAttention& a, const AttentionItem& it
 
     for (std::int64_t first = 0; first < rows; first += kBlockRows) {
         const std::int64_t count = std::min(kBlockRows, rows - first);
-        const auto place = [&](std::int64_t r) { return (item.begin + (first + r) / repeat) * a.H + item.head * repeat + (first + r) % repeat; };
-        float row_lse[kBlockRows] = {}, delta[kBlockRows] = {};
+        AttentionRow at[kBlockRows];
+        attention_rows(item, repeat, first, count, at);
+        float m[kBlockRows] = {}, share[kBlockRows] = {}, delta[kBlockRows] = {};
         std::int64_t sees[kBlockRows] = {};  // keys; 0 for the rows that fill up the last tile
         for (std::int64_t r = 0; r < count; ++r) {
-            const std::int64_t position = (first + r) / repeat, head = item.head * repeat + (first + r) % repeat, at = place(r);
-            copy_row(a.q + (item.begin + position) * a.q_token + head * a.q_head, d, a.scale, q + r * width);
-            copy_row(dout + at * d, d, 1, g + r * width);
+            const auto [token, head, position] = at[r];
+            const float *grad = dout + (token * a.H + head) * d, *o = out + (token * a.H + head) * d;
+            copy_row(a.q + token * a.q_token + head * a.q_head, d, a.scale, q + r * width);
+            copy_row(grad, d, 1, g + r * width);
             v16 product = {};
-            over_lanes(d, [&](std::int64_t i, auto lanes) { product += lanes.load(dout + at * d + i) * lanes.load(out + at * d + i); });
+            over_lanes(d, [&](std::int64_t i, auto n) { product += n.load(grad + i) * n.load(o + i); });
             delta[r] = sum(product);
-            row_lse[r] = lse[at];
+            m[r] = stats[2 * (token * a.H + head)];
+            share[r] = 1 / stats[2 * (token * a.H + head) + 1];
             sees[r] = position + 1;
         }
         std::memset(dq_rows, 0, sizeof(float) * static_cast<std::size_t>(block));
@@ -134,7 +138,7 @@ inline void attention_bwd_item(const PackedAttention& a, const AttentionItem& it
                 float *p_tile = p + r * kWeightsStride - from, *ds_tile = ds + r * kWeightsStride - from;
                 for (std::int64_t tile = from / kLanes; tile < last_tile; tile += kPairs) {
                     with_count<kPairs>(std::min<std::int64_t>(kPairs, last_tile - tile), [&](auto C) {
-                        weigh<kRows, C.value>(q + r * width, g + r * width, width, d, keys, values, tile, sees + r, row_lse + r, delta + r,
+                        weigh<kRows, C.value>(q + r * width, g + r * width, width, d, keys, values, tile, sees + r, m + r, share + r, delta + r,
                                               p_tile + tile * kLanes, ds_tile + tile * kLanes);
                     });
                 }
@@ -146,7 +150,7 @@ inline void attention_bwd_item(const PackedAttention& a, const AttentionItem& it
             }
         }
         for (std::int64_t r = 0; r < count; ++r) {
-            copy_row(dq_rows + r * width, d, a.scale, dq + place(r) * d);
+            copy_row(dq_rows + r * width, d, a.scale, dq + (at[r].token * a.H + at[r].head) * d);
         }
     }
     for (std::int64_t j = 0; j < n; ++j) {
@@ -156,8 +160,8 @@ inline void attention_bwd_item(const PackedAttention& a, const AttentionItem& it
     }
 }
 
-inline void attention_bwd(const PackedAttention& a, const float* out, const float* lse, const float* dout, float* dq, float* dk, float* dv) {
+inline void attention_bwd(const PackedAttention& a, const float* out, const float* stats, const float* dout, float* dq, float* dk, float* dv) {
     over_items(attention_items(a, std::numeric_limits<std::int64_t>::max() / 2), a, [&](const AttentionItem& item, Scratch& scratch) {
-        attention_bwd_item(a, item, scratch, out, lse, dout, dq, dk, dv);
+        attention_bwd_item(a, item, scratch, out, stats, dout, dq, dk, dv);
     });
 }

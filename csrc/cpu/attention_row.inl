@@ -1,5 +1,5 @@
 // The attention of one token, for the packed forward and for decoding over a paged cache: same function, same bits.  For keys 0..n-1 of head size d
-//     s_j = sum_i (scale q_i) k_ji,  m = max_j s_j,  p_j = e^(s_j - m),  l = sum_j p_j,  o = sum_j p_j v_j / l,  lse = m + log l.
+//     s_j = sum_i (scale q_i) k_ji,  m = max_j s_j,  p_j = e^(s_j - m),  l = sum_j p_j,  o = (1 / l) sum_j p_j v_j,  lse = m + log l.
 // s_j is one chain of multiply-adds over ascending i, 16 keys at a time.  p_j is 0 to the bit beyond n, l adds key j to lane j % 16 and then the lanes;
 // o is two chains, over ascending even and odd j, added at the end.  Nothing of it depends on how many queries (R) or keys (C) a register tile holds,
 // on where the keys lie, or on what follows key n-1, which is not even read as a value: it may be NaN.
@@ -8,8 +8,10 @@ constexpr int kRows = ATHANOR_REGISTERS >= 32 ? 4 : 2, kTiles = kRows;  // queri
 
 struct Query {
     std::int64_t n;  // keys 0..n-1, n > 0
-    float *out, *lse;
+    float* out;
 };
+
+constexpr std::int64_t kBlockRows = 32;  // queries that are prepared at a time
 
 // Keys as panels: 16 tokens side by side, dimension after dimension.
 struct PanelKeys {
@@ -81,7 +83,7 @@ ATHANOR_INLINE void score(const float* q, std::int64_t d, const Keys& keys, std:
         v16 key[C];
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-            key[c] = load(k[c] + i * keys.stride);
+            key[c] = load_once(k[c] + i * keys.stride);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
@@ -104,7 +106,7 @@ ATHANOR_INLINE void score(const float* q, std::int64_t d, const Keys& keys, std:
     }
 }
 
-// C vectors of R outputs, from dimension `first` on: p (R x ld) times the values, divided by l.
+// C vectors of R outputs, from dimension `first` on: p (R x ld) times the values, over l.
 template <int R, int C, typename Values, typename Lanes>
 ATHANOR_INLINE void mix(const float* p, std::int64_t ld, const Values& values, std::int64_t first, Lanes lanes, const Query* queries,
                         std::int64_t shortest, std::int64_t longest, const float* l) {
@@ -118,8 +120,8 @@ ATHANOR_INLINE void mix(const float* p, std::int64_t ld, const Values& values, s
             v16 a[C], b[C];
 #pragma GCC unroll 4
             for (int c = 0; c < C; ++c) {
-                a[c] = lanes.load(v + j * values.stride + c * kLanes);
-                b[c] = lanes.load(v + (j + 1) * values.stride + c * kLanes);
+                a[c] = lanes.load_once(v + j * values.stride + c * kLanes);
+                b[c] = lanes.load_once(v + (j + 1) * values.stride + c * kLanes);
             }
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
@@ -153,9 +155,10 @@ ATHANOR_INLINE void mix(const float* p, std::int64_t ld, const Values& values, s
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
+        const v16 share = splat(1 / l[r]);
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-            lanes.store(queries[r].out + first + c * kLanes, (even[r][c] + odd[r][c]) / splat(l[r]));
+            lanes.store(queries[r].out + first + c * kLanes, (even[r][c] + odd[r][c]) * share);
         }
     }
 }
@@ -165,16 +168,16 @@ inline std::int64_t whole_tiles(std::int64_t n) { return (n + kLanes - 1) / kLan
 // Floats that `attend` needs for scores over at most n keys.
 inline std::int64_t attend_scratch(std::int64_t n) { return kRows * whole_tiles(n) * kLanes; }
 
-// R queries (q: R x d, scaled) over the same keys and values, each over its own first n.
+// R queries (q: R x d, scaled) over the same keys and values, each over its own first n; m and l of each.
 template <int R, typename Keys, typename Values>
-void attend(const float* q, const Query* queries, std::int64_t d, const Keys& keys, const Values& values, float* s) {
+void attend(const float* q, const Query* queries, std::int64_t d, const Keys& keys, const Values& values, float* s, float* m,
+            float* l) {
     std::int64_t shortest = queries[0].n, longest = queries[0].n;
     for (int r = 1; r < R; ++r) {
         shortest = std::min(shortest, queries[r].n);
         longest = std::max(longest, queries[r].n);
     }
     const std::int64_t tiles = whole_tiles(longest), ld = tiles * kLanes;
-    float l[R];
     v16 top[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -189,15 +192,14 @@ void attend(const float* q, const Query* queries, std::int64_t d, const Keys& ke
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-        const float m = largest(top[r]);
+        m[r] = largest(top[r]);
         v16 total = {};
         for (std::int64_t j = 0; j < queries[r].n; j += kLanes) {
-            const v16 p = exponential_below_one(load(s + r * ld + j) - splat(m));
+            const v16 p = exponential_below_one(load(s + r * ld + j) - splat(m[r]));
             total += p;
             store(s + r * ld + j, p);
         }
         l[r] = sum(total);
-        *queries[r].lse = m + std::log(l[r]);
     }
     if (d < kLanes) {
         return mix<R, 1>(s, ld, values, 0, FirstLanes{d}, queries, shortest, longest, l);
@@ -211,17 +213,17 @@ void attend(const float* q, const Query* queries, std::int64_t d, const Keys& ke
     }
 }
 
-constexpr std::int64_t kBlockRows = 32;  // rows that are copied at a time: their loads wait for memory side by side
-
-inline void copy_row(const float* x, std::int64_t d, float scale, float* y) {
-    over_lanes(d, [&](std::int64_t i, auto n) { n.store(y + i, n.load(x + i) * splat(scale)); });
-}
-
+// Any number of queries over the same keys and values.
 template <typename Keys, typename Values>
-void attend_all(const float* q, const Query* queries, std::int64_t count, std::int64_t d, const Keys& keys, const Values& values, float* scratch) {
+void attend_all(const float* q, const Query* queries, std::int64_t count, std::int64_t d, const Keys& keys, const Values& values, float* scratch,
+                float* m, float* l) {
     for (std::int64_t r = 0; r < count; r += kRows) {
         with_count<kRows>(std::min<std::int64_t>(kRows, count - r), [&](auto R) {
-            attend<R.value>(q + r * d, queries + r, d, keys, values, scratch);
+            attend<R.value>(q + r * d, queries + r, d, keys, values, scratch, m + r, l + r);
         });
     }
+}
+
+ATHANOR_INLINE void copy_row(const float* x, std::int64_t d, float scale, float* y) {
+    over_lanes(d, [&](std::int64_t i, auto n) { n.store(y + i, n.load(x + i) * splat(scale)); });
 }

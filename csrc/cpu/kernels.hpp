@@ -9,7 +9,8 @@
 
 namespace athanor::cpu {
 
-// Packed causal attention: sequence s is tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1.  Outputs, lse (T, H) and gradients are contiguous.
+// Packed causal attention: sequence s is tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1.  Outputs, gradients and
+// stats (T, H, 2: largest score, sum of e^(score - largest)) are contiguous.
 struct PackedAttention {
     const float *q, *k, *v;  // (T, H, d), (T, Hkv, d) twice; the strides of their tokens and heads
     std::int64_t q_token, q_head, k_token, k_head, v_token, v_head;
@@ -53,8 +54,8 @@ struct Kernels {
     const char* isa;
     void (*swiglu_fwd)(const float* gate_up, float* y, std::int64_t T, std::int64_t F, std::int64_t stride, int threads);
     void (*swiglu_bwd)(const float* gate_up, const float* dy, float* dgate_up, std::int64_t T, std::int64_t F, std::int64_t stride, int threads);
-    void (*attention_fwd)(const PackedAttention&, float* out, float* lse);
-    void (*attention_bwd)(const PackedAttention&, const float* out, const float* lse, const float* dout, float* dq, float* dk, float* dv);
+    void (*attention_fwd)(const PackedAttention&, float* out, float* stats);
+    void (*attention_bwd)(const PackedAttention&, const float* out, const float* stats, const float* dout, float* dq, float* dk, float* dv);
     void (*paged_attention)(const PagedAttention&, float* out, float* lse);
 };
 

@@ -86,9 +86,9 @@ PYBIND11_MODULE(_native, m) {
     }, release);
 
     py::class_<PackedAttention>(m, "PackedAttention").def(py::init(&packed));
-    m.def("attention_fwd", [](const PackedAttention& call, Address out, Address lse) { kernels().attention_fwd(call, at(out), at(lse)); }, release);
-    m.def("attention_bwd", [](const PackedAttention& call, Address out, Address lse, Address dout, Address dq, Address dk, Address dv) {
-        kernels().attention_bwd(call, at(out), at(lse), at(dout), at(dq), at(dk), at(dv));
+    m.def("attention_fwd", [](const PackedAttention& call, Address out, Address stats) { kernels().attention_fwd(call, at(out), at(stats)); }, release);
+    m.def("attention_bwd", [](const PackedAttention& call, Address out, Address stats, Address dout, Address dq, Address dk, Address dv) {
+        kernels().attention_bwd(call, at(out), at(stats), at(dout), at(dq), at(dk), at(dv));
     }, release);
     py::class_<PagedCache>(m, "PagedCache").def(py::init(&paged));
     m.attr("BAD_LENGTHS") = static_cast<int>(kBadLengths);

@@ -11,6 +11,14 @@ constexpr std::int64_t kLanes = 16;
 #define ATHANOR_INLINE inline __attribute__((always_inline))
 
 ATHANOR_INLINE v16 load(const float* p) { return *reinterpret_cast<const v16_unaligned*>(p); }
+// The same, into a register: left to itself GCC may read from memory once for every use.
+ATHANOR_INLINE v16 load_once(const float* p) {
+    v16 x = load(p);
+#if ATHANOR_REGISTERS >= 32
+    asm("" : "+v"(x));
+#endif
+    return x;
+}
 ATHANOR_INLINE void store(float* p, v16 x) { *reinterpret_cast<v16_unaligned*>(p) = x; }
 ATHANOR_INLINE v16 splat(float x) { return x - v16{}; }
 
@@ -94,11 +102,13 @@ ATHANOR_INLINE v16 exponential(v16 x) {
 // Call body(i, lanes) for i = 0, 16, 32, ... below count; `lanes` loads and stores 16 floats, fewer at the end (lanes beyond it read as `fill`).
 // The arithmetic of the last step is that of the others.
 struct WholeLanes {
+    ATHANOR_INLINE v16 load_once(const float* p) const { return ATHANOR_ISA::load_once(p); }
     ATHANOR_INLINE v16 load(const float* p, float = 0) const { return ATHANOR_ISA::load(p); }
     ATHANOR_INLINE void store(float* p, v16 x) const { ATHANOR_ISA::store(p, x); }
 };
 struct FirstLanes {
     std::int64_t n;
+    ATHANOR_INLINE v16 load_once(const float* p) const { return load_first(p, n); }
     ATHANOR_INLINE v16 load(const float* p, float fill = 0) const { return load_first(p, n, fill); }
     ATHANOR_INLINE void store(float* p, v16 x) const { store_first(p, n, x); }
 };
