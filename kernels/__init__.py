@@ -23,7 +23,7 @@ from .sample import Sampled, sample
 from .swiglu import swiglu
 
 __all__ = [
-    "LogProbs", "LossVariant", "Sampled", "Support", "attention", "empty_kv_cache", "group_advantage", "grpo_loss", "kv_append", "linear_grpo", "linear_logprob",
-    "linear_sample", "logits_grpo", "logprob", "philox_uniform",
+    "LogProbs", "LossVariant", "Sampled", "Support", "attention", "empty_kv_cache", "group_advantage", "grpo_loss", "kv_append", "linear_grpo",
+    "linear_logprob", "linear_sample", "logits_grpo", "logprob", "philox_uniform",
     "paged_attention", "policy_loss", "qkv_append", "rmsnorm", "rope", "sample", "swiglu", "use_backend",
 ]  # fmt: skip

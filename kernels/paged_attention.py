@@ -12,8 +12,8 @@ computed for the group at once: the queries of several rows are the rows of one 
 the prefix, less than CHUNK tokens, is read by each row (its last block is the row's own copy anyway).  The partials of a row are then merged as
 always, and a row of a matrix product does not depend on the other rows: the result has the same bits with sharing and without.
 
-That is the contract of the Triton kernel and of the reference.  The cpu backend (fp32) makes one pass over all keys of a row, and its bits are those
-that the cpu backend of `attention` gives the same token: for any batch, blocks, grouping and number of threads a decoded token equals the trained one.
+That is the contract of the Triton kernel and of the reference.  The cpu backend (fp32) makes one pass over all keys of a row.  Its bits are its own:
+those that the cpu backend of `attention` gives the same token, so a decoded token equals the trained one for any batch, blocks, group and threads.
 
 Layout.  Caches are (num_blocks, Hkv, block_size, d): what a program reads, one head of one block, is one contiguous piece (64 x 128 bf16 = 16 KiB),
 and the heads of a block are neighbours.  Keys and values may be views of one allocation; only d must be contiguous.  The cpu backend reads sixteen
