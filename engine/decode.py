@@ -20,6 +20,7 @@ from athanor.model.transformer import ROW_STEP, Decoder, fill_rows
 
 RUNNING, STOP, REPETITION, LENGTH, ERROR = range(5)  # of `status`
 FILTERS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
+OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from .linear_logprob import linear_logprob
 from .linear_sample import linear_sample
 from .logits_grpo import logits_grpo
 from .logprob import LogProbs, Support, logprob
-from .paged_attention import paged_attention
+from .paged_attention import empty_kv_cache, paged_attention
 from .policy_loss import LossVariant, policy_loss
 from .rmsnorm import rmsnorm
 from .rope import rope
@@ -24,7 +24,7 @@ from .sample import Sampled, sample
 from .swiglu import swiglu
 
 __all__ = [
-    "LogProbs", "LossVariant", "Sampled", "Support", "attention", "group_advantage", "grpo_loss", "is_strict", "kv_append", "linear", "linear_grpo",
-    "linear_logprob", "linear_sample", "logits_grpo", "logprob", "philox_uniform", "paged_attention", "policy_loss", "qkv_append", "rmsnorm", "rope",
+    "LogProbs", "LossVariant", "Sampled", "Support", "attention", "empty_kv_cache", "group_advantage", "grpo_loss", "is_strict", "kv_append",
+    "linear", "linear_grpo", "linear_logprob", "linear_sample", "logits_grpo", "logprob", "philox_uniform", "paged_attention", "policy_loss", "qkv_append", "rmsnorm", "rope",
     "sample", "strict_mode", "swiglu", "use_backend",
 ]  # fmt: skip

@@ -40,6 +40,8 @@ def why_not_cpu(call: dict) -> str | None:
 class _Unrecorded:
     """Stands in for autograd's context where nothing is differentiated: calls without gradients are small ones, and autograd's own cost shows."""
 
+    needs_input_grad = ()
+
     def __getattr__(self, name: str):
         return lambda *ignored: None
 

@@ -10,11 +10,13 @@ padded rows, so packing and unpacking are each other's gradient and both are pla
 
 import importlib.util
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._cpu import why_not_cpu
 from ._dispatch import Backend, check, register
 from ._triton import why_not_triton
 
@@ -104,10 +106,15 @@ class ScatterRows(torch.autograd.Function):
         return out.index_copy_(0, inverse, grad), None
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+def known_offsets(cu_seqlens: Tensor, T: int) -> tuple[int, ...]:
     offsets = tuple(cu_seqlens.tolist())
-    check(offsets[0] == 0 and offsets[-1] == q.shape[0] and all(a <= b for a, b in zip(offsets, offsets[1:], strict=False)),
-          f"attention: cu_seqlens runs from {offsets[0]} to {offsets[-1]}; wanted non-decreasing from 0 to T = {q.shape[0]}")  # fmt: skip
+    check(offsets[0] == 0 and offsets[-1] == T and all(a <= b for a, b in pairwise(offsets)),
+          f"attention: cu_seqlens runs from {offsets[0]} to {offsets[-1]}; wanted non-decreasing from 0 to T = {T}")  # fmt: skip
+    return offsets
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    offsets = known_offsets(cu_seqlens, q.shape[0])
     if q.shape[0] == 0:
         return q * 1
     index, inverse, buckets = bucket_plan(offsets)
@@ -183,5 +190,12 @@ def why_not_attention(call: dict) -> str | None:
     return why_not_triton(call)
 
 
+def _cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    from .attention_cpu import attention_cpu
+
+    known_offsets(cu_seqlens, q.shape[0])
+    return attention_cpu(q, k, v, cu_seqlens, scale)
+
+
 op = register("attention", cuda=Backend(attention_cuda, _why_not_cuda), triton=Backend(_triton, why_not_attention, strict=True),
-              reference=Backend(attention_reference))  # fmt: skip
+              cpu=Backend(_cpu, why_not_cpu), reference=Backend(attention_reference))  # fmt: skip

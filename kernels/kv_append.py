@@ -9,9 +9,10 @@ dtype, turned in fp32 and rounded again; the Triton kernel calls the very functi
 import torch
 from torch import Tensor
 
-from ._dispatch import Backend, check, register
+from ._cpu import why_not_cpu
+from ._dispatch import Backend, Op, check, register
 from ._triton import why_not_triton
-from .paged_attention import check_cache
+from .paged_attention import check_cache, keys_in_rows
 from .rope import rope_reference
 
 
@@ -24,7 +25,7 @@ def kv_append(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, bloc
     and, on CPU, on a position that the table cannot hold; on a GPU such a row writes nothing.
     """
     _check("kv_append", k, v, key_cache, value_cache, block_table, positions)
-    op(backend, k=k.detach(), v=v.detach(), key_cache=key_cache, value_cache=value_cache, block_table=block_table, positions=positions)
+    _run(op, backend, k=k.detach(), v=v.detach(), key_cache=key_cache, value_cache=value_cache, block_table=block_table, positions=positions)
 
 
 def qkv_append(
@@ -48,21 +49,30 @@ def qkv_append(
         check(q_weight.shape == k_weight.shape == (d,),
               f"qkv_append: q_weight is {tuple(q_weight.shape)}, k_weight is {tuple(k_weight.shape)}; wanted {(d,)}")  # fmt: skip
         q_weight, k_weight = q_weight.detach(), k_weight.detach()
-    return fused_op(backend, q=q.detach(), k=k.detach(), v=v.detach(), cos=cos, sin=sin, key_cache=key_cache, value_cache=value_cache,
-                    block_table=block_table, positions=positions, q_weight=q_weight, k_weight=k_weight, eps=eps)  # fmt: skip
+    return _run(fused_op, backend, q=q.detach(), k=k.detach(), v=v.detach(), cos=cos, sin=sin, key_cache=key_cache, value_cache=value_cache,
+                block_table=block_table, positions=positions, q_weight=q_weight, k_weight=k_weight, eps=eps)  # fmt: skip
 
 
 def _check(where: str, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, positions: Tensor) -> None:
     R = k.shape[0] if k.ndim else 0
     check_cache(where, key_cache, value_cache, block_table, R)
-    _, Hkv, block_size, d = key_cache.shape
-    check(k.shape == v.shape == (R, Hkv, d) and k.dtype == v.dtype == key_cache.dtype,
-          f"{where}: k is {tuple(k.shape)} {k.dtype}, v is {tuple(v.shape)} {v.dtype}; wanted (R, {Hkv}, {d}) {key_cache.dtype}")  # fmt: skip
-    check(positions.shape == (R,) and positions.dtype == torch.int32,
-          f"{where}: positions is {tuple(positions.shape)} {positions.dtype}; wanted ({R},) int32")  # fmt: skip
-    if R and k.device.type == "cpu":
-        holds = block_table.shape[1] * block_size
-        check(int(positions.max()) < holds, f"{where}: positions go up to {int(positions.max())}; the table holds {holds} tokens")
+    _, Hkv, _, d = key_cache.shape
+    if not (k.shape == v.shape == (R, Hkv, d) and k.dtype == v.dtype == key_cache.dtype):
+        raise ValueError(f"{where}: k is {tuple(k.shape)} {k.dtype}, v is {tuple(v.shape)} {v.dtype}; wanted (R, {Hkv}, {d}) {key_cache.dtype}")
+    if not (positions.shape == (R,) and positions.dtype == torch.int32):
+        raise ValueError(f"{where}: positions is {tuple(positions.shape)} {positions.dtype}; wanted ({R},) int32")
+
+
+def check_positions(where: str, block_table: Tensor, positions: Tensor, block_size: int) -> None:
+    highest, holds = int(positions.max()) if len(positions) else -1, block_table.shape[1] * block_size
+    check(highest < holds, f"{where}: positions go up to {highest}; the table holds {holds} tokens")
+
+
+def _run(op: Op, backend: str | None, **call) -> Tensor | None:
+    name, run = op.resolve(call, backend)
+    if name != "cpu" and call["k"].device.type == "cpu":  # the cpu backend looks for itself, in its one call
+        check_positions(op.name, call["block_table"], call["positions"], call["key_cache"].shape[2])
+    return run(**call)
 
 
 def kv_append_reference(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, positions: Tensor) -> None:
@@ -93,5 +103,22 @@ def _fused_triton(**call) -> Tensor:
     return qkv_append_triton(**call)
 
 
-op = register("kv_append", triton=Backend(_triton, why_not_triton), reference=Backend(kv_append_reference))
-fused_op = register("qkv_append", triton=Backend(_fused_triton, why_not_triton), reference=Backend(qkv_append_reference))
+def _cpu(**call) -> None:
+    from .kv_append_cpu import kv_append_cpu
+
+    kv_append_cpu(**call)
+
+
+def _fused_cpu(**call) -> Tensor:
+    from .kv_append_cpu import qkv_append_cpu
+
+    return qkv_append_cpu(**call)
+
+
+def _why_not_triton(call: dict) -> str | None:
+    return why_not_triton(call) or keys_in_rows(call)
+
+
+op = register("kv_append", triton=Backend(_triton, _why_not_triton), cpu=Backend(_cpu, why_not_cpu), reference=Backend(kv_append_reference))
+fused_op = register("qkv_append", triton=Backend(_fused_triton, _why_not_triton), cpu=Backend(_fused_cpu, why_not_cpu),
+                    reference=Backend(qkv_append_reference))  # fmt: skip

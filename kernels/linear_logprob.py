@@ -6,6 +6,7 @@ The equations are those of logprob.py with logits = hidden weight^T, which are c
 import torch
 from torch import Tensor
 
+from ._cpu import why_not_cpu
 from ._dispatch import Backend, accumulation_dtype, check, register
 from ._triton import why_not_triton
 from .logprob import LogProbs, check_support, check_targets, logprob_reference, supported
@@ -164,4 +165,10 @@ def why_not_product(call: dict) -> str | None:
     return why_not_triton(call)
 
 
-linear_op = register("linear_logprob", triton=Backend(_triton, why_not_product), reference=Backend(linear_logprob_reference))
+def _cpu(**call) -> tuple:
+    from .linear_logprob_cpu import linear_logprob_cpu
+
+    return linear_logprob_cpu(**call)
+
+
+linear_op = register("linear_logprob", triton=Backend(_triton, why_not_product), cpu=Backend(_cpu, why_not_cpu), reference=Backend(linear_logprob_reference))

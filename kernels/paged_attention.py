@@ -12,8 +12,12 @@ computed for the group at once: the queries of several rows are the rows of one 
 the prefix, less than CHUNK tokens, is read by each row (its last block is the row's own copy anyway).  The partials of a row are then merged as
 always, and a row of a matrix product does not depend on the other rows: the result has the same bits with sharing and without.
 
+That is the contract of the Triton kernel and of the reference.  The cpu backend (fp32) makes one pass over all keys of a row.  Its bits are its own:
+those that the cpu backend of `attention` gives the same token, so a decoded token equals the trained one for any batch, blocks, group and threads.
+
 Layout.  Caches are (num_blocks, Hkv, block_size, d): what a program reads, one head of one block, is one contiguous piece (64 x 128 bf16 = 16 KiB),
-and the heads of a block are neighbours.  Keys and values may be views of one allocation; only d must be contiguous.
+and the heads of a block are neighbours.  Keys and values may be views of one allocation; only d must be contiguous.  The cpu backend reads sixteen
+keys at a time and wants the tokens of a block to be neighbours instead: `empty_kv_cache` allocates what the device reads fastest.
 
 Traffic.  Keys and values are read once: 2 b d Hkv tokens bytes (b bytes per element, tokens = sum of seq_lens less (G - 1) x the shared chunks of
 each group); the partials are written and read once: 2 x 4 (d + 2) H bytes per row and chunk, 3 % of the keys and values at H / Hkv = 4 in bf16.
@@ -24,6 +28,7 @@ ms (goal 1.10).  16 groups of 16, prefix 2048 + 2048 own: 2.15 + 0.13 + 0.14 GB 
 import torch
 from torch import Tensor
 
+from ._cpu import why_not_cpu
 from ._dispatch import Backend, accumulation_dtype, check, register
 from ._triton import why_not_triton
 
@@ -50,46 +55,71 @@ def paged_attention(
     """
     check_cache("paged_attention", key_cache, value_cache, block_table, q.shape[0] if q.ndim else 0)
     R, (_, Hkv, block_size, d) = q.shape[0], key_cache.shape
-    check(q.ndim == 3 and q.shape[2] == d and q.dtype == key_cache.dtype,
-          f"paged_attention: q is {tuple(q.shape)} {q.dtype}, key_cache {tuple(key_cache.shape)} {key_cache.dtype}; "
-          f"wanted (R, H, {d}) in its dtype")  # fmt: skip
-    check(q.shape[1] % Hkv == 0, f"paged_attention: {q.shape[1]} query heads are not a multiple of {Hkv} key heads")
-    check(seq_lens.shape == (R,) and seq_lens.dtype == torch.int32,
-          f"paged_attention: seq_lens is {tuple(seq_lens.shape)} {seq_lens.dtype}; wanted ({R},) int32")  # fmt: skip
+    # Messages are put together where they are raised: this runs for every token of every layer.
+    if not (q.ndim == 3 and q.shape[2] == d and q.dtype == key_cache.dtype):
+        raise ValueError(f"paged_attention: q is {tuple(q.shape)} {q.dtype}, key_cache {tuple(key_cache.shape)} {key_cache.dtype}; "
+                         f"wanted (R, H, {d}) in its dtype")  # fmt: skip
+    if q.shape[1] % Hkv:
+        raise ValueError(f"paged_attention: {q.shape[1]} query heads are not a multiple of {Hkv} key heads")
+    if not (seq_lens.shape == (R,) and seq_lens.dtype == torch.int32):
+        raise ValueError(f"paged_attention: seq_lens is {tuple(seq_lens.shape)} {seq_lens.dtype}; wanted ({R},) int32")
     check((group_offsets is None) == (prefix_lens is None), "paged_attention: group_offsets and prefix_lens are given together or not at all")
     if group_offsets is not None:
         P = prefix_lens.numel()
-        check(prefix_lens.shape == (P,) and group_offsets.shape == (P + 1,) and prefix_lens.dtype == group_offsets.dtype == torch.int32,
-              f"paged_attention: group_offsets is {tuple(group_offsets.shape)} {group_offsets.dtype}, prefix_lens {tuple(prefix_lens.shape)} "
-              f"{prefix_lens.dtype}; wanted (P+1,) and (P,) int32")  # fmt: skip
-    holds = block_table.shape[1] * block_size
-    check(max_seq_len is None or max_seq_len >= 0, f"paged_attention: max_seq_len is {max_seq_len}; wanted >= 0")
-    limit = holds if max_seq_len is None else min(int(max_seq_len), holds)
-    if q.device.type == "cpu":
-        _check_lengths(block_table, seq_lens, group_offsets, prefix_lens, limit, block_size)
-    out, lse = op(backend, q=q.detach(), key_cache=key_cache, value_cache=value_cache, block_table=block_table, seq_lens=seq_lens,
-                  scale=d**-0.5 if scale is None else float(scale), group_offsets=group_offsets, prefix_lens=prefix_lens, limit=limit)  # fmt: skip
+        if not (prefix_lens.shape == (P,) and group_offsets.shape == (P + 1,) and prefix_lens.dtype == group_offsets.dtype == torch.int32):
+            raise ValueError(f"paged_attention: group_offsets is {tuple(group_offsets.shape)} {group_offsets.dtype}, prefix_lens "
+                             f"{tuple(prefix_lens.shape)} {prefix_lens.dtype}; wanted (P+1,) and (P,) int32")  # fmt: skip
+    limit = block_table.shape[1] * block_size
+    if max_seq_len is not None:
+        check(max_seq_len >= 0, f"paged_attention: max_seq_len is {max_seq_len}; wanted >= 0")
+        limit = min(int(max_seq_len), limit)
+    call = {"q": q.detach(), "key_cache": key_cache, "value_cache": value_cache, "block_table": block_table, "seq_lens": seq_lens,
+            "scale": d**-0.5 if scale is None else float(scale), "group_offsets": group_offsets, "prefix_lens": prefix_lens,
+            "limit": limit}  # fmt: skip
+    name, run = op.resolve(call, backend)
+    if name != "cpu" and q.device.type == "cpu":  # the cpu backend looks for itself, in its one call
+        check_lengths(block_table, seq_lens, group_offsets, prefix_lens, limit, block_size)
+    out, lse = run(**call)
     return (out, lse) if return_lse else out
 
 
-def empty_kv_cache(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
+def empty_kv_cache(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, dtype: torch.dtype,
+                   device: torch.device | str) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Allocate the keys and the values of a paged cache, all zeros, as the kernels for that device read them fastest.
+
+    Returns key_cache and value_cache, both (num_blocks, num_kv_heads, block_size, head_dim).  What the C++ kernels serve (CPU, fp32, block_size a
+    multiple of 16) gets keys whose tokens are neighbours in memory: a view with stride(2) == 1.  All else is contiguous.
+    """
     shape = (num_blocks, num_kv_heads, block_size, head_dim)
-    return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+    values = torch.zeros(shape, dtype=dtype, device=device)
+    if values.device.type == "cpu" and dtype == torch.float32 and block_size % KEYS_AT_ONCE == 0:
+        return torch.zeros(num_blocks, num_kv_heads, head_dim, block_size).transpose(2, 3), values
+    return torch.zeros_like(values), values
 
 
 def check_cache(where: str, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, rows: int) -> None:
-    check(key_cache.ndim == 4 and key_cache.shape == value_cache.shape and key_cache.dtype == value_cache.dtype and key_cache.shape[1] > 0,
-          f"{where}: key_cache is {tuple(key_cache.shape)} {key_cache.dtype}, value_cache {tuple(value_cache.shape)} {value_cache.dtype}; "
-          "wanted both (num_blocks, Hkv, block_size, d)")  # fmt: skip
-    block_size = key_cache.shape[2]
-    check(block_size > 0 and CHUNK % block_size == 0, f"{where}: block_size is {block_size}; wanted a divisor of {CHUNK}")
-    check(key_cache.stride(3) == value_cache.stride(3) == 1 or key_cache.shape[3] == 1,
-          f"{where}: the elements of a head are not neighbours in memory (strides {key_cache.stride()}, {value_cache.stride()})")  # fmt: skip
-    check(block_table.ndim == 2 and block_table.shape[0] == rows and block_table.dtype == torch.int32,
-          f"{where}: block_table is {tuple(block_table.shape)} {block_table.dtype}; wanted ({rows}, max_blocks) int32")  # fmt: skip
+    if not (key_cache.ndim == 4 and key_cache.shape == value_cache.shape and key_cache.dtype == value_cache.dtype and key_cache.shape[1] > 0):
+        raise ValueError(f"{where}: key_cache is {tuple(key_cache.shape)} {key_cache.dtype}, value_cache {tuple(value_cache.shape)} "
+                         f"{value_cache.dtype}; wanted both (num_blocks, Hkv, block_size, d)")  # fmt: skip
+    _, _, block_size, d = key_cache.shape
+    if block_size <= 0 or CHUNK % block_size:
+        raise ValueError(f"{where}: block_size is {block_size}; wanted a divisor of {CHUNK}")
+    if d > 1 and (value_cache.stride(3) != 1 or 1 not in key_cache.stride()[2:]):
+        raise ValueError(f"{where}: the elements of a head are not neighbours in memory, nor are the keys of a block "
+                         f"(strides {key_cache.stride()}, {value_cache.stride()})")  # fmt: skip
+    if not (block_table.ndim == 2 and block_table.shape[0] == rows and block_table.dtype == torch.int32):
+        raise ValueError(f"{where}: block_table is {tuple(block_table.shape)} {block_table.dtype}; wanted ({rows}, max_blocks) int32")
 
 
-def _check_lengths(block_table, seq_lens, group_offsets, prefix_lens, limit: int, block_size: int) -> None:
+def keys_in_rows(call: dict) -> str | None:
+    """The reason against a kernel that reads a key as d neighbouring elements."""
+    key_cache = call["key_cache"]
+    if key_cache.stride(3) != 1 and key_cache.shape[3] > 1:
+        return f"the elements of a key are not neighbours in memory (strides {key_cache.stride()}); that layout is the cpu backend's"
+    return None
+
+
+def check_lengths(block_table, seq_lens, group_offsets, prefix_lens, limit: int, block_size: int) -> None:
     R = len(seq_lens)
     if R == 0:
         return
@@ -222,10 +252,34 @@ def merge(m: Tensor, l: Tensor, o: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     return (out / torch.where(L == 0, 1, L)[..., None]).to(dtype), top + L.log()
 
 
+KEYS_AT_ONCE = 16  # whatever the machine, see csrc/cpu/simd.inl
+
+
+def _why_not_cpu(call: dict) -> str | None:
+    key_cache = call["key_cache"]
+    reason = why_not_cpu(call)
+    if reason is None and key_cache.shape[2] % KEYS_AT_ONCE:
+        return f"block_size is {key_cache.shape[2]}, no multiple of {KEYS_AT_ONCE}"
+    if reason is None and key_cache.stride(2) != 1:
+        return f"the keys of a block are not neighbours in memory (strides {key_cache.stride()}); empty_kv_cache allocates them so"
+    return reason
+
+
+def _why_not_triton(call: dict) -> str | None:
+    return why_not_triton(call) or keys_in_rows(call)
+
+
+def _cpu(**call) -> tuple[Tensor, Tensor]:
+    from .paged_attention_cpu import paged_attention_cpu
+
+    return paged_attention_cpu(**call)
+
+
 def _triton(**call) -> tuple[Tensor, Tensor]:
     from .paged_attention_triton import paged_attention_triton
 
     return paged_attention_triton(**call)
 
 
-op = register("paged_attention", triton=Backend(_triton, why_not_triton), reference=Backend(paged_attention_reference))
+op = register("paged_attention", triton=Backend(_triton, _why_not_triton), cpu=Backend(_cpu, _why_not_cpu),
+              reference=Backend(paged_attention_reference))  # fmt: skip

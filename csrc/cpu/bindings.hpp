@@ -15,6 +15,7 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-void bind_rows(pybind11::module_& m);  // rmsnorm, rope, logprob, sample
+void bind_rows(pybind11::module_& m);       // rmsnorm, rope, logprob, sample
+void bind_attention(pybind11::module_& m);  // attention, paged_attention, kv_append
 
 }  // namespace athanor::cpu

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -12,4 +13,5 @@
 #endif
 
 #include "kernels.hpp"
+#include "workspace.hpp"
 #include "team.hpp"

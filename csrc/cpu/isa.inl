@@ -1,8 +1,13 @@
-// All CPU kernels for one instruction set.  Included by isa_*.cpp after the pragma that names it; ATHANOR_ISA is its namespace.
+// All CPU kernels for one instruction set.  Included by isa_*.cpp after the pragma that names it; ATHANOR_ISA is its namespace,
+// ATHANOR_REGISTERS how many vectors of 16 floats its registers hold.
 namespace athanor::cpu::ATHANOR_ISA {
 
 #include "simd.inl"
 #include "swiglu.inl"
+#include "attention_row.inl"
+#include "attention.inl"
+#include "attention_bwd.inl"
+#include "paged_attention.inl"
 
 #include "rmsnorm.inl"
 #include "rope.inl"
@@ -24,6 +29,9 @@ const Kernels& table() {
         k.logprob_bwd = logprob_bwd;
         k.sample = sample;
         k.philox_uniform = philox_uniform;
+        k.attention_fwd = attention_fwd;
+        k.attention_bwd = attention_bwd;
+        k.paged_attention = paged_attention;
         return k;
     }();
     return all;

@@ -64,6 +64,7 @@ PYBIND11_MODULE(_native, m) {
         kernels().swiglu_bwd(at(gate_up), at(dy), at(dgate_up), T, F, stride, threads);
     }, release);
     bind_rows(m);
+    bind_attention(m);
 }
 
 }  // namespace athanor::cpu

@@ -1,0 +1,40 @@
+"""Packed causal attention for CPU tensors: csrc/cpu/attention.inl.
+
+A token's output has the bits that `paged_attention` gives it in its cpu backend, from the same keys and values, whatever the batch, its packing and
+the number of threads.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._cpu import dense, native
+
+
+def attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    return AttentionCpuFunction.apply(q, k, v, cu_seqlens.to(torch.int32).contiguous(), scale)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float):
+    return native().PackedAttention(q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(), k.stride(), v.stride(), cu_seqlens.data_ptr(),
+                                    cu_seqlens.numel() - 1, q.shape[1], k.shape, scale, torch.get_num_threads())  # fmt: skip
+
+
+class AttentionCpuFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, scale):
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+        out, stats = torch.empty(q.shape), torch.empty(*q.shape[:2], 2)
+        native().attention_fwd(_packed(q, k, v, cu_seqlens, scale), out.data_ptr(), stats.data_ptr())
+        ctx.save_for_backward(q, k, v, cu_seqlens, out, stats)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        q, k, v, cu_seqlens, out, stats = ctx.saved_tensors
+        dout, dq, dk, dv = dense(dout), *(torch.empty(x.shape) for x in (q, k, v))
+        native().attention_bwd(_packed(q, k, v, cu_seqlens, ctx.scale), out.data_ptr(), stats.data_ptr(), dout.data_ptr(), dq.data_ptr(), dk.data_ptr(),
+                               dv.data_ptr())  # fmt: skip
+        return dq, dk, dv, None, None
