@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-_LAZY = {"Generator": "athanor.generate", "Request": "athanor.samples", "SamplingConfig": "athanor.config"}  # `import athanor` loads no torch
+_LAZY = {"Generator": "athanor.generator", "Request": "athanor.samples", "SamplingConfig": "athanor.config"}  # `import athanor` loads no torch
 
 
 def __getattr__(name: str):

@@ -1,181 +1,127 @@
-"""Generation with explicit groups, continuous batching and log-probs that come from the trainer's own forward.
+"""Command line:  python -m athanor.generate --model DIR --prompt TEXT [--prompt TEXT ...] [-n N] ...
 
-A request is a prompt with n samples: the prompt is prefilled once, its members share its full KV blocks and decode in rows of their own.  Rows that
-finish make room at once.  Every random number is a function of (sample seed, token index), so a sample does not depend on its neighbours, on the
-order, on refills and pauses, or on being aborted and resumed.
-
-    generator = Generator(model, tokenizer.eos_ids, tokenizer=tokenizer)
-    for request, member, completion in generator.stream(requests, SamplingConfig(max_tokens=512)):
-        ...                                    # while the others decode
-
-`stream` runs it, `_host.Scheduler` decides on samples, rows and blocks, `decode` holds the device's part.  `python -m athanor.generate` is the
-command line.
+One sample is shown token by token, several as they finish.  With --json every sample is one JSON object on stdout and nothing else is.
+Exit codes: 0, 2 for what the user can fix (one line on stderr), 130 when interrupted.
 """
 
-import os
+import argparse
+import json
 import sys
-import weakref
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 
-import torch
+import numpy as np
 
-from athanor.config import SamplingConfig
-from athanor.decode import DecodeRows
-from athanor.kv_cache import PagedKVCache
-from athanor.model.transformer import Decoder
-from athanor.samples import Completion, Finished, Request
-from athanor.stream import Stream
-from athanor.tokenizer import Tokenizer
+from athanor.errors import UserError
+from athanor.generator import Generator
+from athanor.samples import Completion, Request
 
-__all__ = ["Completion", "Finished", "Generator", "Request", "Stream"]
+__all__ = ["Completion", "Generator", "Request", "main"]
 
 
-class Generator:
-    """Decode with `model` as it is now: weights are read, never copied, so an optimizer step needs no synchronisation.
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m athanor.generate", description="Sample from a HuggingFace checkpoint folder.", allow_abbrev=False)
+    p.add_argument("--model", required=True, metavar="DIR", help="folder with config.json, safetensors and tokenizer.json")
+    p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to go on from; may be given several times; - reads stdin")
+    p.add_argument("--chat", action="store_true", help="take each prompt as a user's message and render the folder's chat template")
+    p.add_argument("-n", type=int, default=1, metavar="N", help="samples per prompt; they share its prefill (default 1)")
+    p.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest sample (default 256)")
+    p.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 = greedy (default 1)")
+    p.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most likely tokens; 0 = all")
+    p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the smallest set of tokens with this probability; 1 = all")
+    p.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below this fraction of the largest probability")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends a sample; may be given several times")
+    p.add_argument("--seed", type=int, default=0, metavar="S", help="key of the random numbers: the same seed gives the same samples (default 0)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: bfloat16 on CUDA, float32 on a CPU")
+    p.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0 = all cores")
+    p.add_argument("--json", action="store_true", help="print prompt, text, token ids, log-probs and finish of each sample as one JSON object")
+    return p
 
-    max_rows: samples that decode at once.  kv_tokens: size of the KV pool; default what the requests need, within half of the free memory on a CPU
-    and 85 % of it on CUDA.  policy: "reserve" admits a group when its worst case fits, "pause" by expected length; a row that finds no block then
-    waits with its KV.  Nothing is ever computed twice.  max_prefill_tokens: prompt tokens of one prefill.
-    fused_sampling: draw with `linear_sample`, which needs no logits and takes no top_k, top_p or min_p; a seed then gives other tokens than without.
-    window: steps between two looks of the host, default 1 on a CPU and 8 on CUDA, where a sample that has ended idles for half of it on average.
-    tokenizer: needed for stop strings alone.  `timings` adds up where the time went.
-    """
 
-    def __init__(
-        self,
-        model: Decoder,
-        eos_ids: set[int] | frozenset[int],
-        *,
-        tokenizer: Tokenizer | None = None,
-        max_rows: int = 512,
-        kv_tokens: int | None = None,
-        block_size: int | None = None,
-        policy: str = "reserve",
-        max_prefill_tokens: int = 16384,
-        fused_sampling: bool = False,
-        window: int | None = None,
-    ):
-        if not eos_ids:
-            raise ValueError("Generator: eos_ids is empty, wanted at least one token id that ends a sample")
-        on_cpu = model.embed.weight.device.type == "cpu"
-        window = (1 if on_cpu else 8) if window is None else window
-        for name, value in (("max_rows", max_rows), ("max_prefill_tokens", max_prefill_tokens), ("window", window)):
-            if value < 1:
-                raise ValueError(f"Generator: {name} is {value}, wanted at least 1")
-        self.model, self.eos_ids, self.tokenizer = model, frozenset(eos_ids), tokenizer
-        self.device, self.dtype = model.embed.weight.device, model.embed.weight.dtype
-        self.fused_sampling = fused_sampling
-        self.max_rows, self.kv_tokens, self.policy, self.max_prefill_tokens = max_rows, kv_tokens, policy, max_prefill_tokens
-        self.block_size, self.window = block_size or (16 if on_cpu else 64), window
-        self.timings = dict.fromkeys(("prefill_s", "forward_s", "sample_s", "host_s"), 0.0)
-        self.num_prefill_tokens = 0
-        self.cache: PagedKVCache | None = None
-        self.rows: DecodeRows | None = None
-        self._seen, self._version = self._weights(), 0
-        self.running = lambda: None  # the open stream, by weak reference
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        run(arguments, lambda text: print(text, end="", flush=True))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    return 0
 
-    @property
-    def version(self) -> int:
-        """How often the weights were found changed since this generator was made."""
-        if (seen := self._weights()) != self._seen:
-            self._seen, self._version = seen, self._version + 1
-        return self._version
 
-    def _weights(self) -> int:
-        return sum(parameter._version for parameter in self.model.parameters())  # PyTorch counts in-place writes
+def run(arguments: argparse.Namespace, write: Callable[[str], None]) -> None:
+    """Sample and write; UserError for what the user can fix."""
+    import torch
+    from pydantic import ValidationError
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: SamplingConfig = SamplingConfig(),
-        progress: Callable[[int, int], None] | None = None,
-        *,
-        full_logps: bool = False,
-    ) -> list[list[Completion]]:
-        """Sample every request; the result has the requests' order and, within one, the seeds' order.
+    from athanor.config import SamplingConfig
+    from athanor.parallel import Ranks
+    from athanor.seeds import sample_seeds
+    from athanor.tokenizer import Tokenizer
+    from athanor.weights import load_model
 
-        `progress(done, total)` is called as samples finish.  Raises ValueError as `stream` does.
-        """
-        results: list[list] = [[None] * len(request.seeds) for request in requests]
-        done, total = 0, sum(map(len, results))
-        with self.stream(requests, sampling, full_logps=full_logps) as stream:
-            for request, member, completion in stream:
-                results[request][member] = completion
-                done += 1
-                if progress:
-                    progress(done, total)
-        return results
+    if not arguments.prompt:
+        raise UserError("--prompt is missing; wanted at least one text (--prompt '' starts from the beginning of a sequence)")
+    if arguments.n < 1:
+        raise UserError(f"-n {arguments.n}, wanted at least 1")
+    fields = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "stop")
+    try:
+        sampling = SamplingConfig(**{name: getattr(arguments, name) for name in fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--{str(first['loc'][0] if first['loc'] else 'stop').replace('_', '-')}: {first['msg']}") from None
+    ranks = Ranks(arguments.device, arguments.threads)
+    dtype = getattr(torch, arguments.dtype if arguments.dtype != "auto" else "bfloat16" if ranks.device.type == "cuda" else "float32")
+    tokenizer = Tokenizer.from_folder(arguments.model)
+    model = load_model(arguments.model, dtype=dtype, device=ranks.device).requires_grad_(False)
+    texts = [sys.stdin.read() if text == "-" else text for text in arguments.prompt]
+    rendered = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) if arguments.chat else text for text in texts]
+    prompts = [np.array(tokenizer.encode_prompt(text), np.int64) for text in rendered]
+    requests = [Request(ids, sample_seeds(arguments.n, arguments.seed, i)) for i, ids in enumerate(prompts)]
+    generator = Generator(model, tokenizer.eos_ids, tokenizer=tokenizer, max_rows=max(512, arguments.n))
+    total, start, tokens = len(requests) * arguments.n, time.perf_counter(), 0
+    live = _Live(tokenizer, write) if total == 1 and not arguments.json else None
+    try:
+        with generator.stream(requests, sampling) as stream:
+            while not stream.finished:
+                for i, member, completion in stream.step():
+                    tokens += len(completion.token_ids)
+                    text = tokenizer.decode([t for t in completion.token_ids.tolist() if t not in tokenizer.eos_ids])
+                    if arguments.json:
+                        row = {"prompt": texts[i], "sample": member, "text": text, "finish": completion.finish}
+                        row |= {"token_ids": completion.token_ids.tolist(), "logps": [round(x, 6) for x in completion.logps.tolist()]}
+                        write(json.dumps(row, ensure_ascii=False) + "\n")
+                    elif live:
+                        live.show(completion.token_ids)
+                        write("\n")
+                    else:
+                        head = f"prompt {i + 1}/{len(requests)} sample {member + 1}/{arguments.n}"
+                        facts = f"{len(completion.token_ids)} tokens, {completion.finish}, log-prob {completion.logps.sum():.2f}"
+                        write(f"--- {head} ({facts})\n{text}\n")
+                if live:
+                    live.show(stream.tokens_of(0, 0))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    seconds = time.perf_counter() - start
+    print(f"{tokens} tokens of {total} samples in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s", file=sys.stderr)
 
-    def stream(self, requests: Sequence[Request], sampling: SamplingConfig = SamplingConfig(), *, full_logps: bool = False) -> "Stream":
-        """Iterate over samples in the order in which they finish.
 
-        When the weights change between two steps, the KV of all running samples is dropped and computed again with the new ones; their tokens stay.
-        Raises ValueError for an empty prompt, a group larger than max_rows, a prompt that leaves no room below max_position_embeddings or in the KV
-        pool, a parameter out of range, or while another stream of this generator is open.
-        """
-        if self.running() is not None:
-            raise ValueError("Generator: another stream is open; read it to its end or close() it")
-        stream = Stream(self, list(requests), sampling, full_logps)
-        self.running = weakref.ref(stream)
-        return stream
+class _Live:
+    """Writes a sample's text as it grows: what decodes to a whole character."""
 
-    def check(self, i: int, request: Request, sampling: SamplingConfig) -> None:
-        limit = self.model.config.max_position_embeddings
-        if not len(request.prompt_ids):
-            raise ValueError(f"generate: request {i} has an empty prompt, wanted at least one token")
-        low, high = int(min(request.prompt_ids)), int(max(request.prompt_ids))
-        if low < 0 or high >= self.model.config.vocab_size:
-            raise ValueError(f"generate: request {i} has prompt tokens from {low} to {high}, wanted [0, {self.model.config.vocab_size})")
-        if len(request.seeds) > self.max_rows:
-            raise ValueError(f"generate: request {i} has {len(request.seeds)} samples, more than max_rows = {self.max_rows}")
-        if len(request.prompt_ids) + sampling.max_tokens > limit:
-            raise ValueError(
-                f"generate: request {i} has {len(request.prompt_ids)} prompt tokens and max_tokens is {sampling.max_tokens}, "
-                f"more than max_position_embeddings = {limit}"
-            )
-        if self.fused_sampling and (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
-            filters = f"top_k {sampling.top_k}, top_p {sampling.top_p}, min_p {sampling.min_p}"
-            raise ValueError(f"generate: request {i} has {filters}, wanted none of them with fused_sampling")
-        if sampling.stop and self.tokenizer is None:
-            raise ValueError(f"generate: request {i} has stop strings, which need Generator(tokenizer=...)")
-        if request.eos_ids is not None and not request.eos_ids:
-            raise ValueError(f"generate: request {i} has empty eos_ids, wanted at least one token id or None")
-        partial = request.partial
-        if partial is None:
-            return
-        if len(partial) != len(request.seeds):
-            raise ValueError(f"generate: request {i} has {len(partial)} partial samples and {len(request.seeds)} seeds, wanted as many")
-        for member, sample in enumerate(partial):
-            if sample is not None and (sample.finish != "abort" or len(sample.token_ids) >= sampling.max_tokens):
-                raise ValueError(
-                    f"generate: partial sample {member} of request {i} has finish {sample.finish!r} and {len(sample.token_ids)} tokens; "
-                    f"wanted 'abort' and fewer than max_tokens = {sampling.max_tokens}"
-                )
+    def __init__(self, tokenizer, write: Callable[[str], None]):
+        self.tokenizer, self.write, self.shown = tokenizer, write, 0
 
-    def reserve(self, num_blocks: int, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...]) -> DecodeRows:
-        """Cache and rows of at least that size for a stream; what is there is kept where it is large enough, with its captured graphs."""
-        if self.cache is None or self.cache.num_blocks < num_blocks:
-            self.cache = self.rows = None  # free the old pool first
-            self.cache = PagedKVCache(self.model.config, num_blocks, self.block_size, self.dtype, self.device)
-        if self.rows is None or not self.rows.holds(num_rows, max_blocks, num_eos, records):
-            self.rows = None
-            options = {"window": self.window, "fused": self.fused_sampling, "seconds": self.timings}
-            self.rows = DecodeRows(self.model, self.cache, num_rows, max_blocks, num_eos, records, **options)
-        return self.rows
-
-    def pool_blocks(self, wanted: int) -> int:
-        """Blocks of the KV pool: `wanted` of them, or what kv_tokens or the memory allow."""
-        if self.kv_tokens is not None:
-            return max(1, self.kv_tokens // self.block_size)
-        if self.device.type == "cpu":
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-        else:
-            free = int(0.85 * torch.cuda.mem_get_info(self.device)[0])
-        have = self.cache.num_blocks if self.cache else 0
-        return max(1, min(wanted, have + free // (self.block_size * PagedKVCache.bytes_per_token(self.model.config, self.dtype))))
+    def show(self, token_ids: np.ndarray) -> None:
+        text = self.tokenizer.decode([t for t in token_ids.tolist() if t not in self.tokenizer.eos_ids])
+        whole = len(text.rstrip("\ufffd"))  # half a character decodes to this
+        if whole > self.shown:
+            self.write(text[self.shown : whole])
+            self.shown = whole
 
 
 if __name__ == "__main__":
-    from athanor.generate_cli import main
-
     sys.exit(main(sys.argv[1:]))

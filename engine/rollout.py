@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from athanor.config import MixEntry, SamplingConfig
-from athanor.generate import Generator
+from athanor.generator import Generator
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
 from athanor.samples import Completion, Problem, Request, Sample

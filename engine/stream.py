@@ -7,7 +7,6 @@ collect on the host; its row, where it decodes, changes as others finish.
 from collections import deque
 from collections.abc import Iterator
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,18 +20,15 @@ from athanor.model.transformer import fill_tokens
 from athanor.samples import Completion, Finished, Request
 from athanor.stops import StopStrings
 
-if TYPE_CHECKING:
-    from athanor.generate import Generator
-
 FINISH = {STOP: "stop", REPETITION: "repetition", LENGTH: "length", ERROR: "error", RUNNING: "abort"}
 INTEGERS = {"tokens": np.int64, "last_kept": np.int64, "versions": np.int32}  # columns; the others are float32
 WAITING, FINISHED = -1, -2  # in place of a slot
 
 
 class Stream(Iterator[Finished]):
-    """Iterate over samples in the order in which they finish; `abort` some, `close` all.  A context manager that closes."""
+    """What Generator.stream returns: iterate over samples in the order in which they finish; `abort` some, `close` all.  A context manager."""
 
-    def __init__(self, generator: "Generator", requests: list[Request], sampling: SamplingConfig, full_logps: bool):
+    def __init__(self, generator, requests: list[Request], sampling: SamplingConfig, full_logps: bool):
         self.generator, self.requests = generator, requests
         self.sampling = [request.sampling or sampling for request in requests]
         for i, (request, own) in enumerate(zip(requests, self.sampling, strict=True)):

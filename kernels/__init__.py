@@ -25,6 +25,6 @@ from .swiglu import swiglu
 
 __all__ = [
     "LogProbs", "LossVariant", "Sampled", "Support", "attention", "empty_kv_cache", "group_advantage", "grpo_loss", "is_strict", "kv_append",
-    "linear", "linear_grpo", "linear_logprob", "linear_sample", "logits_grpo", "logprob", "philox_uniform", "paged_attention", "policy_loss", "qkv_append", "rmsnorm", "rope",
-    "sample", "strict_mode", "swiglu", "use_backend",
+    "linear", "linear_grpo", "linear_logprob", "linear_sample", "logits_grpo", "logprob", "paged_attention", "philox_uniform", "policy_loss",
+    "qkv_append", "rmsnorm", "rope", "sample", "strict_mode", "swiglu", "use_backend",
 ]  # fmt: skip

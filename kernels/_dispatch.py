@@ -137,10 +137,13 @@ def register(name: str, **backends: Backend) -> Op:
     return OPS[name]
 
 
-def check(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless the condition holds; for the callers' arguments, not for our own bugs."""
+def check(condition: bool, message: str | Callable[[], str]) -> None:
+    """Raise ValueError(message) unless the condition holds; for the callers' arguments, not for our own bugs.
+
+    A message with figures in it is a function, called when it is needed: writing shapes and dtypes out costs as much as a small kernel.
+    """
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if isinstance(message, str) else message())
 
 
 def accumulation_dtype(dtype):

@@ -30,9 +30,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: flo
     """
     T, H, d = q.shape
     check(k.shape == v.shape and k.ndim == 3 and k.shape[0] == T and k.shape[2] == d,
-          f"attention: q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; wanted k and v (T, Hkv, d)")  # fmt: skip
-    check(k.shape[1] > 0 and H % k.shape[1] == 0, f"attention: {H} query heads are not a multiple of {k.shape[1]} key heads")
-    check(cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 1, f"attention: cu_seqlens is {tuple(cu_seqlens.shape)}; wanted (S+1,)")
+          lambda: f"attention: q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; wanted k and v (T, Hkv, d)")  # fmt: skip
+    check(k.shape[1] > 0 and H % k.shape[1] == 0, lambda: f"attention: {H} query heads are not a multiple of {k.shape[1]} key heads")
+    check(cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 1, lambda: f"attention: cu_seqlens is {tuple(cu_seqlens.shape)}; wanted (S+1,)")
     return op(backend, q=q, k=k, v=v, cu_seqlens=cu_seqlens, scale=d**-0.5 if scale is None else float(scale))
 
 
@@ -109,7 +109,7 @@ class ScatterRows(torch.autograd.Function):
 def known_offsets(cu_seqlens: Tensor, T: int) -> tuple[int, ...]:
     offsets = tuple(cu_seqlens.tolist())
     check(offsets[0] == 0 and offsets[-1] == T and all(a <= b for a, b in pairwise(offsets)),
-          f"attention: cu_seqlens runs from {offsets[0]} to {offsets[-1]}; wanted non-decreasing from 0 to T = {T}")  # fmt: skip
+          lambda: f"attention: cu_seqlens runs from {offsets[0]} to {offsets[-1]}; wanted non-decreasing from 0 to T = {T}")  # fmt: skip
     return offsets
 
 

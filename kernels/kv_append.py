@@ -41,13 +41,14 @@ def qkv_append(
     _check("qkv_append", k, v, key_cache, value_cache, block_table, positions)
     R, d = k.shape[0], k.shape[2]
     check(q.ndim == 3 and q.shape[0] == R and q.shape[2] == d and q.dtype == k.dtype and d % 2 == 0,
-          f"qkv_append: q is {tuple(q.shape)} {q.dtype}, k is {tuple(k.shape)} {k.dtype}; wanted (R, H, d) and (R, Hkv, d) with even d")  # fmt: skip
+          lambda: f"qkv_append: q is {tuple(q.shape)} {q.dtype}, k is {tuple(k.shape)} {k.dtype}; wanted (R, H, d) and (R, Hkv, d) with even "
+                  f"d")  # fmt: skip
     check(cos.shape == sin.shape == (R, d // 2),
-          f"qkv_append: cos is {tuple(cos.shape)}, sin is {tuple(sin.shape)}; wanted {(R, d // 2)} for q {tuple(q.shape)}")  # fmt: skip
+          lambda: f"qkv_append: cos is {tuple(cos.shape)}, sin is {tuple(sin.shape)}; wanted {(R, d // 2)} for q {tuple(q.shape)}")  # fmt: skip
     check((q_weight is None) == (k_weight is None), "qkv_append: one of q_weight and k_weight is missing; wanted both or neither")
     if q_weight is not None:
         check(q_weight.shape == k_weight.shape == (d,),
-              f"qkv_append: q_weight is {tuple(q_weight.shape)}, k_weight is {tuple(k_weight.shape)}; wanted {(d,)}")  # fmt: skip
+              lambda: f"qkv_append: q_weight is {tuple(q_weight.shape)}, k_weight is {tuple(k_weight.shape)}; wanted {(d,)}")  # fmt: skip
         q_weight, k_weight = q_weight.detach(), k_weight.detach()
     return _run(fused_op, backend, q=q.detach(), k=k.detach(), v=v.detach(), cos=cos, sin=sin, key_cache=key_cache, value_cache=value_cache,
                 block_table=block_table, positions=positions, q_weight=q_weight, k_weight=k_weight, eps=eps)  # fmt: skip
@@ -65,7 +66,7 @@ def _check(where: str, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Ten
 
 def check_positions(where: str, block_table: Tensor, positions: Tensor, block_size: int) -> None:
     highest, holds = int(positions.max()) if len(positions) else -1, block_table.shape[1] * block_size
-    check(highest < holds, f"{where}: positions go up to {highest}; the table holds {holds} tokens")
+    check(highest < holds, lambda: f"{where}: positions go up to {highest}; the table holds {holds} tokens")
 
 
 def _run(op: Op, backend: str | None, **call) -> Tensor | None:

@@ -21,13 +21,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: 
     `strict_mode()` says when the bits of a row depend on that row alone.  Raises ValueError on a mismatch of shapes or dtypes.
     """
     check(x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1] and x.dtype == weight.dtype,
-          f"linear: weight is {tuple(weight.shape)} {weight.dtype}, x is {tuple(x.shape)} {x.dtype}; wanted (N, K) and (T, K) alike")  # fmt: skip
+          lambda: f"linear: weight is {tuple(weight.shape)} {weight.dtype}, x is {tuple(x.shape)} {x.dtype}; wanted (N, K) and (T, K) "
+                  f"alike")  # fmt: skip
     check(bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype),
-          f"linear: bias is {None if bias is None else (*bias.shape, bias.dtype)}; wanted ({weight.shape[0]},) {x.dtype}")  # fmt: skip
+          lambda: f"linear: bias is {None if bias is None else (*bias.shape, bias.dtype)}; wanted ({weight.shape[0]},) {x.dtype}")  # fmt: skip
     if out_dtype in (None, x.dtype):
         return op(backend, x=x, weight=weight, bias=bias, out_dtype=x.dtype)
     check(out_dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16) and bias is None,
-          f"linear: out_dtype is {out_dtype}, x is {x.dtype}, bias is {'not ' * (bias is not None)}None; wanted fp32 from bf16 or fp16, no bias")
+          lambda: f"linear: out_dtype is {out_dtype}, x is {x.dtype}, bias is {'not ' * (bias is not None)}None; wanted fp32 from bf16 or fp16, "
+                  f"no bias")
     return op(backend, x=x.detach(), weight=weight.detach(), bias=None, out_dtype=out_dtype)
 
 

@@ -30,7 +30,7 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperatu
     [0, V) (checked on CPU; on a GPU such a row counts as skipped, so that no call waits for the device) or a temperature that is not positive.
     """
     check(hidden.ndim == 2 and weight.ndim == 2 and hidden.shape[1] == weight.shape[1],
-          f"linear_logprob: weight is {tuple(weight.shape)}, hidden is {tuple(hidden.shape)}; wanted (V, D) and (T, D)")  # fmt: skip
+          lambda: f"linear_logprob: weight is {tuple(weight.shape)}, hidden is {tuple(hidden.shape)}; wanted (V, D) and (T, D)")  # fmt: skip
     check_targets("linear_logprob", targets, hidden.shape[0], weight.shape[0], temperature)
     if support is not None:
         check_support("linear_logprob", support, hidden.shape[0])
@@ -171,4 +171,5 @@ def _cpu(**call) -> tuple:
     return linear_logprob_cpu(**call)
 
 
-linear_op = register("linear_logprob", triton=Backend(_triton, why_not_product), cpu=Backend(_cpu, why_not_cpu), reference=Backend(linear_logprob_reference))
+linear_op = register("linear_logprob", triton=Backend(_triton, why_not_product), cpu=Backend(_cpu, why_not_cpu),
+                     reference=Backend(linear_logprob_reference))  # fmt: skip

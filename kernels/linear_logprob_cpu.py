@@ -1,7 +1,7 @@
-"""linear_logprob for CPU tensors: tiles of rows over the whole vocabulary, each a library product followed by the row function of csrc/cpu/logprob.inl.
+"""linear_logprob for CPU tensors: tiles of rows over the whole vocabulary, each a library product and then the row function of csrc/cpu/logprob.inl.
 
-So a row has the bits that `sample` and `logprob` give it on the same logits, whatever the number of rows and the size of the vocabulary.  A product has
-whole steps of ROW_STEP rows: BLAS rounds products of few rows differently.  The backward computes the logits again, but for the first tiles.
+So a row has the bits that `sample` and `logprob` give it on the same logits, whatever the number of rows and the size of the vocabulary.  A product
+has whole steps of ROW_STEP rows: BLAS rounds products of few rows differently.  The backward computes the logits again, but for the first tiles.
 """
 
 from collections.abc import Iterator

@@ -29,7 +29,8 @@ def linear_sample(hidden: Tensor, weight: Tensor, *, temperature: float | Tensor
     Raises ValueError on a shape mismatch or a temperature below 0 (a tensor's values are looked at on CPU only).
     """
     check(hidden.ndim == 2 and weight.ndim == 2 and hidden.shape[1] == weight.shape[1] and weight.shape[0] > 0,
-          f"linear_sample: weight is {tuple(weight.shape)}, hidden is {tuple(hidden.shape)}; wanted (V, D) with V > 0 and (B, D)")  # fmt: skip
+          lambda: f"linear_sample: weight is {tuple(weight.shape)}, hidden is {tuple(hidden.shape)}; wanted (V, D) with V > 0 and (B, "
+                  f"D)")  # fmt: skip
     check_draw("linear_sample", hidden.shape[0], temperature, seeds, positions)
     return Sampled(*op(backend, hidden=hidden.detach(), weight=weight.detach(), temperature=temperature, seeds=seeds, positions=positions))
 

@@ -47,7 +47,7 @@ def logprob(logits: Tensor, targets: Tensor, *, temperature: float = 1.0, suppor
     Returns LogProbs; logps is differentiable in logits.  Raises ValueError on a shape mismatch, a target outside [0, V) (checked on CPU; on a GPU
     such a row counts as skipped, so that no call waits for the device) or a temperature that is not positive.
     """
-    check(logits.ndim == 2, f"logprob: logits is {tuple(logits.shape)}; wanted (T, V)")
+    check(logits.ndim == 2, lambda: f"logprob: logits is {tuple(logits.shape)}; wanted (T, V)")
     check_targets("logprob", targets, logits.shape[0], logits.shape[1], temperature)
     if support is not None:
         check_support("logprob", support, logits.shape[0])
@@ -57,7 +57,8 @@ def logprob(logits: Tensor, targets: Tensor, *, temperature: float = 1.0, suppor
 def check_support(where: str, support: tuple[Tensor, Tensor], rows: int) -> None:
     thresholds, last_kept = support
     check(thresholds.shape == (rows,) and thresholds.is_floating_point() and last_kept.shape == (rows,) and last_kept.dtype == torch.int64,
-          f"{where}: support is {tuple(thresholds.shape)} {thresholds.dtype} and {tuple(last_kept.shape)} {last_kept.dtype}; wanted ({rows},) "
+          lambda: f"{where}: support is {tuple(thresholds.shape)} {thresholds.dtype} and {tuple(last_kept.shape)} {last_kept.dtype}; wanted "
+                  f"({rows},) "
           f"floating-point thresholds and ({rows},) int64 last_kept")  # fmt: skip
 
 
@@ -69,13 +70,13 @@ def supported(x: Tensor, support: tuple[Tensor, Tensor]) -> Tensor:
 
 def check_targets(where: str, targets: Tensor, rows: int, vocab: int, temperature: float) -> None:
     check(targets.shape == (rows,) and targets.dtype == torch.int64,
-          f"{where}: targets is {tuple(targets.shape)} {targets.dtype}; wanted ({rows},) int64")  # fmt: skip
-    check(temperature > 0, f"{where}: temperature is {temperature}; wanted > 0")
+          lambda: f"{where}: targets is {tuple(targets.shape)} {targets.dtype}; wanted ({rows},) int64")  # fmt: skip
+    check(temperature > 0, lambda: f"{where}: temperature is {temperature}; wanted > 0")
     if rows and targets.device.type == "cpu":
         low, high = torch.aminmax(targets)
         low, high = int(low), int(high)
         check(high < vocab and low >= IGNORE and not (low < 0 and bool(((targets < 0) & (targets != IGNORE)).any())),
-              f"{where}: targets run from {low} to {high}; wanted [0, {vocab}) or {IGNORE} = skip")  # fmt: skip
+              lambda: f"{where}: targets run from {low} to {high}; wanted [0, {vocab}) or {IGNORE} = skip")  # fmt: skip
 
 
 def logprob_reference(logits: Tensor, targets: Tensor, temperature: float, support: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ def paged_attention(
                              f"{tuple(prefix_lens.shape)} {prefix_lens.dtype}; wanted (P+1,) and (P,) int32")  # fmt: skip
     limit = block_table.shape[1] * block_size
     if max_seq_len is not None:
-        check(max_seq_len >= 0, f"paged_attention: max_seq_len is {max_seq_len}; wanted >= 0")
+        check(max_seq_len >= 0, lambda: f"paged_attention: max_seq_len is {max_seq_len}; wanted >= 0")
         limit = min(int(max_seq_len), limit)
     call = {"q": q.detach(), "key_cache": key_cache, "value_cache": value_cache, "block_table": block_table, "seq_lens": seq_lens,
             "scale": d**-0.5 if scale is None else float(scale), "group_offsets": group_offsets, "prefix_lens": prefix_lens,
@@ -124,12 +124,12 @@ def check_lengths(block_table, seq_lens, group_offsets, prefix_lens, limit: int,
     if R == 0:
         return
     low, high = (int(x) for x in torch.aminmax(seq_lens))
-    check(0 <= low and high <= limit, f"paged_attention: seq_lens run from {low} to {high}; wanted [0, {limit}]")
+    check(0 <= low and high <= limit, lambda: f"paged_attention: seq_lens run from {low} to {high}; wanted [0, {limit}]")
     if group_offsets is None or len(prefix_lens) == 0:
         return
     offsets = group_offsets.tolist()
     check(0 <= offsets[0] and offsets[-1] <= R and offsets == sorted(offsets),
-          f"paged_attention: group_offsets runs from {offsets[0]} to {offsets[-1]}; wanted non-decreasing within [0, {R}]")  # fmt: skip
+          lambda: f"paged_attention: group_offsets runs from {offsets[0]} to {offsets[-1]}; wanted non-decreasing within [0, {R}]")  # fmt: skip
     rows, _, prefix = _groups_of_rows(R, group_offsets, prefix_lens)
     check(bool(((seq_lens == 0) | (seq_lens >= prefix)).all()), "paged_attention: a row is shorter than the prefix of its group")
     live = seq_lens > 0

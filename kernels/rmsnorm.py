@@ -28,10 +28,10 @@ def rmsnorm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | 
     qkv matrix does); any other layout is copied first by the Triton and cpu backends.
     """
     check(weight.ndim == 1 and x.ndim >= 1 and x.shape[-1] == weight.shape[0],
-          f"rmsnorm: weight is {tuple(weight.shape)}, x is {tuple(x.shape)}; wanted weight (D,) and x (..., D)")  # fmt: skip
+          lambda: f"rmsnorm: weight is {tuple(weight.shape)}, x is {tuple(x.shape)}; wanted weight (D,) and x (..., D)")  # fmt: skip
     if residual is not None:
         check(residual.shape == x.shape and residual.dtype == x.dtype,
-              f"rmsnorm: residual is {tuple(residual.shape)} {residual.dtype}; wanted that of x, {tuple(x.shape)} {x.dtype}")  # fmt: skip
+              lambda: f"rmsnorm: residual is {tuple(residual.shape)} {residual.dtype}; wanted that of x, {tuple(x.shape)} {x.dtype}")  # fmt: skip
     return op(backend, x=x, weight=weight, eps=eps, residual=residual)
 
 

@@ -27,13 +27,14 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, q_weight: Tensor | N
     """
     T, _, d = q.shape
     check(k.ndim == 3 and k.shape[0] == T and k.shape[2] == d and d % 2 == 0,
-          f"rope: q is {tuple(q.shape)}, k is {tuple(k.shape)}; wanted (T, H, d) and (T, Hkv, d) with even d")  # fmt: skip
+          lambda: f"rope: q is {tuple(q.shape)}, k is {tuple(k.shape)}; wanted (T, H, d) and (T, Hkv, d) with even d")  # fmt: skip
     check(cos.shape == sin.shape == (T, d // 2),
-          f"rope: cos is {tuple(cos.shape)}, sin is {tuple(sin.shape)}; wanted {(T, d // 2)} for q {tuple(q.shape)}")  # fmt: skip
+          lambda: f"rope: cos is {tuple(cos.shape)}, sin is {tuple(sin.shape)}; wanted {(T, d // 2)} for q {tuple(q.shape)}")  # fmt: skip
     check((q_weight is None) == (k_weight is None), "rope: one of q_weight and k_weight is missing; wanted both or neither")
     if q_weight is not None:
         check(q_weight.shape == k_weight.shape == (d,),
-              f"rope: q_weight is {tuple(q_weight.shape)}, k_weight is {tuple(k_weight.shape)}; wanted {(d,)} for q {tuple(q.shape)}")  # fmt: skip
+              lambda: f"rope: q_weight is {tuple(q_weight.shape)}, k_weight is {tuple(k_weight.shape)}; wanted {(d,)} for q "
+                      f"{tuple(q.shape)}")  # fmt: skip
     return op(backend, q=q, k=k, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight, eps=eps)
 
 

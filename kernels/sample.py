@@ -47,7 +47,7 @@ def sample(logits: Tensor, *, temperature: float | Tensor = 1.0, top_k: int | Te
     A row with a NaN or +inf, or with nothing allowed, gets NaN log-probs and some token within [0, V).
     Raises ValueError on a shape mismatch or a parameter out of range (values of tensors are looked at on CPU only: no call waits for a GPU).
     """
-    check(logits.ndim == 2 and logits.shape[1] > 0, f"sample: logits is {tuple(logits.shape)}; wanted (B, V) with V > 0")
+    check(logits.ndim == 2 and logits.shape[1] > 0, lambda: f"sample: logits is {tuple(logits.shape)}; wanted (B, V) with V > 0")
     check_draw("sample", logits.shape[0], temperature, seeds, positions)
     check_parameter("sample", "top_k", top_k, logits.shape[0], lambda k: k >= 0, "wanted >= 0")
     check(not (isinstance(top_k, Tensor) and top_k.is_floating_point()), "sample: top_k is a tensor of floating-point numbers; wanted integers")
@@ -60,17 +60,17 @@ def sample(logits: Tensor, *, temperature: float | Tensor = 1.0, top_k: int | Te
 def check_draw(where: str, rows: int, temperature: float | Tensor, seeds: Tensor, positions: Tensor) -> None:
     for name, value in (("seeds", seeds), ("positions", positions)):
         check(value.shape == (rows,) and value.dtype == torch.int64,
-              f"{where}: {name} is {tuple(value.shape)} {value.dtype}; wanted ({rows},) int64")  # fmt: skip
+              lambda: f"{where}: {name} is {tuple(value.shape)} {value.dtype}; wanted ({rows},) int64")  # fmt: skip
     check_parameter(where, "temperature", temperature, rows, lambda t: (t >= 0) & (t < math.inf), "wanted >= 0")
 
 
 def check_parameter(where: str, name: str, value: float | Tensor, rows: int, valid, wanted: str) -> None:
     if not isinstance(value, Tensor):
-        check(bool(valid(value)), f"{where}: {name} is {value}; {wanted}")
+        check(bool(valid(value)), lambda: f"{where}: {name} is {value}; {wanted}")
         return
-    check(value.shape == (rows,), f"{where}: {name} is {tuple(value.shape)}; wanted a number or ({rows},)")
+    check(value.shape == (rows,), lambda: f"{where}: {name} is {tuple(value.shape)}; wanted a number or ({rows},)")
     # on a GPU the values are not looked at, so that no call waits for the device
-    check(value.is_cuda or bool(valid(value).all()), f"{where}: {name} holds another value; {wanted}")
+    check(value.is_cuda or bool(valid(value).all()), lambda: f"{where}: {name} holds another value; {wanted}")
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     gate_up: (T, 2F), gate first, rows of any stride.  Returns (T, F) of the same dtype, differentiable; computed in fp32, rounded once.
     Raises ValueError when the last axis is odd.
     """
-    check(gate_up.ndim == 2 and gate_up.shape[1] % 2 == 0, f"swiglu: gate_up is {tuple(gate_up.shape)}; wanted (T, 2F)")
+    check(gate_up.ndim == 2 and gate_up.shape[1] % 2 == 0, lambda: f"swiglu: gate_up is {tuple(gate_up.shape)}; wanted (T, 2F)")
     return op(backend, gate_up=gate_up)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from athanor.config import ModelConfig, SamplingConfig
-from athanor.generate import Generator
+from athanor.generator import Generator
 from athanor.model.transformer import Decoder
 from athanor.samples import Request
 from athanor.tokenizer import symbol_tokenizer

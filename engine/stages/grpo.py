@@ -16,7 +16,7 @@ from athanor.advantages import advantages_of, groups_with_contrast
 from athanor.checkpoint import export_model
 from athanor.config import GRPOConfig
 from athanor.errors import UserError
-from athanor.generate import Generator
+from athanor.generator import Generator
 from athanor.losses import Preset, formula, resolve_preset
 from athanor.metrics_eval import REFLECTIVE_WORDS, reflection_rate
 from athanor.model.transformer import Decoder

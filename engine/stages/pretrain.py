@@ -5,7 +5,7 @@ import numpy as np
 from athanor.batch import pack
 from athanor.config import GateConfig, PretrainConfig, SamplingConfig
 from athanor.errors import UserError
-from athanor.generate import Generator
+from athanor.generator import Generator
 from athanor.model.transformer import Decoder
 from athanor.optim import learning_rate
 from athanor.samples import Request
