@@ -59,14 +59,15 @@ def sample(logits: Tensor, *, temperature: float | Tensor = 1.0, top_k: int | Te
 
 def check_draw(where: str, rows: int, temperature: float | Tensor, seeds: Tensor, positions: Tensor) -> None:
     for name, value in (("seeds", seeds), ("positions", positions)):
-        check(value.shape == (rows,) and value.dtype == torch.int64,
-              f"{where}: {name} is {tuple(value.shape)} {value.dtype}; wanted ({rows},) int64")  # fmt: skip
+        if value.shape != (rows,) or value.dtype != torch.int64:  # no check(): writing the messages took as long as drawing ten rows
+            raise ValueError(f"{where}: {name} is {tuple(value.shape)} {value.dtype}; wanted ({rows},) int64")
     check_parameter(where, "temperature", temperature, rows, lambda t: (t >= 0) & (t < math.inf), "wanted >= 0")
 
 
 def check_parameter(where: str, name: str, value: float | Tensor, rows: int, valid, wanted: str) -> None:
     if not isinstance(value, Tensor):
-        check(bool(valid(value)), f"{where}: {name} is {value}; {wanted}")
+        if not valid(value):
+            raise ValueError(f"{where}: {name} is {value}; {wanted}")
         return
     check(value.shape == (rows,), f"{where}: {name} is {tuple(value.shape)}; wanted a number or ({rows},)")
     # on a GPU the values are not looked at, so that no call waits for the device

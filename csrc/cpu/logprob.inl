@@ -133,10 +133,10 @@ ATHANOR_INLINE std::int64_t first_equal(const float* x, std::int64_t V, float m)
     while (i + kLanes <= V && !any(load(x + i) == splat(m))) {
         i += kLanes;
     }
-    while (i < V - 1 && x[i] != m) {
+    while (i < V && x[i] != m) {
         ++i;
     }
-    return i;
+    return std::min(i, V - 1);
 }
 
 inline void logprob_fwd(const Logits& logits, float* logps, float* entropy, float* largest, float* inverse_sum, std::int64_t* argmax, int threads) {
