@@ -19,8 +19,8 @@ from athanor.kv_cache import DecodeAttention, PagedKVCache, SharedPrefix
 from athanor.model.transformer import ROW_STEP, Decoder, fill_rows
 
 RUNNING, STOP, REPETITION, LENGTH, ERROR = range(5)  # of `status`
-FILTERS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
-OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+PARAMETERS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
+NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class DecodeRows:
         self.lengths, self.max_lengths, self.table = zeros(R, dtype=torch.int32), zeros(R, dtype=torch.int32), zeros(R, max_blocks, dtype=torch.int32)
         self.eos = zeros(R, num_eos)
         self.streak, self.streak_limit, self.streak_logp = zeros(R), zeros(R), zeros(R, dtype=torch.float32)
-        self.per_row = {name: zeros(R, dtype=dtype) for name, dtype in FILTERS.items()}
+        self.per_row = {name: zeros(R, dtype=dtype).fill_(NEUTRAL[name]) for name, dtype in PARAMETERS.items()}
         self.uniform: dict[str, float | int] = {}
         self.repeats = False
         dtypes = {"tokens": torch.int64, "last_kept": torch.int64}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from athanor._host import Admission, Events, Scheduler
 from athanor.config import SamplingConfig
-from athanor.decode import ERROR, FILTERS, LENGTH, OFF, REPETITION, RUNNING, STOP, Drawn
+from athanor.decode import ERROR, LENGTH, NEUTRAL, PARAMETERS, REPETITION, RUNNING, STOP, Drawn
 from athanor.kv_cache import PrefillAttention
 from athanor.model.transformer import fill_tokens
 from athanor.samples import Completion, Finished, Request
@@ -54,11 +54,11 @@ class Stream(Iterator[Finished]):
         eos = [sorted(request.eos_ids or g.eos_ids) for request in requests]
         self.rows = g.reserve(num_blocks, num_rows, self.scheduler.max_blocks, max(map(len, eos)), records)
         # A filter that is on is always given per row: a number and a tensor of it could round differently.
-        common = {name: values.pop() for name in FILTERS if len(values := {getattr(s, name) for s in all_sampling}) == 1}
-        uniform = {name: value for name, value in common.items() if value == OFF.get(name, value)}
+        common = {name: values.pop() for name in PARAMETERS if len(values := {getattr(s, name) for s in all_sampling}) == 1}
+        uniform = {name: value for name, value in common.items() if name == "temperature" or value == NEUTRAL[name]}
         self.rows.begin(uniform, repeats=any(s.repetition_tokens for s in all_sampling))
         # What a row needs of its request, to be gathered by request.
-        self._of_request = {name: np.array([getattr(s, name) for s in all_sampling]) for name in FILTERS if name not in uniform}
+        self._of_request = {name: np.array([getattr(s, name) for s in all_sampling]) for name in PARAMETERS if name not in uniform}
         self._of_request |= {
             "eos": np.array([ids + [-1] * (self.rows.eos.shape[1] - len(ids)) for ids in eos]),
             "streak_limit": np.array([s.repetition_tokens for s in all_sampling]),

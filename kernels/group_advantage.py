@@ -28,13 +28,12 @@ def group_advantage(rewards: Tensor, group_ids: Tensor, *, scale: str = "std", b
 
 
 def check_advantage_options(where: str, rewards: Tensor, group_ids: Tensor, scale: str, baseline: str, eps: float) -> None:
-    check(rewards.ndim == 1 and rewards.is_floating_point(), lambda: f"{where}: rewards is {tuple(rewards.shape)} {rewards.dtype}; wanted (S,) "
-          f"floating")
+    check(rewards.ndim == 1 and rewards.is_floating_point(), f"{where}: rewards is {tuple(rewards.shape)} {rewards.dtype}; wanted (S,) floating")
     check(group_ids.shape == rewards.shape and group_ids.dtype == torch.int64,
-          lambda: f"{where}: group_ids is {tuple(group_ids.shape)} {group_ids.dtype}; wanted {tuple(rewards.shape)} int64")  # fmt: skip
-    check(scale in SCALES, lambda: f"{where}: scale is {scale!r}; {near_misses(scale, SCALES)}")
-    check(baseline in BASELINES, lambda: f"{where}: baseline is {baseline!r}; {near_misses(baseline, BASELINES)}")
-    check(eps >= 0, lambda: f"{where}: eps is {eps}; wanted >= 0")
+          f"{where}: group_ids is {tuple(group_ids.shape)} {group_ids.dtype}; wanted {tuple(rewards.shape)} int64")  # fmt: skip
+    check(scale in SCALES, f"{where}: scale is {scale!r}; {near_misses(scale, SCALES)}")
+    check(baseline in BASELINES, f"{where}: baseline is {baseline!r}; {near_misses(baseline, BASELINES)}")
+    check(eps >= 0, f"{where}: eps is {eps}; wanted >= 0")
 
 
 def group_advantage_reference(rewards: Tensor, group_ids: Tensor, scale: str, baseline: str, eps: float) -> Tensor:

@@ -23,7 +23,7 @@ def grpo_loss(logps: Tensor, old_logps: Tensor | None, rewards: Tensor, group_id
     """
     check_loss_tensors("grpo_loss", logps, old_logps, ref_logps, rollout_logps, mask, cu_seqlens, variant)
     check_advantage_options("grpo_loss", rewards, group_ids, scale, baseline, eps)
-    check(rewards.numel() == cu_seqlens.numel() - 1, lambda: f"grpo_loss: {rewards.numel()} rewards for {cu_seqlens.numel() - 1} sequences")
+    check(rewards.numel() == cu_seqlens.numel() - 1, f"grpo_loss: {rewards.numel()} rewards for {cu_seqlens.numel() - 1} sequences")
     loss, stats = op(backend, logps=logps, old_logps=old_logps, rewards=rewards.detach(), group_ids=group_ids, cu_seqlens=cu_seqlens, scale=scale,
               baseline=baseline, eps=float(eps), ref_logps=ref_logps, rollout_logps=rollout_logps, mask=mask, variant=variant,
               num_tokens=num_tokens, num_sequences=num_sequences)  # fmt: skip

@@ -57,13 +57,13 @@ def linear_grpo(hidden: Tensor, weight: Tensor, targets: Tensor, old_logps: Tens
     such a row counts as masked).
     """
     check(hidden.ndim == 2 and weight.ndim == 2 and hidden.shape[1] == weight.shape[1] and weight.shape[0] > 0,
-          lambda: f"linear_grpo: weight is {tuple(weight.shape)}, hidden is {tuple(hidden.shape)}; wanted (V, D) and (T, D)")  # fmt: skip
+          f"linear_grpo: weight is {tuple(weight.shape)}, hidden is {tuple(hidden.shape)}; wanted (V, D) and (T, D)")  # fmt: skip
     check(hidden.dtype == weight.dtype and hidden.is_floating_point(),
-          lambda: f"linear_grpo: hidden is {hidden.dtype}, weight is {weight.dtype}; wanted one floating dtype")  # fmt: skip
+          f"linear_grpo: hidden is {hidden.dtype}, weight is {weight.dtype}; wanted one floating dtype")  # fmt: skip
     check_targets("linear_grpo", targets, hidden.shape[0], weight.shape[0], temperature)
     check_batch("linear_grpo", targets, old_logps, advantages, rewards, group_ids, scale, baseline, eps, ref_logps, rollout_logps, mask, cu_seqlens,
                 variant)  # fmt: skip
-    check(chunk_tokens is None or chunk_tokens > 0, lambda: f"linear_grpo: chunk_tokens is {chunk_tokens}; wanted > 0")
+    check(chunk_tokens is None or chunk_tokens > 0, f"linear_grpo: chunk_tokens is {chunk_tokens}; wanted > 0")
     return op(backend, hidden=hidden, weight=weight, targets=targets, old_logps=old_logps, advantages=advantages, cu_seqlens=cu_seqlens,
               rewards=rewards, group_ids=group_ids, scale=scale, baseline=baseline, eps=float(eps), ref_logps=ref_logps, rollout_logps=rollout_logps,
               mask=mask, variant=variant, temperature=float(temperature), num_tokens=num_tokens, num_sequences=num_sequences,

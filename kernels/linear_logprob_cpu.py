@@ -1,93 +1,91 @@
-"""linear_logprob for CPU tensors: tiles of rows over the whole vocabulary, each a library product and then the row function of csrc/cpu/logprob.inl.
+"""Log-probability and entropy straight from hidden states and the lm_head, for CPU tensors in fp32; the equations are those of logprob.py.
 
-So a row has the bits that `sample` and `logprob` give it on the same logits, whatever the number of rows and the size of the vocabulary.  A product
-has whole steps of ROW_STEP rows: BLAS rounds products of few rows differently.  The backward computes the logits again, but for the first tiles.
+A tile of rows with the whole vocabulary at a time: its logits are a BLAS product into a buffer that is used again, then the C++ row function of
+logprob_cpu.py.  So a row has the bits that `logprob` and `sample` have on the same logits.  BLAS rounds a row in one way in products of 16 rows or
+more, in another where there are only one or two: tiles are whole multiples of 16 rows, the last one filled up with zeros.  With few columns (V up to
+100, no multiple of 16) BLAS also rounds by the number of threads: such rows have the sampler's bits under the same number only.
+
+Backward: each tile's logits again, or those of the first tiles, which are kept; dlogits in their place; then two products.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ._cpu import address, dense, native, run
+from ._cpu import address, dense, dense_rows, native, run
 from .logprob_cpu import described
 
-ROW_STEP = 16
-TILE_LOGITS = 1 << 22  # of one tile: 16 MiB
-LEAST_ROWS = 64  # of one tile, however large the vocabulary is: fewer would read the weights too often
-KEPT_LOGITS = 1 << 24  # that the backward need not compute again: 64 MiB, and an eighth of all at most
+TILE_LOGITS, LEAST_ROWS = 1 << 22, 64  # 16 MiB, unless the vocabulary is so large that 64 rows have more
+KEPT_LOGITS = 1 << 24  # 64 MiB, and an eighth of all logits at most
 
 
 def linear_logprob_cpu(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_argmax: bool,
-                       support: tuple[Tensor, Tensor] | None = None) -> tuple:  # fmt: skip
-    return run(LinearLogprobCpuFunction, hidden, weight, targets, temperature, return_argmax, *(support or (None, None)))
+                       support: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    keep = min(KEPT_LOGITS, hidden.shape[0] * weight.shape[0] // 8) if backward else 0
+    return run(LinearLogprobCpuFunction, hidden, weight, targets, temperature, return_argmax, *(support or (None, None)), keep)
 
 
-def tiles(T: int, V: int) -> Iterator[slice]:
-    step = max(LEAST_ROWS, TILE_LOGITS // V // ROW_STEP * ROW_STEP)
-    return (slice(row, min(row + step, T)) for row in range(0, T, step))
+def filled_up(rows: int) -> int:
+    return -(-rows // 16) * 16
 
 
-def logits_of(hidden: Tensor, weight: Tensor, rows: slice, buffer: Tensor) -> Tensor:
-    """hidden[rows] weight^T into the front of `buffer`; the product has rows of zeros behind it."""
-    tile = hidden[rows]
-    n, missing = len(tile), -len(tile) % ROW_STEP
-    if missing:
-        tile = torch.cat((tile, tile.new_zeros(missing, tile.shape[1])))
-    return torch.mm(tile, weight.T, out=buffer[: len(tile)])[:n]
+def tiles_of(T: int, V: int) -> list[slice]:
+    rows = max(LEAST_ROWS, TILE_LOGITS // max(V, 1) // 16 * 16)
+    return [slice(start, min(start + rows, T)) for start in range(0, T, rows)]
 
 
-def buffer_of(hidden: Tensor, weight: Tensor, rows: slice) -> Tensor:
-    """Room for the logits of that many rows."""
-    return hidden.new_empty(-(-(rows.stop - rows.start) // ROW_STEP) * ROW_STEP, weight.shape[0])
+def buffer_for(hidden: Tensor, tiles: list[slice], V: int) -> Tensor:
+    return hidden.new_empty(max((filled_up(rows.stop - rows.start) for rows in tiles), default=0) * V)
+
+
+def product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """hidden @ weight.T of one tile, in the memory of out."""
+    (n, D), V = hidden.shape, weight.shape[0]
+    rows = filled_up(n)
+    if rows > n:
+        hidden = torch.cat((hidden, hidden.new_zeros(rows - n, D)))
+    return torch.mm(hidden, weight.T, out=out[: rows * V].view(rows, V))[:n]
 
 
 class LinearLogprobCpuFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, return_argmax, thresholds, last_kept):
-        T, V = hidden.shape[0], weight.shape[0]
+    def forward(ctx, hidden, weight, targets, temperature, return_argmax, thresholds, last_kept, keep):
+        hidden, (T, V) = dense_rows(hidden), (hidden.shape[0], weight.shape[0])
         small = [x if x is None else dense(x) for x in (targets, thresholds, last_kept)]
-        logps, entropy, largest, inverse_sum = hidden.new_empty(4, T)
+        logps, entropy, largest, inverse_sum = (hidden.new_empty(T) for _ in range(4))
         argmax = targets.new_empty(T) if return_argmax else None
-        kept, room, spare = [], min(KEPT_LOGITS, T * V // 8) if any(ctx.needs_input_grad[:2]) else 0, None
-        for rows in tiles(T, V):
-            keep = (rows.stop - rows.start) * V <= room
-            if spare is None or keep:
-                buffer = buffer_of(hidden, weight, rows)
-            logits = logits_of(hidden, weight, rows, buffer if keep or spare is None else spare)
-            native().logprob_fwd(*parts(logits, rows, small, temperature), *(address(x if x is None else x[rows]) for x in
-                                 (logps, entropy, largest, inverse_sum, argmax)), torch.get_num_threads())  # fmt: skip
-            if keep:
-                kept.append(logits)
-                room -= logits.numel()
-            elif spare is None:
-                spare = buffer
+        tiles, ctx.kept = tiles_of(T, V), []
+        buffer = buffer_for(hidden, tiles, V)
+        for rows in tiles:
+            size = filled_up(rows.stop - rows.start) * V
+            kept, keep = size <= keep, keep - size  # once a tile is not kept, none after it is: the first ones are
+            logits = product(hidden[rows], weight, hidden.new_empty(size) if kept else buffer)
+            if kept:
+                ctx.kept.append(logits)
+            targets_here, *support = (x if x is None else x[rows] for x in small)
+            out = (x if x is None else x[rows] for x in (logps, entropy, largest, inverse_sum, argmax))
+            native().logprob_fwd(*described(logits, targets_here, temperature, *support), *map(address, out), torch.get_num_threads())
         ctx.save_for_backward(hidden, weight, *small, largest, inverse_sum)
-        ctx.temperature, ctx.kept = temperature, kept
+        ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy, *([argmax] if return_argmax else []))
         return logps, entropy, argmax
 
     @staticmethod
     def backward(ctx, dlogps, _entropy, _argmax):
         hidden, weight, *small, largest, inverse_sum = ctx.saved_tensors
-        dlogps = dense(dlogps)
-        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        buffer = None
-        for i, rows in enumerate(tiles(hidden.shape[0], weight.shape[0])):
-            if buffer is None:
-                buffer = buffer_of(hidden, weight, rows)
-            logits = ctx.kept[i] if i < len(ctx.kept) else logits_of(hidden, weight, rows, buffer)
-            out = buffer[: len(logits)]
-            native().logprob_bwd(*parts(logits, rows, small, ctx.temperature), *(address(x[rows]) for x in (dlogps, largest, inverse_sum)),
-                                 address(out), out.stride(0), torch.get_num_threads())  # fmt: skip
+        T, V = hidden.shape[0], weight.shape[0]
+        dlogps, tiles = dense(dlogps), tiles_of(T, V)
+        dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
+        buffer = buffer_for(hidden, tiles, V)
+        for i, rows in enumerate(tiles):
+            logits = ctx.kept[i] if i < len(ctx.kept) else product(hidden[rows], weight, buffer)
+            dlogits = buffer[: logits.numel()].view(logits.shape)  # kept logits stay: there may be a second backward
+            targets, *support = (x if x is None else x[rows] for x in small)
+            native().logprob_bwd(*described(logits, targets, ctx.temperature, *support),
+                                 *map(address, (dlogps[rows], largest[rows], inverse_sum[rows], dlogits)), V, torch.get_num_threads())  # fmt: skip
             if dhidden is not None:
-                torch.mm(out, weight, out=dhidden[rows])
+                torch.mm(dlogits, weight, out=dhidden[rows])
             if dweight is not None:
-                dweight.addmm_(out.T, hidden[rows])
-        return dhidden, dweight, *[None] * 5
-
-
-def parts(logits: Tensor, rows: slice, small: list[Tensor | None], temperature: float) -> tuple:
-    return described(logits, *(x if x is None else x[rows] for x in small[:1]), temperature,
-                     *(x if x is None else x[rows] for x in small[1:]))  # fmt: skip
+                dweight.addmm_(dlogits.T, hidden[rows])
+        return dhidden, dweight, *[None] * 6

@@ -53,8 +53,7 @@ def logits_grpo(logits: Tensor, targets: Tensor, old_logps: Tensor | None, advan
     or neither of advantages and rewards, or inplace with logits that cannot be overwritten: a leaf, a view of one, an inference tensor, rows that
     overlap.
     """
-    check(logits.ndim == 2 and logits.is_floating_point(), lambda: f"logits_grpo: logits is {tuple(logits.shape)} {logits.dtype}; wanted (T, V) "
-                                                                   f"floating")
+    check(logits.ndim == 2 and logits.is_floating_point(), f"logits_grpo: logits is {tuple(logits.shape)} {logits.dtype}; wanted (T, V) floating")
     check(logits.dtype != torch.float16, "logits_grpo: logits are float16, in which a gradient made before loss scaling underflows; use bfloat16")
     check(logits.shape[1] > 0, "logits_grpo: logits have no columns")
     check_targets("logits_grpo", targets, logits.shape[0], logits.shape[1], temperature)
@@ -71,11 +70,11 @@ def check_batch(where, targets, old_logps, advantages, rewards, group_ids, scale
     check_loss_tensors(where, targets, old_logps, ref_logps, rollout_logps, mask, cu_seqlens, variant)
     S = cu_seqlens.numel() - 1
     check((advantages is None) == (rewards is not None and group_ids is not None) and (rewards is None) == (group_ids is None),
-          lambda: f"{where}: give either advantages, or rewards and group_ids")  # fmt: skip
+          f"{where}: give either advantages, or rewards and group_ids")  # fmt: skip
     if rewards is not None:
         check_advantage_options(where, rewards, group_ids, scale, baseline, eps)
     given = rewards if advantages is None else advantages
-    check(given.shape == (S,), lambda: f"{where}: {'rewards' if advantages is None else 'advantages'} is {tuple(given.shape)}; wanted ({S},)")
+    check(given.shape == (S,), f"{where}: {'rewards' if advantages is None else 'advantages'} is {tuple(given.shape)}; wanted ({S},)")
 
 
 def refuse_overwriting(logits: Tensor) -> None:
@@ -84,7 +83,7 @@ def refuse_overwriting(logits: Tensor) -> None:
     check(not logits.is_inference(), "logits_grpo: inplace needs logits with a version counter; these come from inference mode")
     T, V = logits.shape
     check((V == 1 or logits.stride(1) == 1) and (T <= 1 or logits.stride(0) >= V),
-          lambda: f"logits_grpo: inplace needs rows that do not overlap; strides are {logits.stride()}")  # fmt: skip
+          f"logits_grpo: inplace needs rows that do not overlap; strides are {logits.stride()}")  # fmt: skip
 
 
 class Tokens(NamedTuple):

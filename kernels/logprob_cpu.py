@@ -24,7 +24,7 @@ class LogprobCpuFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, temperature, thresholds, last_kept):
         logits, small = dense_rows(logits), [x if x is None else dense(x) for x in (targets, thresholds, last_kept)]
-        logps, entropy, largest, inverse_sum = logits.new_empty(4, logits.shape[0])
+        logps, entropy, largest, inverse_sum = (logits.new_empty(logits.shape[0]) for _ in range(4))
         native().logprob_fwd(*described(logits, small[0], temperature, *small[1:]), *map(address, (logps, entropy, largest, inverse_sum, None)),
                              torch.get_num_threads())  # fmt: skip
         ctx.save_for_backward(logits, *small, largest, inverse_sum)
@@ -36,6 +36,6 @@ class LogprobCpuFunction(torch.autograd.Function):
     def backward(ctx, dlogps, _entropy):
         logits, targets, thresholds, last_kept, largest, inverse_sum = ctx.saved_tensors
         dlogps, dlogits = dense(dlogps), torch.empty_like(logits, memory_format=torch.contiguous_format)
-        native().logprob_bwd(*described(logits, targets, ctx.temperature, thresholds, last_kept), *map(address, (dlogps, largest, inverse_sum, dlogits)),
-                             dlogits.stride(0), torch.get_num_threads())  # fmt: skip
+        native().logprob_bwd(*described(logits, targets, ctx.temperature, thresholds, last_kept),
+                             *map(address, (dlogps, largest, inverse_sum, dlogits)), dlogits.stride(0), torch.get_num_threads())  # fmt: skip
         return dlogits, None, None, None, None

@@ -62,32 +62,31 @@ class LossVariant:
     def __post_init__(self):
         for name, known in _CHOICES.items():
             value = getattr(self, name)
-            check(value in known, lambda: f"LossVariant: {name} is {value!r}; {near_misses(value, known)}")
-        check(self.clip_low >= 0 and self.clip_high >= 0, lambda: f"LossVariant: clip_low {self.clip_low}, clip_high {self.clip_high}; wanted >= 0")
+            check(value in known, f"LossVariant: {name} is {value!r}; {near_misses(value, known)}")
+        check(self.clip_low >= 0 and self.clip_high >= 0, f"LossVariant: clip_low {self.clip_low}, clip_high {self.clip_high}; wanted >= 0")
         self._needs("dual_clip", self.surrogate == "dual_clip", "surrogate 'dual_clip'", default=3.0)
         self._needs("delta", self.surrogate == "two_sided", "surrogate 'two_sided'")
         self._needs("max_tokens", self.aggregation == "constant", "aggregation 'constant'")
         self._needs("correction_high", self.correction != "none", "a correction", default=3.0 if self.correction == "sequence_mask" else 2.0)
         for name in ("dual_clip", "delta"):
             value = getattr(self, name)
-            check(value is None or value >= 1 + self.clip_high, lambda: f"LossVariant: {name} is {value}; wanted >= 1 + clip_high = "
-                  f"{1 + self.clip_high}")
-        check(self.max_tokens is None or self.max_tokens > 0, lambda: f"LossVariant: max_tokens is {self.max_tokens}; wanted > 0")
+            check(value is None or value >= 1 + self.clip_high, f"LossVariant: {name} is {value}; wanted >= 1 + clip_high = {1 + self.clip_high}")
+        check(self.max_tokens is None or self.max_tokens > 0, f"LossVariant: max_tokens is {self.max_tokens}; wanted > 0")
         check(self.tau_positive > 0 and self.tau_negative > 0, "LossVariant: tau_positive and tau_negative must be > 0")
-        check(self.beta >= 0, lambda: f"LossVariant: beta is {self.beta}; wanted >= 0")
-        check((self.kl == "none") == (self.beta == 0), lambda: f"LossVariant: kl {self.kl!r} with beta {self.beta}: give both or neither")
+        check(self.beta >= 0, f"LossVariant: beta is {self.beta}; wanted >= 0")
+        check((self.kl == "none") == (self.beta == 0), f"LossVariant: kl {self.kl!r} with beta {self.beta}: give both or neither")
         check(self.correction in ("token_mask", "sequence_mask") or self.correction_low == 0,
-              lambda: f"LossVariant: correction_low is {self.correction_low}, which correction {self.correction!r} ignores")  # fmt: skip
+              f"LossVariant: correction_low is {self.correction_low}, which correction {self.correction!r} ignores")  # fmt: skip
         check(self.correction_high is None or self.correction_high > self.correction_low >= 0,
-              lambda: f"LossVariant: correction bounds are {self.correction_low} and {self.correction_high}; wanted 0 <= low < high")  # fmt: skip
+              f"LossVariant: correction bounds are {self.correction_low} and {self.correction_high}; wanted 0 <= low < high")  # fmt: skip
         check(self.surrogate not in ("cispo", "reinforce") or self.ratio == "token",
-              lambda: f"LossVariant: surrogate {self.surrogate!r} weighs each token's own log-prob: ratio {self.ratio!r} has no meaning")  # fmt: skip
+              f"LossVariant: surrogate {self.surrogate!r} weighs each token's own log-prob: ratio {self.ratio!r} has no meaning")  # fmt: skip
 
     def _needs(self, name: str, wanted: bool, by: str, default=None) -> None:
         value = getattr(self, name)
-        check(wanted or value is None, lambda: f"LossVariant: {name} is {value}, but only {by} uses it")
+        check(wanted or value is None, f"LossVariant: {name} is {value}, but only {by} uses it")
         if wanted and value is None:
-            check(default is not None, lambda: f"LossVariant: {by} needs {name}")
+            check(default is not None, f"LossVariant: {by} needs {name}")
             object.__setattr__(self, name, default)
 
 
@@ -108,28 +107,27 @@ def policy_loss(logps: Tensor, old_logps: Tensor | None, advantages: Tensor, cu_
     """
     N = check_loss_tensors("policy_loss", logps, old_logps, ref_logps, rollout_logps, mask, cu_seqlens, variant)
     check(advantages.shape == (cu_seqlens.numel() - 1,),
-          lambda: f"policy_loss: advantages is {tuple(advantages.shape)}; wanted ({cu_seqlens.numel() - 1},) for {N} tokens")  # fmt: skip
+          f"policy_loss: advantages is {tuple(advantages.shape)}; wanted ({cu_seqlens.numel() - 1},) for {N} tokens")  # fmt: skip
     return op(backend, logps=logps, old_logps=old_logps, advantages=advantages.detach(), cu_seqlens=cu_seqlens, ref_logps=ref_logps,
               rollout_logps=rollout_logps, mask=mask, variant=variant, num_tokens=num_tokens, num_sequences=num_sequences)  # fmt: skip
 
 
 def check_loss_tensors(where, logps, old_logps, ref_logps, rollout_logps, mask, cu_seqlens, variant) -> int:
-    check(isinstance(variant, LossVariant), lambda: f"{where}: variant is {type(variant).__name__}; wanted LossVariant (see athanor.losses for "
-                                                    f"presets)")
-    check(logps.ndim == 1, lambda: f"{where}: logps is {tuple(logps.shape)}; wanted (N,)")
+    check(isinstance(variant, LossVariant), f"{where}: variant is {type(variant).__name__}; wanted LossVariant (see athanor.losses for presets)")
+    check(logps.ndim == 1, f"{where}: logps is {tuple(logps.shape)}; wanted (N,)")
     named = {"old_logps": old_logps, "ref_logps": ref_logps, "rollout_logps": rollout_logps, "mask": mask}
     for name, value in named.items():
         check(
             value is None or value.shape == logps.shape,
-            lambda: f"{where}: {name} is {None if value is None else tuple(value.shape)}; wanted {tuple(logps.shape)}",
+            f"{where}: {name} is {None if value is None else tuple(value.shape)}; wanted {tuple(logps.shape)}",
         )
-    check(mask is None or mask.dtype == torch.bool, lambda: f"{where}: mask is {None if mask is None else mask.dtype}; wanted bool")
-    check(cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 1, lambda: f"{where}: cu_seqlens is {tuple(cu_seqlens.shape)}; wanted (S+1,)")
-    check(variant.kl == "none" or ref_logps is not None, lambda: f"{where}: kl {variant.kl!r} needs ref_logps")
-    check(variant.correction == "none" or rollout_logps is not None, lambda: f"{where}: correction {variant.correction!r} needs rollout_logps")
+    check(mask is None or mask.dtype == torch.bool, f"{where}: mask is {None if mask is None else mask.dtype}; wanted bool")
+    check(cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 1, f"{where}: cu_seqlens is {tuple(cu_seqlens.shape)}; wanted (S+1,)")
+    check(variant.kl == "none" or ref_logps is not None, f"{where}: kl {variant.kl!r} needs ref_logps")
+    check(variant.correction == "none" or rollout_logps is not None, f"{where}: correction {variant.correction!r} needs rollout_logps")
     if cu_seqlens.device.type == "cpu":
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        check(first == 0 and last == logps.numel(), lambda: f"{where}: cu_seqlens runs from {first} to {last}; wanted 0 to {logps.numel()}")
+        check(first == 0 and last == logps.numel(), f"{where}: cu_seqlens runs from {first} to {last}; wanted 0 to {logps.numel()}")
     return logps.numel()
 
 

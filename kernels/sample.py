@@ -59,8 +59,8 @@ def sample(logits: Tensor, *, temperature: float | Tensor = 1.0, top_k: int | Te
 
 def check_draw(where: str, rows: int, temperature: float | Tensor, seeds: Tensor, positions: Tensor) -> None:
     for name, value in (("seeds", seeds), ("positions", positions)):
-        check(value.shape == (rows,) and value.dtype == torch.int64,
-              lambda: f"{where}: {name} is {tuple(value.shape)} {value.dtype}; wanted ({rows},) int64")  # fmt: skip
+        if value.shape != (rows,) or value.dtype != torch.int64:
+            raise ValueError(f"{where}: {name} is {tuple(value.shape)} {value.dtype}; wanted ({rows},) int64")
     check_parameter(where, "temperature", temperature, rows, lambda t: (t >= 0) & (t < math.inf), "wanted >= 0")
 
 

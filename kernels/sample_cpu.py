@@ -22,8 +22,8 @@ def sample_cpu(logits: Tensor, temperature, top_k, top_p, min_p, seeds: Tensor, 
     logits, u = dense_rows(logits), uniforms(seeds, positions)
     B, V = logits.shape
     parameters = [per_row(temperature, torch.float32), per_row(top_k, torch.int64), per_row(top_p, torch.float64), per_row(min_p, torch.float64)]
-    tokens, last_kept = seeds.new_empty(2, B)
-    logps, full_logps, entropy, thresholds = logits.new_empty(4, B)
+    tokens, last_kept = seeds.new_empty(B), seeds.new_empty(B)
+    logps, full_logps, entropy, thresholds = (logits.new_empty(B) for _ in range(4))
     native().sample(logits.data_ptr(), logits.stride(0), B, V, *(x for number, rows in parameters for x in (number, address(rows))), u.data_ptr(),
                     *map(address, (tokens, last_kept, logps, full_logps, entropy, thresholds)), torch.get_num_threads())  # fmt: skip
     return tokens, logps, full_logps, entropy, thresholds, last_kept

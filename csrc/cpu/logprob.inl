@@ -27,12 +27,29 @@ ATHANOR_INLINE bool any(i16 mask) {
     return (a[0] | a[1] | a[2] | a[3] | a[4] | a[5] | a[6] | a[7]) != 0;
 }
 
+// e^x for x <= 0, half the steps of `exponential`: 0 below -87.3, NaN for NaN.
+ATHANOR_INLINE v16 decay(v16 x) {
+    const v16 low = splat(-87.3f), clamped = x < low ? low : x;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the lowest bits
+    const v16 shifted = clamped * splat(1.44269504088896341f) + splat(magic), n = shifted - splat(magic);
+    v16 r = clamped - n * splat(0.693359375f);
+    r = r - n * splat(-2.12194440e-4f);
+    v16 p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    p = p * (r * r) + r + splat(1.0f);
+    const i16 power = (reinterpret_cast<i16>(shifted) + (127 - 0x4B400000)) << 23;
+    return x < low ? v16{} : p * reinterpret_cast<v16>(power);
+}
 // e of 16 logits; d = x - m, of a forbidden one the lowest float: its part of U is -0 and not NaN.
 ATHANOR_INLINE v16 distance(v16 x, float largest) {
     const v16 d = x - splat(largest);
     return d < splat(kLowest) ? splat(kLowest) : d;
 }
-ATHANOR_INLINE v16 weight_of(v16 d, float inverse_temperature) { return exponential(rounded(d * splat(inverse_temperature))); }
+ATHANOR_INLINE v16 weight_of(v16 d, float inverse_temperature) { return decay(rounded(d * splat(inverse_temperature))); }
 ATHANOR_INLINE float weight_of(float x, float largest, float inverse_temperature) {
     return weight_of(distance(splat(x), largest), inverse_temperature)[0];
 }
@@ -116,10 +133,10 @@ ATHANOR_INLINE std::int64_t first_equal(const float* x, std::int64_t V, float m)
     while (i + kLanes <= V && !any(load(x + i) == splat(m))) {
         i += kLanes;
     }
-    while (i < V - 1 && x[i] != m) {
+    while (i < V && x[i] != m) {
         ++i;
     }
-    return i;
+    return std::min(i, V - 1);
 }
 
 inline void logprob_fwd(const Logits& logits, float* logps, float* entropy, float* largest, float* inverse_sum, std::int64_t* argmax, int threads) {

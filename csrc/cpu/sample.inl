@@ -1,7 +1,8 @@
 // One token per row by inverse CDF, and the support it was drawn from.  Compare kernels/sample.py for the rules.
 //
-// What the filters keep is a prefix of the tokens in falling order (logit, then the lower index), found by partial selection among the tokens that
-// a bound does not rule out.  Probabilities are the e of logprob.inl over their fp64 sum.
+// What the filters keep is a prefix of the tokens in falling order (logit, then the lower index).  Its end is found without sorting the row: for top-k
+// among the tokens that a bound does not rule out, for top-p in the one bin of logits where the mass is reached.  Probabilities are the e of logprob.inl
+// over their fp64 sum.
 
 typedef double d8 __attribute__((vector_size(64)));
 typedef float v8_unaligned __attribute__((vector_size(32), aligned(4)));
@@ -36,15 +37,22 @@ ATHANOR_INLINE std::uint64_t rank_of(float x, std::int64_t i) {
 }
 ATHANOR_INLINE std::int64_t token_of(std::uint64_t rank) { return static_cast<std::uint32_t>(~rank); }
 struct Falling {
-    bool operator()(std::uint64_t a, std::uint64_t b) const { return a > b; }
+    template <typename T>
+    bool operator()(T a, T b) const {
+        return a > b;
+    }
 };
 
-// The memory of one thread: e of the row, zeros up to a multiple of kBlock, and the ranks of the tokens that may be kept.
-constexpr std::int64_t kBlock = 64;
+// The memory of one thread: e of the row, with zeros up to a multiple of kBlock; the tokens that may be kept, and the ranks of some of them; their
+// mass by the distance of their logits from the largest.
+constexpr std::int64_t kBlock = 64, kBins = 256;
 struct Workspace {
     Scratch<float> weights;
+    Scratch<std::int32_t> candidates;
     Scratch<std::uint64_t> ranks;
-    explicit Workspace(std::int64_t V) : weights((V + kBlock - 1) / kBlock * kBlock), ranks(V + kLanes) {
+    Scratch<float> maxima;
+    Scratch<double> masses{kBins};
+    explicit Workspace(std::int64_t V) : weights((V + kBlock - 1) / kBlock * kBlock), candidates(V + 1), ranks(V + 1), maxima(V) {
         std::fill(weights.get(), weights.get() + (V + kBlock - 1) / kBlock * kBlock, 0.0f);
     }
 };
@@ -85,45 +93,8 @@ ATHANOR_INLINE std::int64_t draw(const float* weights, std::int64_t V, double u)
     return token;
 }
 
-// Writes the ranks of at least the first k tokens, in no order, and returns their number: once k were seen, the k-th is a bound for the others.
-ATHANOR_INLINE std::int64_t first_k(const float* x, std::int64_t V, std::int64_t k, std::uint64_t* ranks) {
-    const std::int64_t limit = std::min(V, 2 * k + 64);
-    float bound = kForbidden;
-    std::int64_t count = 0;
-    for (std::int64_t i = 0; i < V; i += kLanes) {
-        const std::int64_t n = std::min(kLanes, V - i);
-        if (n == kLanes && !any(load(x + i) > splat(bound))) {
-            continue;
-        }
-        for (std::int64_t j = i; j < i + n; ++j) {
-            ranks[count] = rank_of(x[j], j);
-            count += x[j] > bound;
-        }
-        if (count > limit - kLanes && count > k) {
-            std::nth_element(ranks, ranks + k - 1, ranks + count, Falling{});
-            count = k;
-            bound = x[token_of(ranks[k - 1])];
-        }
-    }
-    return count;
-}
-ATHANOR_INLINE std::int64_t heavier_than(const float* x, const float* weights, std::int64_t V, float bound, std::uint64_t* ranks) {
-    std::int64_t count = 0;
-    for (std::int64_t i = 0; i < V; i += kLanes) {
-        const std::int64_t n = std::min(kLanes, V - i);
-        if (n == kLanes && !any(load(weights + i) > splat(bound))) {
-            continue;
-        }
-        for (std::int64_t j = i; j < i + n; ++j) {
-            ranks[count] = rank_of(x[j], j);
-            count += weights[j] > bound;
-        }
-    }
-    return count;
-}
-
-// How many of the tokens, in falling order, come before the mass in front of the next one has reached goal; ranks[0 .. result) are then the first ones.
-// A run at a time is selected and added up; only the one in which the goal lies is sorted.
+// How many of `count` tokens, in falling order, come before the mass in front of the next one has reached goal, one at least; ranks[result - 1] is then
+// the last of them.  A run at a time is selected and added up; only the one in which the goal lies is sorted.
 ATHANOR_INLINE std::int64_t prefix_of_mass(std::uint64_t* ranks, std::int64_t count, const float* weights, double goal) {
     double before = 0;
     for (std::int64_t begin = 0, size = 32;; size *= 4) {
@@ -159,41 +130,108 @@ ATHANOR_INLINE float smallest_of_weight(const float* x, const float* weights, st
     return -largest(-smallest);
 }
 
-// What top-k, then top-p of what is left, then min-p keep of a row that allows something.
-inline Kept filtered(const float* x, std::int64_t V, std::int64_t k, double p, double min_p, const Workspace& space) {
-    const float* weights = space.weights.get();
+// Writes the ranks of the first k tokens, or of all that are allowed where they are fewer, the last one at the end; returns their number.
+inline std::int64_t first_k(const float* x, std::int64_t V, std::int64_t k, const Workspace& space) {
+    // the k-th largest of the maxima of 4 k groups of tokens or more is no larger than the k-th logit
+    const std::int64_t groups = (4 * k + kLanes - 1) / kLanes;
+    float bound = kLowest;
+    if (2 * groups * kLanes <= V) {
+        float* maxima = space.maxima.get();
+        std::fill(maxima, maxima + groups * kLanes, kForbidden);
+        std::int64_t group = 0;
+        over_lanes(V, [&](std::int64_t i, auto n) {
+            float* at = maxima + group * kLanes;
+            const v16 a = n.load(x + i, kForbidden), b = load(at);
+            store(at, a > b ? a : b);
+            group = group + 1 == groups ? 0 : group + 1;
+        });
+        std::nth_element(maxima, maxima + k - 1, maxima + groups * kLanes, Falling{});
+        bound = std::max(maxima[k - 1], kLowest);
+    }
+    std::int32_t* list = space.candidates.get();
+    std::int64_t candidates = 0;
+    for (std::int64_t i = 0; i < V; ++i) {
+        list[candidates] = static_cast<std::int32_t>(i);
+        candidates += x[i] >= bound;
+    }
     std::uint64_t* ranks = space.ranks.get();
+    for (std::int64_t c = 0; c < candidates; ++c) {
+        ranks[c] = rank_of(x[list[c]], list[c]);
+    }
+    const std::int64_t count = std::min(k, candidates);
+    std::nth_element(ranks, ranks + count - 1, ranks + candidates, Falling{});
+    return count;
+}
+
+// The last token, in falling order, in front of which less than p of the mass of all tokens lies.
+inline std::int64_t last_of_mass(const float* x, std::int64_t V, float largest, double p, const Workspace& space) {
+    const float* weights = space.weights.get();
+    const double mass = row_mass(weights, V), goal = p * mass, spare = std::max(0.0, (1 - p) * (1 - 0x1p-10) - 0x1p-40);
+    // V tokens as light as this, or lighter, are not the share of 1 - p that may go; the margins cover the rounding of the sums
+    const auto bound = static_cast<float>(spare * mass / static_cast<double>(V));
+    std::int32_t* list = space.candidates.get();
+    std::int64_t candidates = 0;
+    for (std::int64_t i = 0; i < V; ++i) {
+        list[candidates] = static_cast<std::int32_t>(i);
+        candidates += weights[i] > bound;
+    }
+    // bins of falling logits: a token of a lower bin comes before one of a higher bin
+    const float width = largest - smallest_of_weight(x, weights, V, bound), scale = width > 1e-30f && width < 1e30f ? kBins / width : 0;
+    const auto bin_of = [=](float logit) { return std::min<std::int64_t>(kBins - 1, static_cast<std::int32_t>((largest - logit) * scale)); };
+    double* masses = space.masses.get();
+    std::fill(masses, masses + kBins, 0.0);
+    for (std::int64_t c = 0; c < candidates; ++c) {
+        masses[bin_of(x[list[c]])] += weights[list[c]];
+    }
+    std::int64_t bin = 0;
+    double before = 0, through = 0;
+    for (std::int64_t b = 0; b < kBins && through < goal; ++b) {
+        if (masses[b] > 0) {  // the last that holds a token, should the sum fall short of the goal by a rounding error
+            bin = b;
+            before = through;
+            through += masses[b];
+        }
+    }
+    std::uint64_t* ranks = space.ranks.get();
+    std::int64_t count = 0;
+    for (std::int64_t c = 0; c < candidates; ++c) {
+        ranks[count] = rank_of(x[list[c]], list[c]);
+        count += bin_of(x[list[c]]) == bin;
+    }
+    return token_of(ranks[prefix_of_mass(ranks, count, weights, goal - before) - 1]);
+}
+
+// The last token, in falling order, that top-k and then top-p of what is left keep.
+inline std::int64_t last_token(const float* x, std::int64_t V, float largest, std::int64_t k, double p, const Workspace& space) {
+    if (k == 0 || k >= V) {
+        return last_of_mass(x, V, largest, p, space);
+    }
+    std::uint64_t* ranks = space.ranks.get();
+    std::int64_t count = first_k(x, V, k, space);
+    if (p < 1) {
+        double mass = 0;
+        for (std::int64_t i = 0; i < count; ++i) {
+            mass += space.weights.get()[token_of(ranks[i])];
+        }
+        count = prefix_of_mass(ranks, count, space.weights.get(), p * mass);
+    }
+    return token_of(ranks[count - 1]);
+}
+
+// What top-k, then top-p of what is left, then min-p keep of a row that allows something.
+inline Kept filtered(const float* x, std::int64_t V, float largest, std::int64_t k, double p, double min_p, const Workspace& space) {
+    const float *weights = space.weights.get(), least = static_cast<float>(min_p);
     Kept kept{kForbidden, V - 1};
     float lightest = 0;
     if ((k > 0 && k < V) || p < 1) {
-        std::int64_t count;
-        double mass;
-        if (k > 0 && k < V) {
-            count = first_k(x, V, k, ranks);
-            if (count > k) {
-                std::nth_element(ranks, ranks + k - 1, ranks + count, Falling{});
-                count = k;
-            }
-            mass = 0;
-            for (std::int64_t i = 0; i < count && p < 1; ++i) {
-                mass += weights[token_of(ranks[i])];
-            }
-        } else {
-            // V tokens as light as the bound, or lighter, are not the share of 1 - p that may go; the margins cover the rounding of the sums
-            mass = row_mass(weights, V);
-            count = heavier_than(x, weights, V, std::max(0.0, (1 - p) * (1 - 0x1p-10) - 0x1p-40) * mass / V, ranks);
-        }
-        if (p < 1) {
-            count = prefix_of_mass(ranks, count, weights, p * mass);
-        }
-        const std::int64_t last = token_of(*std::min_element(ranks, ranks + count));
+        const std::int64_t last = last_token(x, V, largest, k, p, space), rest = V - last - 1;
         kept.threshold = x[last];
         lightest = weights[last];
-        const std::int64_t next = first_equal(x + last + 1, V - last - 1, x[last]) + last + 1;
-        kept.last = next < V && x[next] == x[last] ? last : V - 1;
+        const std::int64_t next = last + 1 + first_equal(x + last + 1, rest, x[last]);
+        kept.last = rest && x[next] == x[last] ? last : V - 1;
     }
-    if (min_p > 0 && (kept.all() || lightest < static_cast<float>(min_p))) {
-        const float threshold = smallest_of_weight(x, weights, V, static_cast<float>(min_p));
+    if (min_p > 0 && lightest < least) {
+        const float threshold = smallest_of_weight(x, weights, V, least);
         if (threshold > kept.threshold) {
             return {threshold, V - 1};
         }
@@ -224,7 +262,7 @@ inline void sample_row(const float* x, std::int64_t V, std::int64_t b, const Sam
         kept = {full.largest, token};
     } else {
         if ((k > 0 && k < V) || p < 1 || min_p > 0) {
-            kept = filtered(x, V, k, p, min_p, space);
+            kept = filtered(x, V, full.largest, k, p, min_p, space);
             row = softmax_row(x, V, inverse_temperature, kept, -1, weights);
         }
         token = draw(weights, V, u);

@@ -59,6 +59,44 @@ def generator():
     return torch.Generator().manual_seed(1234)
 
 
+@pytest.fixture
+def poisoned():
+    """Memory that a kernel allocates holds NaN, or the largest integer, until it writes there."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all() and torch.zeros(3).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def padded():
+    """x (..., D) in place of which stands a slice of a larger tensor that is NaN everywhere else; its rows are not neighbours."""
+
+    def place(x):
+        buffer = torch.full((*x.shape[:-1], x.shape[-1] + 5), torch.nan, dtype=x.dtype)
+        buffer[..., 2:-3] = x.detach()
+        return buffer[..., 2:-3].requires_grad_(x.requires_grad)
+
+    return place
+
+
+@pytest.fixture
+def with_threads():
+    """Call a function under 1, 2, 3 and 7 threads and return the results."""
+    before = torch.get_num_threads()
+
+    def results(call):
+        out = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            out.append(call())
+        return out
+
+    yield results
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def triton_device(request):
     """Device for a test of a Triton kernel: the GPU, or the CPU where this very process has the interpreter on (see test_interpreter.py)."""
