@@ -73,8 +73,10 @@ def _known(name: str | None, where: str) -> str | None:
 
 def requested_backend(backend: str | None, where: str) -> str | None:
     """The name that argument, context or environment ask for, the first of them that says anything; None = auto."""
-    name = _known(backend, where) or _context.get() or _known(os.environ.get("ATHANOR_BACKEND") or None, "ATHANOR_BACKEND")
-    return None if name == "auto" else name
+    name = _known(backend, where) or _context.get() or os.environ.get("ATHANOR_BACKEND")
+    if not name or name == "auto":
+        return None
+    return _known(name, "ATHANOR_BACKEND")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._dispatch import Backend, check, register
+from ._dispatch import Backend, check, is_strict, register, requested_backend
 from ._triton import why_not_triton
 
 
@@ -26,6 +26,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: 
     check(bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype),
           lambda: f"linear: bias is {None if bias is None else (*bias.shape, bias.dtype)}; wanted ({weight.shape[0]},) {x.dtype}")  # fmt: skip
     if out_dtype in (None, x.dtype):
+        if not is_strict() and requested_backend(backend, "linear") is None:
+            return F.linear(x, weight, bias)  # what auto would take, without asking: a small product costs less than the asking
         return op(backend, x=x, weight=weight, bias=bias, out_dtype=x.dtype)
     check(out_dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16) and bias is None,
           lambda: f"linear: out_dtype is {out_dtype}, x is {x.dtype}, bias is {'not ' * (bias is not None)}None; wanted fp32 from bf16 or fp16, "
