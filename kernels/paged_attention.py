@@ -31,6 +31,7 @@ from torch import Tensor
 from ._cpu import why_not_cpu
 from ._dispatch import Backend, accumulation_dtype, check, register
 from ._triton import why_not_triton
+from .paged_attention_cpu import paged_attention_cpu
 
 CHUNK = 256  # tokens.  Longer: fewer partials, but less of a prefix is shared and small batches fill fewer processors.  Not measured on a GPU yet
 
@@ -269,17 +270,11 @@ def _why_not_triton(call: dict) -> str | None:
     return why_not_triton(call) or keys_in_rows(call)
 
 
-def _cpu(**call) -> tuple[Tensor, Tensor]:
-    from .paged_attention_cpu import paged_attention_cpu
-
-    return paged_attention_cpu(**call)
-
-
 def _triton(**call) -> tuple[Tensor, Tensor]:
     from .paged_attention_triton import paged_attention_triton
 
     return paged_attention_triton(**call)
 
 
-op = register("paged_attention", triton=Backend(_triton, _why_not_triton), cpu=Backend(_cpu, _why_not_cpu),
+op = register("paged_attention", triton=Backend(_triton, _why_not_triton), cpu=Backend(paged_attention_cpu, _why_not_cpu),
               reference=Backend(paged_attention_reference))  # fmt: skip

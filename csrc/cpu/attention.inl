@@ -83,7 +83,7 @@ inline void attention_rows(const AttentionItem& item, std::int64_t repeat, std::
 
 inline void attention_fwd(const PackedAttention& a, float* out, float* stats) {
     constexpr std::int64_t kSpan = 256;
-    const std::int64_t repeat = a.H / a.Hkv, d = a.d;
+    const std::int64_t repeat = a.H / a.Hkv, d = a.d, ahead = kBlockRows / repeat;
     over_items(attention_items(a, kSpan), a, [&](const AttentionItem& item, Scratch& scratch) {
         const std::int64_t floats = whole_tiles(item.to) * kLanes * d;
         float *panels = scratch.take(floats + kBlockRows * d + attend_scratch(item.to)), *q = panels + floats;
@@ -99,6 +99,7 @@ inline void attention_fwd(const PackedAttention& a, float* out, float* stats) {
             for (std::int64_t r = 0; r < count; ++r) {
                 const auto [token, head, position] = rows[r];
                 copy_row(a.q + token * a.q_token + head * a.q_head, d, a.scale, q + r * d);
+                prefetch(a.q + (token + ahead) * a.q_token + head * a.q_head, d);
                 queries[r] = {position + 1, out + (token * a.H + head) * d};
             }
             attend_all(q, queries, count, d, keys, values, q + kBlockRows * d, m, l);

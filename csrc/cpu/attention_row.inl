@@ -213,6 +213,13 @@ void attend(const float* q, const Query* queries, std::int64_t d, const Keys& ke
     }
 }
 
+// Ask for a row that is wanted soon; it need not exist.
+ATHANOR_INLINE void prefetch(const float* x, std::int64_t d) {
+    for (std::int64_t i = 0; i < d; i += kLanes) {
+        __builtin_prefetch(x + i);
+    }
+}
+
 // Any number of queries over the same keys and values.
 template <typename Keys, typename Values>
 void attend_all(const float* q, const Query* queries, std::int64_t count, std::int64_t d, const Keys& keys, const Values& values, float* scratch,
