@@ -83,7 +83,7 @@ class Op:
             if reason is not None:
                 raise ValueError(f"{self.name}: backend {name!r} cannot serve this call: {reason}")
             return name, self.backends[name].run
-        on_cpu = all(value.is_cpu for value in call.values() if isinstance(value, Tensor))
+        on_cpu = all(value.device.type == "cpu" for value in call.values() if isinstance(value, Tensor))
         reasons = []
         for name, candidate in self.backends.items():
             if on_cpu and name == "triton":

@@ -1,6 +1,7 @@
 """Causal self-attention over packed sequences with grouped queries (Ainslie et al., arXiv 2305.13245):  softmax(q k^T scale + causal) v.
 
-A dispatcher, not our own flash attention: flash-attn if installed, then torch.nn.attention.varlen, then the reference.
+A dispatcher, not our own flash attention: flash-attn if installed, then torch.nn.attention.varlen, then the reference.  fp32 on a CPU has a C++
+kernel (attention_cpu.py), whose rows have the bits that paged_attention gives them in a decode step.
 
 The reference sorts the sequences into a few buckets of similar length and pads on the right inside a bucket only: causality already hides
 the padding from every real token, so no mask is needed, and padded rows are dropped on the way back.  A token appears exactly once among the

@@ -3,7 +3,7 @@
 Token at position t of row r goes to block block_table[r, t // block_size], slot t % block_size; the cache's layout is that of paged_attention.py.
 `qkv_append` is rope(q, k, cos, sin, q_weight=..., k_weight=...) followed by `kv_append`, in one launch that reads the projections' output and the
 cache once: 2 b d (H + Hkv) + 2 b d Hkv bytes per row, b bytes per element.  Its rounding order is that of rope.py: the normed head is rounded to its
-dtype, turned in fp32 and rounded again; the Triton kernel calls the very function that `rope` does.
+dtype, turned in fp32 and rounded again; the Triton kernel calls the very function that `rope` does, the cpu backend calls `rope`.
 """
 
 import torch

@@ -43,7 +43,8 @@ def paged_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attend from one token per row to the first seq_lens[row] tokens of its blocks; forward only.
 
-    q: (R, H, d).  key_cache, value_cache: (num_blocks, Hkv, block_size, d) in q's dtype, block_size a divisor of CHUNK.  block_table: (R, max_blocks)
+    q: (R, H, d).  key_cache, value_cache: (num_blocks, Hkv, block_size, d) in q's dtype, block_size a divisor of CHUNK, as `empty_kv_cache` allocates
+    them: the keys may also be a view in which the tokens of a block are neighbours in memory.  block_table: (R, max_blocks)
     int32: token t of row r lies in block block_table[r, t // block_size] at t % block_size; entries behind the row's length are not read, nor is any
     slot there.  seq_lens: (R,) int32, the new token included; 0 = an empty row, whose output is 0 and lse -inf.  scale: default 1/sqrt(d).
     group_offsets: (P+1,) int32, rows group_offsets[p] to group_offsets[p+1] are group p; rows outside of all groups share nothing.  prefix_lens: (P,)

@@ -15,9 +15,9 @@ def paged_attention_cpu(q: Tensor, key_cache: Tensor, value_cache: Tensor, block
     if group_offsets is not None:
         group_offsets, prefix_lens = group_offsets.contiguous(), prefix_lens.contiguous()
         groups = group_offsets.data_ptr(), prefix_lens.data_ptr(), prefix_lens.numel()
-    fault = native().paged_attention(paged_cache(key_cache, value_cache, block_table), q.data_ptr(), q.stride(), H, seq_lens.data_ptr(), *groups,
-                                     limit, scale, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())  # fmt: skip
-    if fault:
+    served = native().paged_attention(paged_cache(key_cache, value_cache, block_table), q.data_ptr(), q.stride(), H, seq_lens.data_ptr(), *groups,
+                                      limit, scale, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())  # fmt: skip
+    if not served:
         from .paged_attention import check_lengths  # which imports this file
 
         check_lengths(block_table, seq_lens, group_offsets, prefix_lens, limit, key_cache.shape[2])

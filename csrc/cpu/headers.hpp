@@ -10,5 +10,5 @@
 #include <vector>
 
 #include "kernels.hpp"
-#include "scratch.hpp"
 #include "team.hpp"
+#include "workspace.hpp"

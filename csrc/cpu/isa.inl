@@ -1,23 +1,26 @@
-// All CPU kernels for one instruction set.  Included by isa_*.cpp after the pragma that names it; ATHANOR_ISA is its namespace,
-// ATHANOR_REGISTERS how many vectors of 16 floats its registers hold.
+// All CPU kernels for one instruction set.  Included by isa_*.cpp after the pragma that names it; ATHANOR_ISA is its namespace.
 namespace athanor::cpu::ATHANOR_ISA {
 
 #include "simd.inl"
-#include "swiglu.inl"
+
 #include "attention_row.inl"
 #include "attention.inl"
 #include "attention_bwd.inl"
 #include "paged_attention.inl"
 
+#include "swiglu.inl"
+
 const Kernels& table() {
     static const Kernels all = [] {
         Kernels k{};
         k.isa = ATHANOR_ISA_NAME;
-        k.swiglu_fwd = swiglu_fwd;
-        k.swiglu_bwd = swiglu_bwd;
+
         k.attention_fwd = attention_fwd;
         k.attention_bwd = attention_bwd;
         k.paged_attention = paged_attention;
+
+        k.swiglu_fwd = swiglu_fwd;
+        k.swiglu_bwd = swiglu_bwd;
         return k;
     }();
     return all;

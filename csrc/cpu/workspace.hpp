@@ -7,7 +7,7 @@
 
 namespace athanor::cpu {
 
-class Scratch {
+class Workspace {
 public:
     // `count` floats; what an earlier call returned is gone.
     float* take(std::int64_t count) {
