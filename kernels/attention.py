@@ -2,6 +2,7 @@
 
 A dispatcher: flash-attn if installed, then torch.nn.attention.varlen, then the reference.  In strict mode the Triton kernel serves on CUDA
 (attention_triton.py): slower, but a token gets the bits that paged_attention gives it in a decode step.
+fp32 on a CPU has a C++ kernel (attention_cpu.py), whose rows have the bits that paged_attention gives them there.
 
 The reference sorts the sequences into a few buckets of similar length and pads on the right inside a bucket only: causality already hides
 the padding from every real token, so no mask is needed, and padded rows are dropped on the way back.  A token appears exactly once among the

@@ -35,6 +35,5 @@ class AttentionCpuFunction(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, cu_seqlens, out, stats = ctx.saved_tensors
         dout, dq, dk, dv = dense(dout), *(torch.empty(x.shape) for x in (q, k, v))
-        native().attention_bwd(_packed(q, k, v, cu_seqlens, ctx.scale), out.data_ptr(), stats.data_ptr(), dout.data_ptr(), dq.data_ptr(),
-                               dk.data_ptr(), dv.data_ptr())  # fmt: skip
+        native().attention_bwd(_packed(q, k, v, cu_seqlens, ctx.scale), *(x.data_ptr() for x in (out, stats, dout, dq, dk, dv)))
         return dq, dk, dv, None, None

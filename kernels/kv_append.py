@@ -3,7 +3,7 @@
 Token at position t of row r goes to block block_table[r, t // block_size], slot t % block_size; the cache's layout is that of paged_attention.py.
 `qkv_append` is rope(q, k, cos, sin, q_weight=..., k_weight=...) followed by `kv_append`, in one launch that reads the projections' output and the
 cache once: 2 b d (H + Hkv) + 2 b d Hkv bytes per row, b bytes per element.  Its rounding order is that of rope.py: the normed head is rounded to its
-dtype, turned in fp32 and rounded again; the Triton kernel calls the very function that `rope` does.
+dtype, turned in fp32 and rounded again; the Triton kernel calls the very function that `rope` does, the cpu backend calls `rope`.
 """
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from ._cpu import why_not_cpu
 from ._dispatch import Backend, Op, check, register
 from ._triton import why_not_triton
+from .kv_append_cpu import kv_append_cpu, qkv_append_cpu
 from .paged_attention import check_cache, keys_in_rows
 from .rope import rope_reference
 
@@ -104,22 +105,10 @@ def _fused_triton(**call) -> Tensor:
     return qkv_append_triton(**call)
 
 
-def _cpu(**call) -> None:
-    from .kv_append_cpu import kv_append_cpu
-
-    kv_append_cpu(**call)
-
-
-def _fused_cpu(**call) -> Tensor:
-    from .kv_append_cpu import qkv_append_cpu
-
-    return qkv_append_cpu(**call)
-
-
 def _why_not_triton(call: dict) -> str | None:
     return why_not_triton(call) or keys_in_rows(call)
 
 
-op = register("kv_append", triton=Backend(_triton, _why_not_triton), cpu=Backend(_cpu, why_not_cpu), reference=Backend(kv_append_reference))
-fused_op = register("qkv_append", triton=Backend(_fused_triton, _why_not_triton), cpu=Backend(_fused_cpu, why_not_cpu),
+op = register("kv_append", triton=Backend(_triton, _why_not_triton), cpu=Backend(kv_append_cpu, why_not_cpu), reference=Backend(kv_append_reference))
+fused_op = register("qkv_append", triton=Backend(_fused_triton, _why_not_triton), cpu=Backend(qkv_append_cpu, why_not_cpu),
                     reference=Backend(qkv_append_reference))  # fmt: skip

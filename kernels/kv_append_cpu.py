@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ._cpu import dense_rows, native
-from .kv_append import check_positions
 from .paged_attention_cpu import no_such_block, paged_cache
 from .rope import rope
 
@@ -12,9 +11,11 @@ from .rope import rope
 def kv_append_cpu(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, positions: Tensor, *,
                   where: str = "kv_append") -> None:  # fmt: skip
     k, v, block_table, positions = dense_rows(k), dense_rows(v), dense_rows(block_table), positions.contiguous()
-    fault = native().kv_append(paged_cache(key_cache, value_cache, block_table), k.data_ptr(), v.data_ptr(), k.stride(), v.stride(),
-                               positions.data_ptr(), torch.get_num_threads())  # fmt: skip
-    if fault:
+    written = native().kv_append(paged_cache(key_cache, value_cache, block_table), k.data_ptr(), v.data_ptr(), k.stride(), v.stride(),
+                                 positions.data_ptr(), torch.get_num_threads())  # fmt: skip
+    if not written:
+        from .kv_append import check_positions  # which imports this file
+
         check_positions(where, block_table, positions, key_cache.shape[2])
         raise no_such_block(where, key_cache)
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from ._cpu import why_not_cpu
 from ._dispatch import Backend, accumulation_dtype, check, register
 from ._triton import why_not_triton
+from .paged_attention_cpu import paged_attention_cpu
 
 CHUNK = 256  # tokens.  Longer: fewer partials, but less of a prefix is shared and small batches fill fewer processors.  Not measured on a GPU yet
 
@@ -42,7 +43,8 @@ def paged_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attend from one token per row to the first seq_lens[row] tokens of its blocks; forward only.
 
-    q: (R, H, d).  key_cache, value_cache: (num_blocks, Hkv, block_size, d) in q's dtype, block_size a divisor of CHUNK.  block_table: (R, max_blocks)
+    q: (R, H, d).  key_cache, value_cache: (num_blocks, Hkv, block_size, d) in q's dtype, block_size a divisor of CHUNK, as `empty_kv_cache` allocates
+    them: the keys may also be a view in which the tokens of a block are neighbours in memory.  block_table: (R, max_blocks)
     int32: token t of row r lies in block block_table[r, t // block_size] at t % block_size; entries behind the row's length are not read, nor is any
     slot there.  seq_lens: (R,) int32, the new token included; 0 = an empty row, whose output is 0 and lse -inf.  scale: default 1/sqrt(d).
     group_offsets: (P+1,) int32, rows group_offsets[p] to group_offsets[p+1] are group p; rows outside of all groups share nothing.  prefix_lens: (P,)
@@ -269,17 +271,11 @@ def _why_not_triton(call: dict) -> str | None:
     return why_not_triton(call) or keys_in_rows(call)
 
 
-def _cpu(**call) -> tuple[Tensor, Tensor]:
-    from .paged_attention_cpu import paged_attention_cpu
-
-    return paged_attention_cpu(**call)
-
-
 def _triton(**call) -> tuple[Tensor, Tensor]:
     from .paged_attention_triton import paged_attention_triton
 
     return paged_attention_triton(**call)
 
 
-op = register("paged_attention", triton=Backend(_triton, _why_not_triton), cpu=Backend(_cpu, _why_not_cpu),
+op = register("paged_attention", triton=Backend(_triton, _why_not_triton), cpu=Backend(paged_attention_cpu, _why_not_cpu),
               reference=Backend(paged_attention_reference))  # fmt: skip

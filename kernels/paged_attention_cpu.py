@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ._cpu import dense_rows, native
-from .paged_attention import check_lengths
 
 
 def paged_attention_cpu(q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float,
@@ -16,9 +15,11 @@ def paged_attention_cpu(q: Tensor, key_cache: Tensor, value_cache: Tensor, block
     if group_offsets is not None:
         group_offsets, prefix_lens = group_offsets.contiguous(), prefix_lens.contiguous()
         groups = group_offsets.data_ptr(), prefix_lens.data_ptr(), prefix_lens.numel()
-    fault = native().paged_attention(paged_cache(key_cache, value_cache, block_table), q.data_ptr(), q.stride(), H, seq_lens.data_ptr(), *groups,
-                                     limit, scale, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())  # fmt: skip
-    if fault:
+    served = native().paged_attention(paged_cache(key_cache, value_cache, block_table), q.data_ptr(), q.stride(), H, seq_lens.data_ptr(), *groups,
+                                      limit, scale, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())  # fmt: skip
+    if not served:
+        from .paged_attention import check_lengths  # which imports this file
+
         check_lengths(block_table, seq_lens, group_offsets, prefix_lens, limit, key_cache.shape[2])
         raise no_such_block("paged_attention", key_cache)
     return out, lse

@@ -9,6 +9,30 @@
 // i running over the rows of all query heads of the key head, kBlockRows of them and kBlockKeys keys at a time so that p and ds stay in the first
 // cache.  A sum is one chain of multiply-adds in each block, counted from the start of the sequence, and the blocks are added in ascending order.
 
+// Lanes of a and b by constant indices: 0-15 are a's, 16-31 b's.
+#ifdef __clang__
+#define ATHANOR_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define ATHANOR_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i16{__VA_ARGS__})
+#endif
+
+// Sixteen rows become sixteen columns: a perfect shuffle of all 256 floats, four times.
+ATHANOR_INLINE void transpose(v16 (&x)[kLanes]) {
+#pragma GCC unroll 4
+    for (int step = 0; step < 4; ++step) {
+        v16 y[kLanes];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            y[2 * i] = ATHANOR_SHUFFLE(x[i], x[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            y[2 * i + 1] = ATHANOR_SHUFFLE(x[i], x[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+            x[i] = y[i];
+        }
+    }
+}
+
 // Tokens 0..n-1 of x (any stride, d neighbours) as panels of 16 tokens, the last one filled up with zeros.
 inline void to_panels(const float* x, std::int64_t stride, std::int64_t n, std::int64_t d, float* panels) {
     for (std::int64_t first = 0; first < n; first += kLanes, panels += kLanes * d) {
@@ -48,7 +72,7 @@ inline std::vector<AttentionItem> attention_items(const PackedAttention& a, std:
     return items;
 }
 
-// Call work(item, scratch) for all items, each thread taking the next one when it is free.
+// Call work(item, workspace) for all items, each thread taking the next one when it is free.
 template <typename Work>
 void over_items(const std::vector<AttentionItem>& items, const PackedAttention& a, const Work& work) {
     double cost = 0;
@@ -56,12 +80,12 @@ void over_items(const std::vector<AttentionItem>& items, const PackedAttention& 
         cost += static_cast<double>(item.cost() * (a.H / a.Hkv) * a.d);
     }
     constexpr double kGrain = 1 << 20;  // multiply-adds, some 10 us, for which another thread is worth waking
-    const std::int64_t shares = std::min<std::int64_t>({a.threads, static_cast<std::int64_t>(items.size()), 1 + static_cast<std::int64_t>(cost / kGrain)});
+    const std::int64_t shares = std::min(std::min<std::int64_t>(a.threads, static_cast<std::int64_t>(items.size())), 1 + static_cast<std::int64_t>(cost / kGrain));
     std::atomic<std::size_t> next{0};
     parallel_for(shares, 1, a.threads, [&](std::int64_t, std::int64_t) {
-        Workspace scratch;
+        Workspace workspace;
         for (std::size_t i = next++; i < items.size(); i = next++) {
-            work(items[i], scratch);
+            work(items[i], workspace);
         }
     });
 }
@@ -83,10 +107,10 @@ inline void attention_rows(const AttentionItem& item, std::int64_t repeat, std::
 
 inline void attention_fwd(const PackedAttention& a, float* out, float* stats) {
     constexpr std::int64_t kSpan = 256;
-    const std::int64_t repeat = a.H / a.Hkv, d = a.d;
-    over_items(attention_items(a, kSpan), a, [&](const AttentionItem& item, Workspace& scratch) {
+    const std::int64_t repeat = a.H / a.Hkv, d = a.d, ahead = kBlockRows / repeat;
+    over_items(attention_items(a, kSpan), a, [&](const AttentionItem& item, Workspace& workspace) {
         const std::int64_t floats = whole_tiles(item.to) * kLanes * d;
-        float *panels = scratch.take(floats + kBlockRows * d + attend_scratch(item.to)), *q = panels + floats;
+        float *panels = workspace.take(floats + kBlockRows * d + attend_scratch(item.to)), *q = panels + floats;
         to_panels(a.k + item.begin * a.k_token + item.head * a.k_head, a.k_token, item.to, d, panels);
         const PanelKeys keys{panels, d};
         const RowValues values{a.v + item.begin * a.v_token + item.head * a.v_head, a.v_token};
@@ -99,6 +123,7 @@ inline void attention_fwd(const PackedAttention& a, float* out, float* stats) {
             for (std::int64_t r = 0; r < count; ++r) {
                 const auto [token, head, position] = rows[r];
                 copy_row(a.q + token * a.q_token + head * a.q_head, d, a.scale, q + r * d);
+                prefetch(a.q + (token + ahead) * a.q_token + head * a.q_head, d);
                 queries[r] = {position + 1, out + (token * a.H + head) * d};
             }
             attend_all(q, queries, count, d, keys, values, q + kBlockRows * d, m, l);

@@ -1,4 +1,4 @@
-// attention, paged_attention and kv_append for kernels/*_cpu.py.
+// The attention kernels and the paged KV cache in athanor.kernels._native.
 #include <pybind11/stl.h>
 
 #include "bindings.hpp"
@@ -8,6 +8,7 @@ namespace py = pybind11;
 
 namespace athanor::cpu {
 namespace {
+
 template <std::size_t N>
 using Sizes = std::array<Size, N>;  // a tensor's shape or strides
 
@@ -22,6 +23,7 @@ PagedCache paged(Address keys, Address values, Sizes<4> shape, Sizes<4> key_stri
     return {at(keys), at(values), key_strides, value_strides, shape[0], shape[1], shape[2], shape[3], at<std::int32_t>(table), table_shape[0],
             table_shape[1], table_stride};
 }
+
 }  // namespace
 
 void bind_attention(py::module_& m) {
@@ -32,20 +34,18 @@ void bind_attention(py::module_& m) {
         kernels().attention_bwd(call, at(out), at(stats), at(dout), at(dq), at(dk), at(dv));
     }, release);
     py::class_<PagedCache>(m, "PagedCache").def(py::init(&paged));
-    m.attr("BAD_LENGTHS") = static_cast<int>(kBadLengths);
     m.def("paged_attention", [](const PagedCache& cache, Address q, Sizes<3> q_strides, Size H, Address seq_lens, Address group_offsets,
                                 Address prefix_lens, Size P, Size limit, float scale, Address out, Address lse, int threads) {
         const PagedAttention call{cache, at(q), q_strides[0], q_strides[1], H, at<std::int32_t>(seq_lens), at<std::int32_t>(group_offsets),
                                   at<std::int32_t>(prefix_lens), P, limit, scale, threads};
-        const Fault fault = paged_attention_fault(call);
-        if (fault == kNoFault) {
+        const bool served = in_order(call);
+        if (served) {
             kernels().paged_attention(call, at(out), at(lse));
         }
-        return static_cast<int>(fault);
+        return served;
     }, release);
     m.def("kv_append", [](const PagedCache& cache, Address k, Address v, Sizes<3> k_strides, Sizes<3> v_strides, Address positions, int threads) {
-        return static_cast<int>(kv_append(cache, at(k), at(v), {k_strides[0], k_strides[1]}, {v_strides[0], v_strides[1]},
-                                          at<std::int32_t>(positions), threads));
+        return kv_append(cache, at(k), at(v), {k_strides[0], k_strides[1]}, {v_strides[0], v_strides[1]}, at<std::int32_t>(positions), threads);
     }, release);
 }
 

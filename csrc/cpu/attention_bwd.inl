@@ -94,11 +94,11 @@ ATHANOR_INLINE void accumulate_rows(const float* const (&w)[N], std::int64_t w_r
 }
 
 // One sequence and key head.  Within it a NaN may reach the gradients of tokens that did not see it: weights are 0 there, and 0 x NaN is NaN.
-inline void attention_bwd_item(const PackedAttention& a, const AttentionItem& item, Workspace& scratch, const float* out, const float* stats,
+inline void attention_bwd_item(const PackedAttention& a, const AttentionItem& item, Workspace& workspace, const float* out, const float* stats,
                                const float* dout, float* dq, float* dk, float* dv) {
-    const std::int64_t repeat = a.H / a.Hkv, d = a.d, n = item.to, tiles = whole_tiles(n), width = whole_tiles(d) * kLanes;
+    const std::int64_t repeat = a.H / a.Hkv, d = a.d, n = item.to, tiles = whole_tiles(n), width = whole_tiles(d) * kLanes, ahead = kBlockRows / repeat;
     const std::int64_t rows = n * repeat, panel = tiles * kLanes * d, table = tiles * kLanes * width, block = kBlockRows * width;
-    float* memory = scratch.take(2 * panel + 3 * table + 3 * block + 2 * kBlockRows * kWeightsStride);
+    float* memory = workspace.take(2 * panel + 3 * table + 3 * block + 2 * kBlockRows * kWeightsStride);
     const auto part = [&](std::int64_t floats) { return (memory += floats) - floats; };
     float *k_rows = part(table), *dk_rows = part(table), *dv_rows = part(table), *q = part(block), *g = part(block), *dq_rows = part(block);
     float *k_panels = part(panel), *v_panels = part(panel), *p = part(kBlockRows * kWeightsStride), *ds = part(kBlockRows * kWeightsStride);
@@ -122,6 +122,9 @@ inline void attention_bwd_item(const PackedAttention& a, const AttentionItem& it
             const float *grad = dout + (token * a.H + head) * d, *o = out + (token * a.H + head) * d;
             copy_row(a.q + token * a.q_token + head * a.q_head, d, a.scale, q + r * width);
             copy_row(grad, d, 1, g + r * width);
+            prefetch(a.q + (token + ahead) * a.q_token + head * a.q_head, d);
+            prefetch(grad + ahead * a.H * d, d);
+            prefetch(o + ahead * a.H * d, d);
             v16 product = {};
             over_lanes(d, [&](std::int64_t i, auto n) { product += n.load(grad + i) * n.load(o + i); });
             delta[r] = sum(product);
@@ -161,7 +164,7 @@ inline void attention_bwd_item(const PackedAttention& a, const AttentionItem& it
 }
 
 inline void attention_bwd(const PackedAttention& a, const float* out, const float* stats, const float* dout, float* dq, float* dk, float* dv) {
-    over_items(attention_items(a, std::numeric_limits<std::int64_t>::max() / 2), a, [&](const AttentionItem& item, Workspace& scratch) {
-        attention_bwd_item(a, item, scratch, out, stats, dout, dq, dk, dv);
+    over_items(attention_items(a, std::numeric_limits<std::int64_t>::max() / 2), a, [&](const AttentionItem& item, Workspace& workspace) {
+        attention_bwd_item(a, item, workspace, out, stats, dout, dq, dk, dv);
     });
 }

@@ -4,7 +4,11 @@
 // o is two chains, over ascending even and odd j, added at the end.  Nothing of it depends on how many queries (R) or keys (C) a register tile holds,
 // on where the keys lie, or on what follows key n-1, which is not even read as a value: it may be NaN.
 
-constexpr int kRows = ATHANOR_REGISTERS >= 32 ? 4 : 2, kTiles = kRows;  // queries, and vectors of 16 keys, to a tile of registers
+#ifdef ATHANOR_AVX512
+constexpr int kRows = 4, kTiles = 4;  // queries, and vectors of 16 keys, to a tile of registers
+#else
+constexpr int kRows = 2, kTiles = 2;  // a vector of 16 takes two registers or more
+#endif
 
 struct Query {
     std::int64_t n;  // keys 0..n-1, n > 0
@@ -41,6 +45,14 @@ ATHANOR_INLINE void with_count(std::int64_t n, F&& f) {
         }
     }
     f(Count<Most>{});
+}
+
+// x, in a register: left to itself GCC may load it again for every use.
+ATHANOR_INLINE v16 held(v16 x) {
+#ifdef ATHANOR_AVX512
+    asm("" : "+v"(x));
+#endif
+    return x;
 }
 
 ATHANOR_INLINE v16 larger(v16 a, v16 b) { return a > b ? a : b; }
@@ -83,7 +95,7 @@ ATHANOR_INLINE void score(const float* q, std::int64_t d, const Keys& keys, std:
         v16 key[C];
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-            key[c] = load_once(k[c] + i * keys.stride);
+            key[c] = held(load(k[c] + i * keys.stride));
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
@@ -120,8 +132,8 @@ ATHANOR_INLINE void mix(const float* p, std::int64_t ld, const Values& values, s
             v16 a[C], b[C];
 #pragma GCC unroll 4
             for (int c = 0; c < C; ++c) {
-                a[c] = lanes.load_once(v + j * values.stride + c * kLanes);
-                b[c] = lanes.load_once(v + (j + 1) * values.stride + c * kLanes);
+                a[c] = held(lanes.load(v + j * values.stride + c * kLanes));
+                b[c] = held(lanes.load(v + (j + 1) * values.stride + c * kLanes));
             }
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
@@ -210,6 +222,13 @@ void attend(const float* q, const Query* queries, std::int64_t d, const Keys& ke
     }
     for (; first < d; first += kLanes) {  // the last vector overlaps the one before it where d is no multiple of 16
         mix<R, 1>(s, ld, values, std::min(first, d - kLanes), WholeLanes{}, queries, shortest, longest, l);
+    }
+}
+
+// Ask for a row that is wanted soon; it need not exist.
+ATHANOR_INLINE void prefetch(const float* x, std::int64_t d) {
+    for (std::int64_t i = 0; i < d; i += kLanes) {
+        __builtin_prefetch(x + i);
     }
 }
 

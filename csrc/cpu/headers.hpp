@@ -13,5 +13,5 @@
 #endif
 
 #include "kernels.hpp"
-#include "workspace.hpp"
 #include "team.hpp"
+#include "workspace.hpp"

@@ -1,18 +1,17 @@
-// All CPU kernels for one instruction set.  Included by isa_*.cpp after the pragma that names it; ATHANOR_ISA is its namespace,
-// ATHANOR_REGISTERS how many vectors of 16 floats its registers hold.
+// All CPU kernels for one instruction set.  Included by isa_*.cpp after the pragma that names it; ATHANOR_ISA is its namespace.
 namespace athanor::cpu::ATHANOR_ISA {
 
 #include "simd.inl"
-#include "swiglu.inl"
+
 #include "attention_row.inl"
 #include "attention.inl"
 #include "attention_bwd.inl"
+#include "logprob.inl"
 #include "paged_attention.inl"
-
 #include "rmsnorm.inl"
 #include "rope.inl"
-#include "logprob.inl"
 #include "sample.inl"
+#include "swiglu.inl"
 
 const Kernels& table() {
     static const Kernels all = [] {
@@ -20,7 +19,6 @@ const Kernels& table() {
         k.isa = ATHANOR_ISA_NAME;
         k.swiglu_fwd = swiglu_fwd;
         k.swiglu_bwd = swiglu_bwd;
-
         k.rmsnorm_fwd = rmsnorm_fwd;
         k.rmsnorm_bwd = rmsnorm_bwd;
         k.rope = rope;

@@ -3,7 +3,6 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("avx2,fma")
 #define ATHANOR_ISA avx2
-#define ATHANOR_REGISTERS 8
 #define ATHANOR_ISA_NAME "avx2"
 #include "isa.inl"
 #endif

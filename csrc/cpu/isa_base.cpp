@@ -1,6 +1,5 @@
 // The CPU kernels for whatever the compiler targets by default.
 #include "headers.hpp"
 #define ATHANOR_ISA base
-#define ATHANOR_REGISTERS 8
 #define ATHANOR_ISA_NAME "base"
 #include "isa.inl"

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "kernels.hpp"
+#include "attention.hpp"
 #include "team.hpp"
 
 namespace athanor::cpu {
@@ -43,28 +43,26 @@ void copy_head(const float* x, std::int64_t d, float* y, std::int64_t stride) {
 
 }  // namespace
 
-Fault paged_attention_fault(const PagedAttention& a) {
+bool in_order(const PagedAttention& a) {
     if (bad_lengths(a)) {
-        return kBadLengths;
+        return false;
     }
     for (std::int64_t r = 0; r < a.cache.R; ++r) {
         for (std::int64_t column = 0; column * a.cache.block_size < a.seq_lens[r]; ++column) {
             if (!a.cache.names(r, column)) {
-                return kBadBlock;
+                return false;
             }
         }
     }
-    return kNoFault;
+    return true;
 }
 
-Fault kv_append(const PagedCache& cache, const float* k, const float* v, const std::array<std::int64_t, 2>& k_strides,
+bool kv_append(const PagedCache& cache, const float* k, const float* v, const std::array<std::int64_t, 2>& k_strides,
                 const std::array<std::int64_t, 2>& v_strides, const std::int32_t* positions, int threads) {
     for (std::int64_t r = 0; r < cache.R; ++r) {
-        if (positions[r] >= cache.columns * cache.block_size) {
-            return kBadLengths;
-        }
-        if (positions[r] >= 0 && !cache.names(r, positions[r] / cache.block_size)) {
-            return kBadBlock;
+        const std::int64_t column = positions[r] / cache.block_size;
+        if (positions[r] >= 0 && (column >= cache.columns || !cache.names(r, column))) {
+            return false;
         }
     }
     parallel_for(cache.R, 16384 / (cache.Hkv * cache.d + 1) + 1, threads, [&](std::int64_t begin, std::int64_t end) {
@@ -80,7 +78,7 @@ Fault kv_append(const PagedCache& cache, const float* k, const float* v, const s
             }
         }
     });
-    return kNoFault;
+    return true;
 }
 
 }  // namespace athanor::cpu

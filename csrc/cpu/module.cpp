@@ -56,6 +56,7 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "C++ kernels for CPU tensors; kernels/_cpu.py is their only caller.";
     m.def("isa", [] { return kernels().isa; }, "Instruction set in use: avx512, avx2 or base.");
     m.def("has_team", &has_team, "Whether the kernels found an OpenMP runtime in this process to share.");
+    bind_attention(m);
     const auto release = py::call_guard<py::gil_scoped_release>();
     m.def("swiglu_fwd", [](Address gate_up, Address y, Size T, Size F, Size stride, int threads) {
         kernels().swiglu_fwd(at(gate_up), at(y), T, F, stride, threads);
@@ -64,7 +65,6 @@ PYBIND11_MODULE(_native, m) {
         kernels().swiglu_bwd(at(gate_up), at(dy), at(dgate_up), T, F, stride, threads);
     }, release);
     bind_rows(m);
-    bind_attention(m);
 }
 
 }  // namespace athanor::cpu

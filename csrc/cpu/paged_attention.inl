@@ -34,11 +34,10 @@ ATHANOR_INLINE v16 logarithm_above_one(v16 x) {
     p = p * f + splat(2.0000714765e-1f);
     p = p * f + splat(-2.4999993993e-1f);
     p = p * f + splat(3.3333331174e-1f);
-    v16 y = p * f * z;
-    y = y - e * splat(2.12194440e-4f);
-    y = y - z * splat(0.5f);
-    y = f + y;
+    p = p * f - splat(0.5f);
+    v16 y = f - e * splat(2.12194440e-4f);
     y = y + e * splat(0.693359375f);
+    y = y + p * z;
     return x != x ? x : y;
 }
 
@@ -57,8 +56,8 @@ inline void paged_attention(const PagedAttention& a, float* out, float* lse) {
     }
     const std::int64_t grain = batches * cache.Hkv / (1 + tokens * a.H * d / (1 << 19)) + 1;
     parallel_for(batches * cache.Hkv, grain, a.threads, [&](std::int64_t begin, std::int64_t end) {
-        Workspace scratch;
-        float *q = scratch.take(kBlockRows * d + attend_scratch(longest)), *memory = q + kBlockRows * d;
+        Workspace workspace;
+        float *q = workspace.take(kBlockRows * d + attend_scratch(longest)), *memory = q + kBlockRows * d;
         for (std::int64_t item = begin; item < end; ++item) {
             const std::int64_t head = item % cache.Hkv, first = item / cache.Hkv * kBatch;
             for (std::int64_t r = first; r < std::min(first + kBatch, cache.R); ++r) {
@@ -81,8 +80,8 @@ inline void paged_attention(const PagedAttention& a, float* out, float* lse) {
                             n.store(lse + r * a.H + h + i, n.load(m + i) + logarithm_above_one(n.load(l + i, 1)));
                         });
                     } else {
-                        std::fill_n(queries[0].out, count * d, 0.0f);
-                        std::fill_n(lse + r * a.H + h, count, -std::numeric_limits<float>::infinity());
+                        over_lanes(count * d, [&](std::int64_t i, auto n) { n.store(queries[0].out + i, v16{}); });
+                        over_lanes(count, [&](std::int64_t i, auto n) { n.store(lse + r * a.H + h + i, splat(-__builtin_inff())); });
                     }
                 }
             }
