@@ -1,7 +1,7 @@
 """Map the folders of this repository to import names and build the C++ modules; everything else is in pyproject.toml.
 
-engine/ -> athanor, kernels/ -> athanor.kernels, csrc/host/ -> athanor._host, csrc/cpu/ -> athanor.kernels._native.  A top-level package named `kernels` would shadow the HuggingFace
-package that transformers probes for, and `engine` is no name to import from another project.
+engine/ -> athanor, kernels/ -> athanor.kernels, csrc/host/ -> athanor._host, csrc/cpu/ -> athanor.kernels._native.  A top-level package named
+`kernels` would shadow the HuggingFace package that transformers probes for, and `engine` is no name to import from another project.
 """
 
 from glob import glob

@@ -15,13 +15,13 @@ from ._cpu import address, dense, dense_rows, native, run
 from .logprob_cpu import described
 
 TILE_LOGITS, LEAST_ROWS = 1 << 22, 64  # 16 MiB, unless the vocabulary is so large that 64 rows have more
-KEPT_LOGITS = 1 << 24  # 64 MiB, and an eighth of all logits at most
+KEPT_LOGITS, KEPT_SHARE = 1 << 24, 8  # so many (64 MiB), and at most an eighth, are kept for the backward; one tile in any case
 
 
 def linear_logprob_cpu(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_argmax: bool,
                        support: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    keep = min(KEPT_LOGITS, hidden.shape[0] * weight.shape[0] // 8) if backward else 0
+    keep = max(TILE_LOGITS, min(KEPT_LOGITS, hidden.shape[0] * weight.shape[0] // KEPT_SHARE)) if backward else 0
     return run(LinearLogprobCpuFunction, hidden, weight, targets, temperature, return_argmax, *(support or (None, None)), keep)
 
 

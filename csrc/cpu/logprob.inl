@@ -65,7 +65,8 @@ struct Softmax {
     float entropy(float inverse_temperature) const { return sum == 0 ? 0 : static_cast<float>(log_sum() - slope / sum * inverse_temperature); }
 };
 
-// The statistics of a row; with kRestricted of kept + {target} alone, target < 0: no such token.  weights (null: not wanted) receives e, 0 where not kept.
+// The statistics of a row; with kRestricted of kept + {target} alone, target < 0: no such token.  weights (null: not wanted) receives e, 0 where not
+// kept.
 template <bool kRestricted>
 __attribute__((noinline)) Softmax softmax_row(const float* x, std::int64_t V, float inverse_temperature, Kept kept, std::int64_t target,
                                               float* weights) {

@@ -1,8 +1,8 @@
 // One token per row by inverse CDF, and the support it was drawn from.  Compare kernels/sample.py for the rules.
 //
-// What the filters keep is a prefix of the tokens in falling order (logit, then the lower index).  Its end is found without sorting the row: for top-k
-// among the tokens that a bound does not rule out, for top-p in the one bin of logits where the mass is reached.  Probabilities are the e of logprob.inl
-// over their fp64 sum.
+// What the filters keep is a prefix of the tokens in falling order (logit, then the lower index).  Its end is found without sorting the row: for
+// top-k among the tokens that a bound does not rule out, for top-p in the one bin of logits where the mass is reached.  Probabilities are the e of
+// logprob.inl over their fp64 sum.
 
 typedef double d8 __attribute__((vector_size(64)));
 typedef float v8_unaligned __attribute__((vector_size(32), aligned(4)));
@@ -93,8 +93,8 @@ ATHANOR_INLINE std::int64_t draw(const float* weights, std::int64_t V, double u)
     return token;
 }
 
-// How many of `count` tokens, in falling order, come before the mass in front of the next one has reached goal, one at least; ranks[result - 1] is then
-// the last of them.  A run at a time is selected and added up; only the one in which the goal lies is sorted.
+// How many of `count` tokens, in falling order, come before the mass in front of the next one has reached goal, one at least; ranks[result - 1] is
+// then the last of them.  A run at a time is selected and added up; only the one in which the goal lies is sorted.
 ATHANOR_INLINE std::int64_t prefix_of_mass(std::uint64_t* ranks, std::int64_t count, const float* weights, double goal) {
     double before = 0;
     for (std::int64_t begin = 0, size = 32;; size *= 4) {

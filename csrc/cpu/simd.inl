@@ -99,8 +99,8 @@ ATHANOR_INLINE v16 exponential(v16 x) {
     return x < low ? v16{} : (x > high ? splat(__builtin_inff()) : y);
 }
 
-// Memory for one call, not initialised.  A type of this namespace: of a standard container that is compiled here for a new instruction set, the linker
-// might keep this copy for the whole program.
+// Memory for one call, not initialised.  A type of this namespace: of a standard container that is compiled here for a new instruction set, the
+// linker might keep this copy for the whole program.
 template <typename T>
 class Scratch {
   public:

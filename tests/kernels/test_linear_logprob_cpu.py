@@ -14,6 +14,7 @@ def small_tiles(monkeypatch):
     """Tiles of 64 rows, of which the first is kept for the backward where V is 41."""
     monkeypatch.setattr(module, "TILE_LOGITS", 1)
     monkeypatch.setattr(module, "KEPT_LOGITS", 64 * 41)
+    monkeypatch.setattr(module, "KEPT_SHARE", 1)
 
 
 def inputs(T, V, D, generator):
