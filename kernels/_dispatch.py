@@ -9,6 +9,7 @@ with strict=True.  Auto takes that one inside `with strict_mode()` and none of t
 """
 
 import difflib
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,6 +89,20 @@ class Backend:
     strict: bool = False  # on CUDA for strict mode, or by name
 
 
+def late(where: str) -> Callable:
+    """The function `file.name` of this package, imported at its first call: Triton and the compiled modules cost time."""
+    file, name = where.split(".")
+    found = None
+
+    def run(**call):
+        nonlocal found
+        if found is None:
+            found = getattr(importlib.import_module(f".{file}", __package__), name)
+        return found(**call)
+
+    return run
+
+
 class Op:
     """An operation and its backends.  `OPS[name]` finds it; bench and tests walk that table."""
 
@@ -126,6 +141,10 @@ class Op:
         raise ValueError(f"{self.name}: no backend can serve this call{mode} ({'; '.join(reasons)})")
 
     def __call__(self, backend: str | None, **call):
+        cpu = self.backends.get("cpu")
+        # What auto comes to for CPU tensors, without asking the others: small calls are made by the thousand.
+        if cpu is not None and requested_backend(backend, self.name) is None and cpu.why_not(call) is None:
+            return cpu.run(**call)
         return self.resolve(call, backend)[1](**call)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._cpu import why_not_cpu
-from ._dispatch import Backend, check, register
+from ._dispatch import Backend, check, late, register
 from ._triton import why_not_triton
 
 
@@ -176,12 +176,6 @@ def _varlen(varlen_attn, q, k, v, cu_seqlens, longest):
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **causal)
 
 
-def _triton(**call) -> Tensor:
-    from .attention_triton import attention_triton
-
-    return attention_triton(**call)
-
-
 def why_not_attention(call: dict) -> str | None:
     q, k, v = call["q"], call["k"], call["v"]
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
@@ -198,5 +192,6 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> T
     return attention_cpu(q, k, v, cu_seqlens, scale)
 
 
-op = register("attention", cuda=Backend(attention_cuda, _why_not_cuda), triton=Backend(_triton, why_not_attention, strict=True),
+op = register("attention", cuda=Backend(attention_cuda, _why_not_cuda),
+              triton=Backend(late("attention_triton.attention_triton"), why_not_attention, strict=True),
               cpu=Backend(_cpu, why_not_cpu), reference=Backend(attention_reference))  # fmt: skip

@@ -9,7 +9,7 @@ A group whose valid rewards are all equal gets exactly 0, and so does a group of
 import torch
 from torch import Tensor
 
-from ._dispatch import Backend, accumulation_dtype, check, near_misses, register
+from ._dispatch import Backend, accumulation_dtype, check, late, near_misses, register
 from ._triton import why_not_triton
 
 SCALES = ("std", "none", "batch")
@@ -63,10 +63,5 @@ def group_advantage_reference(rewards: Tensor, group_ids: Tensor, scale: str, ba
     return torch.where(valid & (low < high)[group], advantages, 0.0)
 
 
-def _triton(**call) -> Tensor:
-    from .group_advantage_triton import group_advantage_triton
-
-    return group_advantage_triton(**call)
-
-
-op = register("group_advantage", triton=Backend(_triton, why_not_triton), reference=Backend(group_advantage_reference))
+op = register("group_advantage", triton=Backend(late("group_advantage_triton.group_advantage_triton"), why_not_triton),
+              reference=Backend(group_advantage_reference))  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._cpu import why_not_cpu
-from ._dispatch import Backend, Op, check, register
+from ._dispatch import Backend, Op, check, late, register
 from ._triton import why_not_triton
 from .kv_append_cpu import kv_append_cpu, qkv_append_cpu
 from .paged_attention import check_cache, keys_in_rows
@@ -93,22 +93,11 @@ def qkv_append_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tens
     return q
 
 
-def _triton(**call) -> None:
-    from .kv_append_triton import kv_append_triton
-
-    kv_append_triton(**call)
-
-
-def _fused_triton(**call) -> Tensor:
-    from .kv_append_triton import qkv_append_triton
-
-    return qkv_append_triton(**call)
-
-
 def _why_not_triton(call: dict) -> str | None:
     return why_not_triton(call) or keys_in_rows(call)
 
 
-op = register("kv_append", triton=Backend(_triton, _why_not_triton), cpu=Backend(kv_append_cpu, why_not_cpu), reference=Backend(kv_append_reference))
-fused_op = register("qkv_append", triton=Backend(_fused_triton, _why_not_triton), cpu=Backend(qkv_append_cpu, why_not_cpu),
-                    reference=Backend(qkv_append_reference))  # fmt: skip
+op = register("kv_append", triton=Backend(late("kv_append_triton.kv_append_triton"), _why_not_triton), cpu=Backend(kv_append_cpu, why_not_cpu),
+              reference=Backend(kv_append_reference))  # fmt: skip
+fused_op = register("qkv_append", triton=Backend(late("kv_append_triton.qkv_append_triton"), _why_not_triton),
+                    cpu=Backend(qkv_append_cpu, why_not_cpu), reference=Backend(qkv_append_reference))  # fmt: skip

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ._cpu import dense_rows, native
+from ._cpu import dense, dense_rows, native
 from .paged_attention_cpu import no_such_block, paged_cache
-from .rope import rope
+from .rope_cpu import rotated
 
 
 def kv_append_cpu(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, positions: Tensor, *,
@@ -22,6 +22,6 @@ def kv_append_cpu(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, 
 
 def qkv_append_cpu(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor,
                    positions: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float) -> Tensor:  # fmt: skip
-    q, k = rope(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=eps, backend="auto")
+    q, k = rotated(q, k, cos, sin, () if q_weight is None else (dense(q_weight), dense(k_weight)), eps, inverse=False)
     kv_append_cpu(k, v, key_cache, value_cache, block_table, positions, where="qkv_append")
     return q

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._dispatch import Backend, check, is_strict, register, requested_backend
+from ._dispatch import Backend, check, is_strict, late, register, requested_backend
 from ._triton import why_not_triton
 
 
@@ -41,12 +41,6 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: 
     return torch.mm(x, weight.T, out_dtype=out_dtype) if x.is_cuda else x.to(out_dtype) @ weight.to(out_dtype).T
 
 
-def _triton(**call) -> Tensor:
-    from .linear_triton import linear_triton
-
-    return linear_triton(**call)
-
-
 def why_not_linear(call: dict) -> str | None:
     x, weight = call["x"], call["weight"]
     if x.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
@@ -58,4 +52,4 @@ def why_not_linear(call: dict) -> str | None:
     return why_not_triton(call)
 
 
-op = register("linear", triton=Backend(_triton, why_not_linear, strict=True), reference=Backend(linear_reference))
+op = register("linear", triton=Backend(late("linear_triton.linear_triton"), why_not_linear, strict=True), reference=Backend(linear_reference))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._cpu import why_not_cpu
-from ._dispatch import Backend, accumulation_dtype, check, register
+from ._dispatch import Backend, accumulation_dtype, check, late, register
 from ._triton import why_not_triton
 from .logprob import LogProbs, check_support, check_targets, logprob_reference, supported
 
@@ -149,12 +149,6 @@ def _tiles(T: int, V: int):
             yield slice(row, min(row + TILE[0], T)), slice(col, min(col + TILE[1], V))
 
 
-def _triton(**call) -> tuple:
-    from .linear_logprob_triton import linear_logprob_triton
-
-    return linear_logprob_triton(**call)
-
-
 def why_not_product(call: dict) -> str | None:
     """The reasons that hold for every Triton kernel on hidden weight^T."""
     hidden, weight = call["hidden"], call["weight"]
@@ -165,11 +159,6 @@ def why_not_product(call: dict) -> str | None:
     return why_not_triton(call)
 
 
-def _cpu(**call) -> tuple:
-    from .linear_logprob_cpu import linear_logprob_cpu
-
-    return linear_logprob_cpu(**call)
-
-
-linear_op = register("linear_logprob", triton=Backend(_triton, why_not_product), cpu=Backend(_cpu, why_not_cpu),
+linear_op = register("linear_logprob", triton=Backend(late("linear_logprob_triton.linear_logprob_triton"), why_not_product),
+                     cpu=Backend(late("linear_logprob_cpu.linear_logprob_cpu"), why_not_cpu),
                      reference=Backend(linear_logprob_reference))  # fmt: skip

@@ -10,7 +10,7 @@ another one: the same seed gives another token.
 import torch
 from torch import Tensor
 
-from ._dispatch import Backend, accumulation_dtype, check, register
+from ._dispatch import Backend, accumulation_dtype, check, late, register
 from ._philox import philox_uniform
 from .linear_logprob import why_not_product
 from .sample import MAX_VOCAB, Sampled, check_draw, tempered
@@ -86,16 +86,11 @@ def _pick(masses: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp_max_(masses.shape[-1] - 1)
 
 
-def _triton(**call) -> tuple:
-    from .linear_sample_triton import linear_sample_triton
-
-    return linear_sample_triton(**call)
-
-
 def _why_not(call: dict) -> str | None:
     if call["weight"].shape[0] > MAX_VOCAB:
         return f"V is {call['weight'].shape[0]}; at most {MAX_VOCAB}"
     return why_not_product({name: call[name] for name in ("hidden", "weight", "seeds", "positions")})
 
 
-op = register("linear_sample", triton=Backend(_triton, _why_not), reference=Backend(linear_sample_reference))
+op = register("linear_sample", triton=Backend(late("linear_sample_triton.linear_sample_triton"), _why_not),
+              reference=Backend(linear_sample_reference))  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._cpu import why_not_cpu
-from ._dispatch import Backend, accumulation_dtype, check, register
+from ._dispatch import Backend, accumulation_dtype, check, late, register
 from ._triton import why_not_triton
 
 IGNORE = -100
@@ -126,24 +126,12 @@ def _entropy(log_p: Tensor) -> Tensor:
     return -(log_p.exp().mul_(log_p.clamp_min(torch.finfo(log_p.dtype).min))).sum(-1)
 
 
-def _cpu(**call) -> tuple[Tensor, Tensor]:
-    from .logprob_cpu import logprob_cpu
-
-    return logprob_cpu(**call)
-
-
 def why_not_rows_cpu(call: dict) -> str | None:
     """The reasons that hold for the C++ kernels on given logits."""
     V, (thresholds, last_kept) = call["logits"].shape[1], call.get("support") or (None, None)
     if V >= 1 << 31:
         return f"V is {V}; the C++ kernels count tokens in 32 bits"
     return why_not_cpu(call | {"thresholds": thresholds, "last_kept": last_kept})
-
-
-def _triton(**call) -> tuple[Tensor, Tensor]:
-    from .logprob_triton import logprob_triton
-
-    return logprob_triton(**call)
 
 
 def why_not_rows(call: dict) -> str | None:
@@ -153,4 +141,5 @@ def why_not_rows(call: dict) -> str | None:
     return why_not_triton(call)
 
 
-op = register("logprob", triton=Backend(_triton, why_not_rows), cpu=Backend(_cpu, why_not_rows_cpu), reference=Backend(logprob_reference))
+op = register("logprob", triton=Backend(late("logprob_triton.logprob_triton"), why_not_rows),
+              cpu=Backend(late("logprob_cpu.logprob_cpu"), why_not_rows_cpu), reference=Backend(logprob_reference))  # fmt: skip

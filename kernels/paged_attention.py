@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ._cpu import why_not_cpu
-from ._dispatch import Backend, accumulation_dtype, check, register
+from ._dispatch import Backend, accumulation_dtype, check, late, register
 from ._triton import why_not_triton
 from .paged_attention_cpu import paged_attention_cpu
 
@@ -271,11 +271,6 @@ def _why_not_triton(call: dict) -> str | None:
     return why_not_triton(call) or keys_in_rows(call)
 
 
-def _triton(**call) -> tuple[Tensor, Tensor]:
-    from .paged_attention_triton import paged_attention_triton
-
-    return paged_attention_triton(**call)
-
-
-op = register("paged_attention", triton=Backend(_triton, _why_not_triton), cpu=Backend(paged_attention_cpu, _why_not_cpu),
+op = register("paged_attention", triton=Backend(late("paged_attention_triton.paged_attention_triton"), _why_not_triton),
+              cpu=Backend(paged_attention_cpu, _why_not_cpu),
               reference=Backend(paged_attention_reference))  # fmt: skip

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._dispatch import Backend, accumulation_dtype, check, near_misses, register
+from ._dispatch import Backend, accumulation_dtype, check, late, near_misses, register
 from ._triton import why_not_triton
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) = 4.9e8: a token beyond has gradient 0 instead of an overflow
@@ -237,10 +237,4 @@ def surrogate_reference(v: LossVariant, logps: Tensor, r: Tensor, A: Tensor) -> 
     return -torch.minimum(inner * A, r.clamp(lo, hi) * A), below, above
 
 
-def _triton(**call) -> tuple[Tensor, dict[str, Tensor]]:
-    from .policy_loss_triton import policy_loss_triton
-
-    return policy_loss_triton(**call)
-
-
-op = register("policy_loss", triton=Backend(_triton, why_not_triton), reference=Backend(policy_loss_reference))
+op = register("policy_loss", triton=Backend(late("policy_loss_triton.policy_loss_triton"), why_not_triton), reference=Backend(policy_loss_reference))

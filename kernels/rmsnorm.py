@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._cpu import why_not_cpu
-from ._dispatch import Backend, accumulation_dtype, check, register
+from ._dispatch import Backend, accumulation_dtype, check, late, register
 from ._triton import why_not_triton
 
 
@@ -39,6 +39,8 @@ def in_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
     """x (..., D) as rows: x itself (or a contiguous copy where no two strides describe it), and (inner, outer_stride, inner_stride):
     row r starts at (r // inner) * outer_stride + (r % inner) * inner_stride."""
     D = x.shape[-1]
+    if x.is_contiguous():
+        return x, 1, D, 0
     axes = []  # (size, stride) of the leading axes, neighbours that form one stride merged; an axis of size 1 has no stride
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size == 1:
@@ -90,16 +92,5 @@ class RMSNormFunction(torch.autograd.Function):
         return dx, dweight, None, dx if ctx.needs_input_grad[3] else None
 
 
-def _cpu(**call) -> Tensor | tuple[Tensor, Tensor]:
-    from .rmsnorm_cpu import rmsnorm_cpu
-
-    return rmsnorm_cpu(**call)
-
-
-def _triton(**call) -> Tensor | tuple[Tensor, Tensor]:
-    from .rmsnorm_triton import rmsnorm_triton
-
-    return rmsnorm_triton(**call)
-
-
-op = register("rmsnorm", triton=Backend(_triton, why_not_triton), cpu=Backend(_cpu, why_not_cpu), reference=Backend(rmsnorm_reference))
+op = register("rmsnorm", triton=Backend(late("rmsnorm_triton.rmsnorm_triton"), why_not_triton),
+              cpu=Backend(late("rmsnorm_cpu.rmsnorm_cpu"), why_not_cpu), reference=Backend(rmsnorm_reference))  # fmt: skip

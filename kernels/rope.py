@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._cpu import why_not_cpu
-from ._dispatch import Backend, accumulation_dtype, check, register
+from ._dispatch import Backend, accumulation_dtype, check, late, register
 from ._triton import why_not_triton
 from .rmsnorm import rmsnorm_reference
 
@@ -74,16 +74,5 @@ class RopeFunction(torch.autograd.Function):
         return _rotate(dy, cos, -sin), None, None
 
 
-def _cpu(**call) -> tuple[Tensor, Tensor]:
-    from .rope_cpu import rope_cpu
-
-    return rope_cpu(**call)
-
-
-def _triton(**call) -> tuple[Tensor, Tensor]:
-    from .rope_triton import rope_triton
-
-    return rope_triton(**call)
-
-
-op = register("rope", triton=Backend(_triton, why_not_triton), cpu=Backend(_cpu, why_not_cpu), reference=Backend(rope_reference))
+op = register("rope", triton=Backend(late("rope_triton.rope_triton"), why_not_triton),
+              cpu=Backend(late("rope_cpu.rope_cpu"), why_not_cpu), reference=Backend(rope_reference))  # fmt: skip

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import Backend, accumulation_dtype, check, register
+from ._dispatch import Backend, accumulation_dtype, check, late, register
 from ._philox import philox_uniform
 from ._triton import why_not_triton
 from .logprob import Support, supported, why_not_rows_cpu
@@ -213,21 +213,9 @@ def _sort_falling(p: Tensor) -> Tensor:
     return p.sort(dim=1, descending=True).values
 
 
-def _cpu(**call) -> tuple:
-    from .sample_cpu import sample_cpu
-
-    return sample_cpu(**call)
-
-
 def _why_not_cpu(call: dict) -> str | None:
     # parameters per row are small and converted
     return why_not_rows_cpu({"logits": call["logits"], "seeds": call["seeds"], "positions": call["positions"]})
-
-
-def _triton(**call) -> tuple:
-    from .sample_triton import sample_triton
-
-    return sample_triton(**call)
 
 
 def _why_not(call: dict) -> str | None:
@@ -239,4 +227,5 @@ def _why_not(call: dict) -> str | None:
     return why_not_triton({"logits": logits, "seeds": call["seeds"], "positions": call["positions"]})
 
 
-op = register("sample", triton=Backend(_triton, _why_not), cpu=Backend(_cpu, _why_not_cpu), reference=Backend(sample_reference))
+op = register("sample", triton=Backend(late("sample_triton.sample_triton"), _why_not),
+              cpu=Backend(late("sample_cpu.sample_cpu"), _why_not_cpu), reference=Backend(sample_reference))  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._cpu import why_not_cpu
-from ._dispatch import Backend, accumulation_dtype, check, register
+from ._dispatch import Backend, accumulation_dtype, check, late, register
 from ._triton import why_not_triton
 
 PARALLEL_GRAIN = 32768  # elements below which PyTorch's elementwise CPU loops stay on one thread (at::internal::GRAIN_SIZE)
@@ -69,16 +69,5 @@ class SwigluFunction(torch.autograd.Function):
         return out.to(gate_up.dtype)
 
 
-def _cpu(**call) -> Tensor:
-    from .swiglu_cpu import swiglu_cpu
-
-    return swiglu_cpu(**call)
-
-
-def _triton(**call) -> Tensor:
-    from .swiglu_triton import swiglu_triton
-
-    return swiglu_triton(**call)
-
-
-op = register("swiglu", triton=Backend(_triton, why_not_triton), cpu=Backend(_cpu, why_not_cpu), reference=Backend(swiglu_reference))
+op = register("swiglu", triton=Backend(late("swiglu_triton.swiglu_triton"), why_not_triton),
+              cpu=Backend(late("swiglu_cpu.swiglu_cpu"), why_not_cpu), reference=Backend(swiglu_reference))  # fmt: skip
