@@ -9,30 +9,6 @@
 // i running over the rows of all query heads of the key head, kBlockRows of them and kBlockKeys keys at a time so that p and ds stay in the first
 // cache.  A sum is one chain of multiply-adds in each block, counted from the start of the sequence, and the blocks are added in ascending order.
 
-// Lanes of a and b by constant indices: 0-15 are a's, 16-31 b's.
-#ifdef __clang__
-#define ATHANOR_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define ATHANOR_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i16{__VA_ARGS__})
-#endif
-
-// Sixteen rows become sixteen columns: a perfect shuffle of all 256 floats, four times.
-ATHANOR_INLINE void transpose(v16 (&x)[kLanes]) {
-#pragma GCC unroll 4
-    for (int step = 0; step < 4; ++step) {
-        v16 y[kLanes];
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-            y[2 * i] = ATHANOR_SHUFFLE(x[i], x[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            y[2 * i + 1] = ATHANOR_SHUFFLE(x[i], x[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-            x[i] = y[i];
-        }
-    }
-}
-
 // Tokens 0..n-1 of x (any stride, d neighbours) as panels of 16 tokens, the last one filled up with zeros.
 inline void to_panels(const float* x, std::int64_t stride, std::int64_t n, std::int64_t d, float* panels) {
     for (std::int64_t first = 0; first < n; first += kLanes, panels += kLanes * d) {

@@ -41,28 +41,44 @@ ATHANOR_INLINE void store_first(float* p, std::int64_t n, v16 x) {
 }
 #endif
 
-// Halves are added until one lane is left: the same tree whatever the vector held.
+// Lanes of a and b by constant indices: 0-15 are a's, 16-31 b's.
+#ifdef __clang__
+#define ATHANOR_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define ATHANOR_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i16{__VA_ARGS__})
+#endif
+
+// f over all lanes, the upper half on the lower one until one lane is left: the same tree whatever the vector held.
+template <typename F>
+ATHANOR_INLINE float over_halves(v16 x, F&& f) {
+    x = f(x, ATHANOR_SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));
+    x = f(x, ATHANOR_SHUFFLE(x, x, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7));
+    x = f(x, ATHANOR_SHUFFLE(x, x, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3));
+    x = f(x, ATHANOR_SHUFFLE(x, x, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1));
+    return x[0];
+}
+ATHANOR_INLINE v16 maximum(v16 a, v16 b) { return (a > b) | (a != a) ? a : b; }  // NaN where either is NaN
 ATHANOR_INLINE float sum(v16 x) {
-    float a[kLanes];
-    store(a, x);
-    for (int half = 8; half; half /= 2) {
-        for (int i = 0; i < half; ++i) {
-            a[i] += a[i + half];
+    return over_halves(x, [](v16 a, v16 b) { return a + b; });
+}
+ATHANOR_INLINE float largest(v16 x) { return over_halves(x, maximum); }
+
+// Sixteen rows become sixteen columns: a perfect shuffle of all 256 floats, four times.
+ATHANOR_INLINE void transpose(v16 (&x)[kLanes]) {
+#pragma GCC unroll 4
+    for (int step = 0; step < 4; ++step) {
+        v16 y[kLanes];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            y[2 * i] = ATHANOR_SHUFFLE(x[i], x[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            y[2 * i + 1] = ATHANOR_SHUFFLE(x[i], x[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+            x[i] = y[i];
         }
     }
-    return a[0];
 }
-// The largest lane; NaN where a lane is NaN.
-ATHANOR_INLINE float largest(v16 x) {
-    float a[kLanes];
-    store(a, x);
-    float best = a[0];
-    for (int i = 1; i < kLanes; ++i) {
-        best = (a[i] > best || a[i] != a[i]) ? a[i] : best;
-    }
-    return best;
-}
-ATHANOR_INLINE v16 maximum(v16 a, v16 b) { return (a > b) | (a != a) ? a : b; }  // NaN in either operand comes through only from a: see uses
 
 // x, opaque: a product is not fused with what is added to it afterwards.  Of two products in one sum the compiler fuses whichever it meets first,
 // which may differ between two places where the same function is inlined.
