@@ -101,20 +101,23 @@ class DecodeRows:
 
     def decode(self, n: int, longest: int) -> Drawn:
         """Run a window over rows 0..n-1, none of which is longer than `longest` before it."""
+        start = perf_counter()
         self.slot.zero_()
         n_run = min(row_bucket(n, self.on_cpu), self.capacity)
         limit = length_bucket(longest + self.window, self.table.shape[1] * self.cache.block_size)
         step = partial(self._step, n_run, limit) if self.on_cpu else self._graph(n_run, limit).replay
         for _ in range(self.window):
             step()
-        return self._read(0, n, self.window)
+        drawn = self._read(0, n, self.window)
+        if not self.on_cpu:  # a captured step does not tell its parts apart
+            self.seconds["forward_s"] += perf_counter() - start
+        return drawn
 
     def draw(self, hidden: Tensor, first: int) -> Drawn:
         """Draw the first token of rows first.. from hidden (m, D), the last one of each prompt."""
         self.slot.zero_()
-        m = len(hidden)
         self._append(hidden, first)
-        return self._read(first, first + m, 1)
+        return self._read(first, first + len(hidden), 1)
 
     def _step(self, n: int, limit: int) -> None:
         start = perf_counter()
@@ -124,8 +127,9 @@ class DecodeRows:
         hidden = self.model(self.last[:n], positions.clamp_min(0), attend)
         middle = perf_counter()
         self._append(hidden, 0)
-        self.seconds["forward_s"] += middle - start
-        self.seconds["sample_s"] += perf_counter() - middle
+        if self.on_cpu:
+            self.seconds["forward_s"] += middle - start
+            self.seconds["sample_s"] += perf_counter() - middle
 
     def _draw(self, hidden: Tensor, rows: slice) -> Sampled:
         """One token per row from hidden (m, D)."""
@@ -159,7 +163,7 @@ class DecodeRows:
         became = torch.where(lengths >= self.max_lengths[rows], LENGTH, RUNNING)
         if self.repeats:
             streak = self.streak[rows]
-            streak.copy_(torch.where(drawn.full_logps > self.streak_logp[rows], streak + live, 0))
+            streak.copy_(torch.where(live, torch.where(drawn.full_logps > self.streak_logp[rows], streak + 1, 0), streak))
             became = torch.where((streak >= self.streak_limit[rows]) & (self.streak_limit[rows] > 0), REPETITION, became)
         became = torch.where((drawn.tokens[:, None] == self.eos[rows]).any(1), STOP, became)
         became = torch.where(drawn.logps.isnan(), ERROR, became)

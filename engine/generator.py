@@ -35,7 +35,8 @@ class Generator:
     waits with its KV.  Nothing is ever computed twice.  max_prefill_tokens: prompt tokens of one prefill.
     fused_sampling: draw with `linear_sample`, which needs no logits and takes no top_k, top_p or min_p; a seed then gives other tokens than without.
     window: steps between two looks of the host, default 1 on a CPU and 8 on CUDA, where a sample that has ended idles for half of it on average.
-    tokenizer: needed for stop strings alone.  `timings` adds up where the time went.
+    tokenizer: needed for stop strings alone.
+    `timings` adds up seconds: prefill_s, forward_s (on CUDA the whole step), sample_s, host_s; `num_prefill_tokens` counts what prefills ran over.
     """
 
     def __init__(

@@ -37,8 +37,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: flo
     return op(backend, q=q, k=k, v=v, cu_seqlens=cu_seqlens, scale=d**-0.5 if scale is None else float(scale))
 
 
-# Padded lengths are whole vectors of 16 floats: then a row's sums do not depend on its neighbours, nor on how far it is padded, and a decoder that
-# reads its cache in the same steps gets the same bits (tests/test_generate.py).
+# Padded lengths are whole vectors of 16 floats: then a row's sums do not depend on its neighbours, nor on how far it is padded.
 LENGTH_STEP = 16
 BUCKET_COST = 512  # padded tokens that cost as much as one more bucket, measured on a 2-core CPU (see tests/kernels/test_attention.py)
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._cpu import dense, native
+from ._cpu import dense, native, run
 
 
 def attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    return AttentionCpuFunction.apply(q, k, v, cu_seqlens.to(torch.int32).contiguous(), scale)
+    return run(AttentionCpuFunction, q, k, v, cu_seqlens.to(torch.int32).contiguous(), scale)
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float):

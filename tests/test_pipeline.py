@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from athanor.config import RecipeConfig
+from athanor.errors import UserError
+from athanor.metrics import MetricsWriter
 from athanor.pipeline import run
 from athanor.recipe_io import load_recipe
 from athanor.stages import grpo
@@ -89,11 +91,9 @@ def test_killed_anywhere_it_ends_with_the_same_figures(whole_run, tmp_path, stag
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [row["step"] for row in rows if row["stage"] == stage]
     assert steps == sorted(set(steps))
-    times = ("step_s", "rollout_s", "train_s", "tokens_per_s")
-
     def untimed(path):
         lines = map(json.loads, path.read_text().splitlines())
-        return sorted(({k: v for k, v in row.items() if k not in times} for row in lines), key=lambda row: (row["stage"], row["step"]))
+        return sorted(({k: v for k, v in row.items() if not k.endswith("_s")} for row in lines), key=lambda row: (row["stage"], row["step"]))
 
     assert untimed(metrics) == untimed(run_dir / "metrics.jsonl")
 
@@ -117,6 +117,34 @@ def test_reinforcement_learning_can_stop_at_an_accuracy(whole_run, tmp_path, mon
     rows = [json.loads(line) for line in (tmp_path / "micro" / "metrics.jsonl").read_text().splitlines()]
     assert [row["accuracy"] for row in rows if row["stage"] == "zero"] == [0.1, 0.5]
     assert summary["stages"]["zero"]["rl_steps"] == 2
+
+
+def test_the_weights_that_the_sampler_reads_are_verified(whole_run, tmp_path, monkeypatch):
+    """Hashes after every step are in the metrics; weights that somebody changes between two steps stop the run."""
+    run_dir, _ = whole_run
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+
+    def zero(name):
+        overrides = ["--run_root", tmp_path, "--name", name, "--reuse", run_dir, "--until", "zero", "--verify_weights", "true",
+                     "--stages.zero.max_refills", "4"]  # fmt: skip
+        run(load_recipe(RecipeConfig, str(RECIPE), [str(word) for word in overrides]), "micro")
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [row["weights_hash"] for row in rows if row["stage"] == "zero"]
+
+    assert len(set(zero("honest"))) == 6
+    made, generators = grpo.rollout_generator, []
+    monkeypatch.setattr(grpo, "rollout_generator", lambda *a, **k: generators.append(made(*a, **k)) or generators[-1])
+    write = MetricsWriter.write
+
+    def tampering(self, stage, step, values):
+        write(self, stage, step, values)
+        if step == 3:
+            with torch.no_grad():
+                generators[-1].model.norm.weight[0] += 1e-3
+
+    monkeypatch.setattr(MetricsWriter, "write", tampering)
+    with pytest.raises(UserError, match="step 4: the sampler's weights are not those of the last optimizer step"):
+        zero("tampered")
 
 
 def test_another_seed_gives_another_run_folder_or_an_error(whole_run):
@@ -145,7 +173,7 @@ def test_eval_measures_any_checkpoint(whole_run):
         (["--stages.zero.init", "bass"], ["stages.zero.init", "bass", "base"]),
         (["--stages.zero.loss", "gropo"], ["gropo", "grpo"]),
         (["--stages.zero.stop_at_accuracy", "0.5", "--stages.zero.rewards", '[{reward = "format"}]'], ["stop_at_accuracy", "accuracy"]),
-        (["--stages.zero.sampling.top_p", "0.9"], ["top_p", "full softmax"]),
+        (["--stages.zero.sampling.temperature", "0"], ["stages.zero.sampling.temperature", "greedy"]),
         (["--stages.zero.prompts", '[{task = "courtesy"}]'], ["courtesy", "answer"]),
         (["--stages.fine.data", '["/nowhere.jsonl"]'], ["/nowhere.jsonl"]),
         (["--run_root", "/proc/nothing"], ["/proc/nothing"]),

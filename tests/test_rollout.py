@@ -71,3 +71,17 @@ def test_groups_come_back_with_text_prompt_and_reproducible_samples():
             assert sample.problem is problem and sample.prompt_ids.tolist() == tokenizer.encode_prompt(problem.prompt)
             kept = [t for t in sample.token_ids.tolist() if t != tokenizer.eos_id]
             assert sample.text == tokenizer.decode(kept) and np.all(sample.logps <= 0)
+
+
+def test_samples_do_not_depend_on_the_number_of_ranks():
+    task = ArithmeticTask()
+    tokenizer = symbol_tokenizer(list(task.symbols))
+    model = Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1, initializer_range=0.3)).initialize_(0)
+    problems, sampling = [task.problem("train", i) for i in range(7)], SamplingConfig(max_tokens=9)
+
+    def drawn(rank, world):
+        ranks = SimpleNamespace(share=lambda items: items[rank::world])
+        groups = sample_groups(rollout_generator(model, tokenizer, 512, 4), tokenizer, problems, 4, sampling, ranks, 0, "zero", 5)
+        return {(s.problem.id, i): (s.token_ids.tolist(), s.logps.tolist()) for group in groups for i, s in enumerate(group)}
+
+    assert drawn(0, 1) == drawn(0, 2) | drawn(1, 2) == drawn(0, 3) | drawn(1, 3) | drawn(2, 3)

@@ -27,7 +27,9 @@ def cases(device: str) -> list[Case]:
             order = torch.randperm(blocks, generator=g, dtype=torch.int32)
             common, rest = order[: groups * shared].view(groups, shared), order[groups * shared :].view(R, columns - shared)
             rn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-            return {"q": rn(R, H, d), "keys": rn(blocks, Hkv, block, d), "values": rn(blocks, Hkv, block, d),
+            # the layouts of empty_kv_cache
+            keys = rn(blocks, Hkv, block, d) if gpu else rn(blocks, Hkv, d, block).transpose(2, 3)
+            return {"q": rn(R, H, d), "keys": keys, "values": rn(blocks, Hkv, block, d),
                     "table": torch.cat((common.repeat_interleave(G, 0), rest), 1), "lens": torch.full((R,), length, dtype=torch.int32),
                     "offsets": torch.arange(0, R + 1, G, dtype=torch.int32),
                     "prefixes": torch.full((groups,), prefix, dtype=torch.int32)}  # fmt: skip

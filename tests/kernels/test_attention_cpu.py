@@ -163,5 +163,5 @@ def test_lesser_instruction_sets_keep_the_same_promises(isa):
     code = f"import pytest, sys; from athanor.kernels._cpu import native; assert native().isa() == {isa!r}; sys.exit(pytest.main(sys.argv[1:]))"
     chosen = "textbook or bits or nan"
     command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    done = subprocess.run(command, env=os.environ | {"ATHANOR_CPU_ISA": isa}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=os.environ | {"ATHANOR_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -246,5 +246,5 @@ def test_lesser_instruction_sets_keep_the_same_promises(isa):
         pytest.skip("this machine has no AVX2")
     code = f"import pytest, sys; from athanor.kernels._cpu import native; assert native().isa() == {isa!r}; sys.exit(pytest.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", __file__, "-k", "textbook or bit or influence or (packed and 24)"]
-    done = subprocess.run(command, env=os.environ | {"ATHANOR_CPU_ISA": isa}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=os.environ | {"ATHANOR_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

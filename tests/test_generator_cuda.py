@@ -1,0 +1,97 @@
+"""The generator on a GPU: captured graphs, windows of steps, and the bits of strict mode.  None of it has run where there is no GPU."""
+
+import numpy as np
+import pytest
+import torch
+
+from athanor.batch import pack
+from athanor.config import ModelConfig, SamplingConfig
+from athanor.decode import DecodeRows
+from athanor.generator import Generator
+from athanor.kernels import strict_mode
+from athanor.model.transformer import Decoder
+from athanor.samples import Request
+from athanor.stages.training import completion_logprobs
+
+pytestmark = pytest.mark.gpu
+EOS = 1
+
+
+def make_model(dtype=torch.bfloat16):
+    shape = ModelConfig(architecture="qwen3", vocab_size=512, hidden_size=256, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
+                        head_dim=64, intermediate_size=512, initializer_range=0.1)  # fmt: skip
+    return Decoder(shape).initialize_(0).to("cuda", dtype)
+
+
+def requests(num=12, samples=8, longest=300):
+    rng = np.random.default_rng(0)
+    return [Request(rng.integers(2, 512, size=rng.integers(1, longest)), rng.integers(0, 2**62, size=samples)) for _ in range(num)]
+
+
+def tokens_of(groups):
+    return [c.token_ids.tolist() for group in groups for c in group]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_captured_steps_draw_what_eager_steps_draw(fused, monkeypatch):
+    """The same kernels, launched one by one or from a graph, in fp32 so that nothing else can differ."""
+    model, sampling = make_model(torch.float32), SamplingConfig(max_tokens=60)
+    captured = Generator(model, {EOS}, max_rows=32, fused_sampling=fused).generate(requests(), sampling)
+
+    class Eager:
+        def __init__(self, rows, n, limit):
+            self.replay = lambda: rows._step(n, limit)
+
+    monkeypatch.setattr(DecodeRows, "_graph", Eager)
+    eager = Generator(model, {EOS}, max_rows=32, fused_sampling=fused).generate(requests(), sampling)
+    assert tokens_of(captured) == tokens_of(eager)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 20}], ids=str)
+def test_strict_log_probs_equal_the_trainers_bit_for_bit(sampling):
+    model, asked = make_model(), requests()
+    with strict_mode():
+        groups = Generator(model, {EOS}, max_rows=32).generate(asked, SamplingConfig(max_tokens=60, **sampling))
+        prompts = [r.prompt_ids for r, g in zip(asked, groups, strict=True) for _ in g]
+        samples = [c for g in groups for c in g]
+        for micro_batch_tokens in (600, 10**6):
+            for batch in pack(prompts, [c.token_ids for c in samples], micro_batch_tokens, "cuda"):
+                support = None
+                if sampling:
+                    support = tuple(torch.from_numpy(np.concatenate([samples[i].support[j] for i in batch.sequences])).cuda() for j in (0, 1))
+                with torch.no_grad():
+                    logps = completion_logprobs(model, batch, sampling.get("temperature", 1.0), support).logps.cpu().numpy()
+                assert np.array_equal(logps, np.concatenate([samples[i].logps for i in batch.sequences]))
+
+
+def test_strict_samples_do_not_depend_on_the_batch():
+    model, asked = make_model(), requests(num=6, samples=4)
+    with strict_mode():
+        together = Generator(model, {EOS}, max_rows=24).generate(asked, SamplingConfig(max_tokens=40))
+        alone = [Generator(model, {EOS}, max_rows=4).generate([r], SamplingConfig(max_tokens=40))[0] for r in asked]
+    assert tokens_of(together) == tokens_of(alone)
+
+
+def test_an_optimizer_step_needs_no_new_graph():
+    """Captured graphs read the parameters where they lie: after an update in place they draw what a new generator draws."""
+    model, sampling = make_model(torch.float32), SamplingConfig(max_tokens=30)
+    kept = Generator(model, {EOS}, max_rows=32)
+    before = kept.generate(requests(), sampling)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    after = kept.generate(requests(), sampling)
+    assert tokens_of(before) != tokens_of(after) == tokens_of(Generator(model, {EOS}, max_rows=32).generate(requests(), sampling))
+
+
+def test_no_step_of_a_window_waits_for_the_device():
+    model = make_model()
+    generator = Generator(model, {EOS}, max_rows=32)
+    generator.generate(requests(num=4), SamplingConfig(max_tokens=20))
+    rows = generator.rows
+    rows.status[:32] = 0
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows._step(32, 512)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
