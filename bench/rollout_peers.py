@@ -48,15 +48,16 @@ def eager_generate(model: Decoder, prompts: Tensor, group_size: int, new_tokens:
         at = slice(start, start + n)
         x = F.embedding(ids, model.embed.weight)
         for i, layer in enumerate(model.layers):
-            q, k, v = layer.qkv_proj(norm(x, layer.input_norm)).view(B, n, H + 2 * K, d).transpose(1, 2).split((H, K, K), 1)
+            qkv = F.linear(norm(x, layer.input_norm), layer.qkv_proj.weight, layer.qkv_proj.bias)
+            q, k, v = qkv.view(B, n, H + 2 * K, d).transpose(1, 2).split((H, K, K), 1)
             if layer.qk_norm:
                 q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
             keys[i, :, :, at], values[i, :, :, at] = rotated(k, at), v
             past = keys[i, :, :, : at.stop], values[i, :, :, : at.stop]
             out = F.scaled_dot_product_attention(rotated(q, at), *past, is_causal=n > 1, enable_gqa=True)
-            x = x + layer.o_proj(out.transpose(1, 2).reshape(B, n, H * d))
-            gate, up = layer.gate_up_proj(norm(x, layer.post_attention_norm)).chunk(2, -1)
-            x = x + layer.down_proj(F.silu(gate) * up)
+            x = x + F.linear(out.transpose(1, 2).reshape(B, n, H * d), layer.o_proj.weight)
+            gate, up = F.linear(norm(x, layer.post_attention_norm), layer.gate_up_proj.weight).chunk(2, -1)
+            x = x + F.linear(F.silu(gate) * up, layer.down_proj.weight)
         return F.linear(norm(x[:, -1].view(B, D), model.norm), weight).float()
 
     tokens, logps = [], []
