@@ -60,10 +60,10 @@ def single_requests(requests: list[Request]) -> list[Request]:
 
 
 def sampled(model: Decoder, requests: list[Request], new_tokens: int, temperature: float = 1.0) -> tuple[list[list[Completion]], dict[str, float]]:
-    """Samples of exactly new_tokens each, because the end token lies outside of the vocabulary, and where their time went if the generator says."""
+    """Samples of exactly new_tokens each, because the end token lies outside of the vocabulary, and where their time went."""
     generator = Generator(model, {model.config.vocab_size}, max_rows=sum(len(r.seeds) for r in requests))
     groups = generator.generate(requests, SamplingConfig(temperature=temperature, max_tokens=new_tokens))
-    return groups, dict(getattr(generator, "timings", {}))
+    return groups, dict(generator.timings)
 
 
 @torch.no_grad()

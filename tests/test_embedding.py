@@ -84,7 +84,7 @@ def test_samples_stream_are_aborted_and_go_on():
 
     scope = {"np": np, "model": model, "eos_ids": {1}, "prompts": prompts, "reward": reward, "enough": lambda: len(rewarded) == 20,
              "prompt_ids": prompts[1], "seeds": np.arange(16), "aborted": None}  # fmt: skip
-    exec(snippet("generator", 10), scope)
+    exec(snippet("generator", 9), scope)
     assert len(rewarded) == 32 and {request for request, _ in rewarded} == {0, 1}
     whole = Generator(model, {1}).generate([scope["requests"][1]], SamplingConfig(max_tokens=512, top_p=0.95))[0]
     with Generator(model, {1}).stream([scope["requests"][1]], SamplingConfig(max_tokens=512, top_p=0.95)) as stream:
@@ -94,7 +94,7 @@ def test_samples_stream_are_aborted_and_go_on():
         aborted = {member: completion for _, member, completion in stream}
     left = [member for member in range(16) if member in aborted and aborted[member].finish == "abort"]
     scope |= {"seeds": np.array(left), "aborted": [aborted[member] for member in left]}
-    exec(snippet("generator", 10).splitlines()[-1], scope)
+    exec(snippet("generator", 9).splitlines()[-1], scope)
     (resumed,) = Generator(model, {1}).generate([scope["resumed"]], SamplingConfig(max_tokens=512, top_p=0.95))
     assert len(left) > 5
     for member, completion in zip(left, resumed, strict=True):
