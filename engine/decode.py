@@ -2,7 +2,7 @@
 
 A row is one running sample.  Its last token, length, random counter, sampling parameters and block table live on the device; a window of steps runs
 without the host, which then reads what was drawn (`Drawn`) and what became of the rows (`status`).  A row that has ended inside a window stands
-still: it writes nothing and reads nothing.  On CUDA the step is a captured graph, one per bucket of rows and lengths.
+still: it writes nothing and reads nothing.  The step is a captured graph, one per bucket of rows (and, on CUDA, of lengths).
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from athanor.cpu_graph import CpuGraph
 from athanor.kernels import Sampled, is_strict, linear, linear_logprob, linear_sample, sample
 from athanor.kernels.paged_attention import CHUNK
 from athanor.kv_cache import DecodeAttention, PagedKVCache, SharedPrefix
@@ -63,7 +64,7 @@ class DecodeRows:
         self.slot = zeros(1)  # of the ring
         self.shared: SharedPrefix | None = None
         self.buffers = SharedPrefix(zeros(R), zeros(R), zeros(R + 1, dtype=torch.int32), zeros(R, dtype=torch.int32))
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph | tuple[CpuGraph, Tensor, CpuGraph]] = {}
         self.graph_pool = None
 
     def holds(self, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...]) -> bool:
@@ -104,8 +105,8 @@ class DecodeRows:
         start = perf_counter()
         self.slot.zero_()
         n_run = min(row_bucket(n, self.on_cpu), self.capacity)
-        limit = length_bucket(longest + self.window, self.table.shape[1] * self.cache.block_size)
-        step = partial(self._step, n_run, limit) if self.on_cpu else self._graph(n_run, limit).replay
+        holds = self.table.shape[1] * self.cache.block_size
+        step = partial(self._cpu_step, n_run, holds) if self.on_cpu else self._graph(n_run, length_bucket(longest + self.window, holds)).replay
         for _ in range(self.window):
             step()
         drawn = self._read(0, n, self.window)
@@ -119,17 +120,40 @@ class DecodeRows:
         self._append(hidden, first)
         return self._read(first, first + len(hidden), 1)
 
-    def _step(self, n: int, limit: int) -> None:
-        start = perf_counter()
-        lengths = self.lengths[:n]
-        positions = torch.where(self.status[:n] == RUNNING, lengths - 1, -1)
+    def _forward(self, n: int, limit: int) -> Tensor:
+        positions = torch.where(self.status[:n] == RUNNING, self.lengths[:n] - 1, -1)
         attend = DecodeAttention(self.cache, self.table[:n], positions, limit, self.shared and self.shared.first(n))
-        hidden = self.model(self.last[:n], positions.clamp_min(0), attend)
+        return self.model(self.last[:n], positions.clamp_min(0), attend)
+
+    def _step(self, n: int, limit: int) -> None:
+        self._append(self._forward(n, limit), 0)
+
+    def _cpu_step(self, n: int, limit: int) -> None:
+        """The same, captured at its first time, in two parts whose times are kept apart."""
+        start = perf_counter()
+        key = self._key(n, limit)
+        if key in self.graphs:
+            forward, hidden, append = self.graphs[key]
+            hidden = hidden if forward.valid else self._forward(n, limit)
+            forward.replay()
+        else:
+            forward, append = CpuGraph(), CpuGraph()
+            hidden = forward.capture(partial(self._forward, n, limit))
         middle = perf_counter()
-        self._append(hidden, 0)
-        if self.on_cpu:
-            self.seconds["forward_s"] += middle - start
-            self.seconds["sample_s"] += perf_counter() - middle
+        if key not in self.graphs:
+            append.capture(partial(self._append, hidden, 0))
+            self.graphs[key] = forward, hidden, append
+        elif append.valid:
+            append.replay()
+        else:
+            self._append(hidden, 0)
+        self.seconds["forward_s"] += middle - start
+        self.seconds["sample_s"] += perf_counter() - middle
+
+    def _key(self, n: int, limit: int) -> tuple:
+        """What a captured step depends on besides the tensors that it reads."""
+        threads = torch.get_num_threads() if self.on_cpu else 0
+        return n, limit, threads, self.shared is not None, self.repeats, is_strict(), tuple(sorted(self.uniform.items()))
 
     def _draw(self, hidden: Tensor, rows: slice) -> Sampled:
         """One token per row from hidden (m, D)."""
@@ -183,7 +207,7 @@ class DecodeRows:
         return Drawn(arrays.pop("generated"), arrays.pop("status"), arrays.pop("streak", None), arrays)
 
     def _graph(self, n: int, limit: int) -> torch.cuda.CUDAGraph:
-        key = (n, limit, self.shared is not None, self.repeats, is_strict(), tuple(sorted(self.uniform.items())))
+        key = self._key(n, limit)
         if key not in self.graphs:
             # A first run compiles kernels and fills allocators; with no row running it changes nothing but the ring.
             status = self.status.clone()

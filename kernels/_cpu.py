@@ -5,6 +5,8 @@ its neighbours nor on the number of threads.  They run on the threads that PyTor
 """
 
 import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -17,11 +19,48 @@ def native_there() -> bool:
 
 
 @lru_cache(maxsize=1)
-def native():
-    """The compiled module."""
+def _module():
     from . import _native
 
     return _native
+
+
+class _Recorded:
+    """The compiled module, telling `record(function, arguments, result)` of every call."""
+
+    def __init__(self, record: Callable):
+        self._record = record
+
+    def __getattr__(self, name: str):
+        function = getattr(_module(), name)
+        if isinstance(function, type):
+            return function
+
+        def call(*arguments):
+            result = function(*arguments)
+            self._record(function, arguments, result)
+            return result
+
+        return call
+
+
+_recorded: _Recorded | None = None
+
+
+@contextmanager
+def recording(record: Callable) -> Iterator[None]:
+    """Tell `record` of every call of a compiled function inside the block.  The arguments are addresses: whoever calls again keeps the tensors."""
+    global _recorded
+    _recorded = _Recorded(record)
+    try:
+        yield
+    finally:
+        _recorded = None
+
+
+def native():
+    """The compiled module."""
+    return _recorded or _module()
 
 
 def why_not_cpu(call: dict) -> str | None:

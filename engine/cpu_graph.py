@@ -1,0 +1,76 @@
+"""A captured step on CPU tensors: the counterpart of a CUDA graph.
+
+While it captures, a function runs as usual, and every PyTorch call and C++ kernel in it is written down with its arguments and results, which stay
+where they are.  A replay makes the same calls into the same memory, without what it took to decide on them - checks, backends, modules, allocations -
+which for small models costs more than the arithmetic.  As with CUDA graphs, inputs are what lies in the captured tensors at the time of the replay.
+A function whose course depends on what its tensors hold cannot be captured: `valid` is False then, and the caller runs it as it is.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from athanor.kernels._cpu import recording
+
+DEPENDS_ON_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+UNINITIALISED = {torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided}
+
+
+class CpuGraph(TorchDispatchMode):
+    """`result = graph.capture(function)` runs and captures; `graph.replay()` runs again, with new values in the tensors of `result`."""
+
+    def __init__(self):
+        super().__init__()
+        self.valid = True
+        self._calls: list[Callable] = []
+        self._kept: list = []  # every result: its memory is used again
+
+    def capture(self, function: Callable):
+        with self, recording(self._native):
+            result = function()
+        if not self.valid:
+            self._calls.clear()
+            self._kept.clear()
+        return result
+
+    def replay(self) -> None:
+        for call in self._calls:
+            call()
+
+    def _native(self, function: Callable, arguments: tuple, result) -> None:
+        def checked() -> None:
+            if not function(*arguments):
+                raise RuntimeError(f"{function.__name__}: a captured call was refused")
+
+        self._calls.append(checked if result is True else partial(function, *arguments))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self._kept.append(result)
+        if DEPENDS_ON_DATA & set(func.tags):
+            self.valid = False
+        elif func._schema.is_mutable:
+            self._calls.append(partial(func, *args, **kwargs))
+        elif not func.is_view and func.overloadpacket not in UNINITIALISED:
+            self._calls.append(self._again(func, args, kwargs, result))
+        return result
+
+    def _again(self, func, args: tuple, kwargs: dict, result) -> Callable:
+        """A call that computes the same into `result`."""
+        names = [name for name in ("out", f"{func._overloadname}_out") if name in func.overloadpacket.overloads()]
+        if isinstance(result, Tensor) and names:
+            into = getattr(func.overloadpacket, names[0])
+            if kwargs.keys() <= {argument.name for argument in into._schema.arguments}:
+                return partial(into, *args, **kwargs, out=result)
+        results = result if isinstance(result, tuple | list) else (result,)
+
+        def again() -> None:
+            new = func(*args, **kwargs)
+            for old, value in zip(results, new if isinstance(new, tuple | list) else (new,), strict=True):
+                old.copy_(value)
+
+        return again
