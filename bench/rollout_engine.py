@@ -59,11 +59,19 @@ def single_requests(requests: list[Request]) -> list[Request]:
     return [Request(r.prompt_ids, r.seeds[i : i + 1]) for r in requests for i in range(len(r.seeds))]
 
 
-def sampled(model: Decoder, requests: list[Request], new_tokens: int, temperature: float = 1.0) -> tuple[list[list[Completion]], dict[str, float]]:
-    """Samples of exactly new_tokens each, because the end token lies outside of the vocabulary, and where their time went."""
-    generator = Generator(model, {model.config.vocab_size}, max_rows=sum(len(r.seeds) for r in requests))
+def generator_of(model: Decoder, num_rows: int) -> Generator:
+    """With an end token outside of the vocabulary, so that no sample ends early."""
+    return Generator(model, {model.config.vocab_size}, max_rows=num_rows)
+
+
+def sampled(
+    model: Decoder, requests: list[Request], new_tokens: int, temperature: float = 1.0, generator: Generator | None = None
+) -> tuple[list[list[Completion]], dict[str, float]]:
+    """Samples of exactly new_tokens each, by a generator that is kept (as the stages do) or a new one, and where their time went."""
+    generator = generator or generator_of(model, sum(len(r.seeds) for r in requests))
+    before = dict(generator.timings)
     groups = generator.generate(requests, SamplingConfig(temperature=temperature, max_tokens=new_tokens))
-    return groups, dict(generator.timings)
+    return groups, {name: seconds - before[name] for name, seconds in generator.timings.items()}
 
 
 @torch.no_grad()
@@ -113,9 +121,10 @@ class EngineGenerate:
         """gated: what gate_sampling runs on."""
         self.model, self.prompts, self.group_size, self.new_tokens, self.device = model, prompts, group_size, new_tokens, device
         self.gated, self.gap, self.timings = gated, 0.0, {}
+        self.generator = generator_of(model, len(prompts) * group_size)
 
     def generate(self, new_tokens: int) -> list[list[Completion]]:
-        groups, self.timings = sampled(self.model, requests_of(self.prompts, self.group_size), new_tokens)
+        groups, self.timings = sampled(self.model, requests_of(self.prompts, self.group_size), new_tokens, generator=self.generator)
         return groups
 
     def check(self) -> Verdict:
@@ -147,12 +156,12 @@ class EngineStep:
         self.context = SimpleNamespace(name="bench", ranks=ranks, console=SimpleNamespace(warn=lambda text: None))  # the row says the gap
         model = copy.deepcopy(model)
         self.loop = SimpleNamespace(model=model, optimizer=Optimizer(model, optimizer, ranks))
-        self.steps = 0
+        self.generator, self.steps = generator_of(model, len(prompts) * group_size), 0
 
     def rollout(self) -> tuple[list[list[Sample]], Tensor]:
         """Groups of samples with new seeds, and their advantages (S,)."""
         requests = requests_of(self.prompts, self.group_size, first_seed=self.steps * len(self.prompts) * self.group_size)
-        completions, _ = sampled(self.loop.model, requests, self.new_tokens)
+        completions, _ = sampled(self.loop.model, requests, self.new_tokens, generator=self.generator)
         groups = [
             [Sample(Problem("", None, i, "bench"), "", c.token_ids, c.logps, c.finish, request.prompt_ids) for c in group]
             for i, (request, group) in enumerate(zip(requests, completions, strict=True))

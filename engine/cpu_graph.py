@@ -7,7 +7,7 @@ A function whose course depends on what its tensors hold cannot be captured: `va
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class CpuGraph(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.valid = True
+        self.valid, self.bytes = True, 0  # memory that the captured calls write to
         self._calls: list[Callable] = []
         self._kept: list = []  # every result: its memory is used again
 
@@ -32,9 +32,14 @@ class CpuGraph(TorchDispatchMode):
         with self, recording(self._native):
             result = function()
         if not self.valid:
-            self._calls.clear()
-            self._kept.clear()
+            self.drop()
         return result
+
+    def drop(self) -> None:
+        """Give up what was captured."""
+        self.valid, self.bytes = False, 0
+        self._calls.clear()
+        self._kept.clear()
 
     def replay(self) -> None:
         for call in self._calls:
@@ -51,21 +56,21 @@ class CpuGraph(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self._kept.append(result)
-        if DEPENDS_ON_DATA & set(func.tags):
+        if DEPENDS_ON_DATA & set(func.tags) or not isinstance(result, Tensor | tuple | list):  # what comes as a number decides on something
             self.valid = False
         elif func._schema.is_mutable:
             self._calls.append(partial(func, *args, **kwargs))
-        elif not func.is_view and func.overloadpacket not in UNINITIALISED:
-            self._calls.append(self._again(func, args, kwargs, result))
+        elif not _is_view(result, args):
+            self.bytes += sum(x.nbytes for x in (result if isinstance(result, tuple | list) else (result,)))
+            if func.overloadpacket not in UNINITIALISED:
+                self._calls.append(self._again(func, args, kwargs, result))
         return result
 
     def _again(self, func, args: tuple, kwargs: dict, result) -> Callable:
         """A call that computes the same into `result`."""
-        names = [name for name in ("out", f"{func._overloadname}_out") if name in func.overloadpacket.overloads()]
-        if isinstance(result, Tensor) and names:
-            into = getattr(func.overloadpacket, names[0])
-            if kwargs.keys() <= {argument.name for argument in into._schema.arguments}:
-                return partial(into, *args, **kwargs, out=result)
+        into = _out_variant(func) if isinstance(result, Tensor) else None
+        if into is not None:
+            return partial(into, *args, **kwargs, out=result)
         results = result if isinstance(result, tuple | list) else (result,)
 
         def again() -> None:
@@ -74,3 +79,20 @@ class CpuGraph(TorchDispatchMode):
                 old.copy_(value)
 
         return again
+
+
+def _is_view(result, args: tuple) -> bool:
+    """Whether the result lies in memory of an argument: then there is nothing to compute again.  `reshape` or `to` may or may not copy."""
+    first = result[0] if isinstance(result, tuple | list) else result
+    return any(isinstance(a, Tensor) and a.untyped_storage()._cdata == first.untyped_storage()._cdata for a in args)
+
+
+@cache
+def _out_variant(func):
+    """The overload that takes the same arguments and, as `out`, the tensor to write to."""
+
+    def arguments(overload) -> list[tuple[str, str]]:
+        return [(a.name, str(a.type)) for a in overload._schema.arguments]
+
+    wanted = [*arguments(func), ("out", "Tensor")]
+    return next((o for o in (getattr(func.overloadpacket, name) for name in func.overloadpacket.overloads()) if arguments(o) == wanted), None)

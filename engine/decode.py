@@ -21,6 +21,7 @@ from athanor.model.transformer import ROW_STEP, Decoder, fill_rows
 
 RUNNING, STOP, REPETITION, LENGTH, ERROR = range(5)  # of `status`
 PARAMETERS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
+CAPTURED_BYTES = 1 << 27  # of captured steps on a CPU, which keep every intermediate: what is larger has arithmetic enough to hide the calls
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
@@ -64,8 +65,8 @@ class DecodeRows:
         self.slot = zeros(1)  # of the ring
         self.shared: SharedPrefix | None = None
         self.buffers = SharedPrefix(zeros(R), zeros(R), zeros(R + 1, dtype=torch.int32), zeros(R, dtype=torch.int32))
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph | tuple[CpuGraph, Tensor, CpuGraph]] = {}
-        self.graph_pool = None
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph | tuple[CpuGraph, Tensor | None, CpuGraph]] = {}
+        self.graph_pool, self.captured_bytes = None, 0
 
     def holds(self, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...]) -> bool:
         """Whether it is large enough for that."""
@@ -142,7 +143,12 @@ class DecodeRows:
         middle = perf_counter()
         if key not in self.graphs:
             append.capture(partial(self._append, hidden, 0))
-            self.graphs[key] = forward, hidden, append
+            self.captured_bytes += forward.bytes + append.bytes
+            if self.captured_bytes > CAPTURED_BYTES:
+                self.captured_bytes -= forward.bytes + append.bytes
+                forward.drop()
+                append.drop()
+            self.graphs[key] = forward, hidden if forward.valid else None, append
         elif append.valid:
             append.replay()
         else:

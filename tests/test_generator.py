@@ -278,3 +278,34 @@ def test_tokens_in_a_row_that_are_nearly_certain_end_a_sample(limit):
         if cut < len(a.token_ids):
             assert b.finish == "repetition"
     assert "repetition" in finishes and len(finishes) > 1
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_captured_steps_draw_what_plain_steps_draw(budget, monkeypatch):
+    """Rows come and go, so that several buckets are captured and replayed; with a budget of 0 none is."""
+    monkeypatch.setattr("athanor.decode.CAPTURED_BYTES", budget)
+    model, asked = make_model(), requests(num=30, samples=4)
+    generator = Generator(model, {EOS}, max_rows=64)
+    groups = generator.generate(asked, SamplingConfig(max_tokens=20)), generator.generate(asked, SamplingConfig(max_tokens=20))
+    captured = [forward.valid and append.valid for forward, _, append in generator.rows.graphs.values()]
+    assert len(captured) >= 4 and set(captured) == {budget > 0}
+    assert (generator.rows.captured_bytes > 0) == (budget > 0)
+    alone = [Generator(model, {EOS}).generate([request], SamplingConfig(max_tokens=20))[0] for request in asked]
+    for group in groups:
+        for a, b in zip(sum(group, []), sum(alone, []), strict=True):
+            assert a.token_ids.tolist() == b.token_ids.tolist() and np.array_equal(a.logps, b.logps)
+
+
+def test_captured_steps_read_the_weights_where_they_are():
+    model, asked, sampling = make_model(), requests(num=10, samples=4), SamplingConfig(max_tokens=20)
+    kept = Generator(model, {EOS})
+    before = kept.generate(asked, sampling)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    after, fresh = kept.generate(asked, sampling), Generator(model, {EOS}).generate(asked, sampling)
+    changed = False
+    for a, b, c in zip(sum(before, []), sum(after, []), sum(fresh, []), strict=True):
+        changed |= a.token_ids.tolist() != b.token_ids.tolist()
+        assert b.token_ids.tolist() == c.token_ids.tolist() and np.array_equal(b.logps, c.logps)
+    assert changed
