@@ -15,6 +15,7 @@ from torch import Tensor
 
 from athanor.cpu_graph import CpuGraph
 from athanor.kernels import Sampled, is_strict, linear, linear_logprob, linear_sample, sample
+from athanor.kernels._dispatch import requested_backend
 from athanor.kernels.paged_attention import CHUNK
 from athanor.kv_cache import DecodeAttention, PagedKVCache, SharedPrefix
 from athanor.model.transformer import ROW_STEP, Decoder, fill_rows
@@ -158,8 +159,8 @@ class DecodeRows:
 
     def _key(self, n: int, limit: int) -> tuple:
         """What a captured step depends on besides the tensors that it reads."""
-        threads = torch.get_num_threads() if self.on_cpu else 0
-        return n, limit, threads, self.shared is not None, self.repeats, is_strict(), tuple(sorted(self.uniform.items()))
+        chosen = requested_backend(None, "decode"), is_strict(), torch.get_num_threads() if self.on_cpu else 0
+        return n, limit, chosen, self.shared is not None, self.repeats, tuple(sorted(self.uniform.items()))
 
     def _draw(self, hidden: Tensor, rows: slice) -> Sampled:
         """One token per row from hidden (m, D)."""

@@ -69,7 +69,7 @@ class Generator:
         self.num_prefill_tokens = 0
         self.cache: PagedKVCache | None = None
         self.rows: DecodeRows | None = None
-        self._parameters = list(model.parameters())
+        self._parameters, self._addresses = list(model.parameters()), []
         self._seen, self._version = self._weights(), 0
         self.running = lambda: None  # the open stream, by weak reference
 
@@ -156,6 +156,10 @@ class Generator:
         if self.cache is None or self.cache.num_blocks < num_blocks:
             self.cache = self.rows = None  # free the old pool first
             self.cache = PagedKVCache(self.model.config, num_blocks, self.block_size, self.dtype, self.device)
+        self._parameters = list(self.model.parameters())
+        addresses = [parameter.data_ptr() for parameter in self._parameters]
+        if addresses != self._addresses:  # captured steps read the old ones
+            self.rows, self._addresses = None, addresses
         if self.rows is None or not self.rows.holds(num_rows, max_blocks, num_eos, records):
             self.rows = None
             options = {"window": self.window, "fused": self.fused_sampling, "seconds": self.timings}

@@ -296,13 +296,18 @@ def test_captured_steps_draw_what_plain_steps_draw(budget, monkeypatch):
             assert a.token_ids.tolist() == b.token_ids.tolist() and np.array_equal(a.logps, b.logps)
 
 
-def test_captured_steps_read_the_weights_where_they_are():
+@pytest.mark.parametrize("in_place", [True, False])
+def test_captured_steps_read_the_weights_where_they_are(in_place):
+    """Written in place, as an optimizer does, or put elsewhere, as a cast or a sharding library may."""
     model, asked, sampling = make_model(), requests(num=10, samples=4), SamplingConfig(max_tokens=20)
     kept = Generator(model, {EOS})
     before = kept.generate(asked, sampling)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(1.1)
+            if in_place:
+                parameter.mul_(1.1)
+            else:
+                parameter.data = parameter.data * 1.1
     after, fresh = kept.generate(asked, sampling), Generator(model, {EOS}).generate(asked, sampling)
     changed = False
     for a, b, c in zip(sum(before, []), sum(after, []), sum(fresh, []), strict=True):

@@ -54,7 +54,8 @@ inline void paged_attention(const PagedAttention& a, float* out, float* lse) {
     while (std::int64_t{1} << shift < cache.block_size) {
         ++shift;
     }
-    const std::int64_t grain = batches * cache.Hkv / (1 + tokens * a.H * d / (1 << 19)) + 1;
+    // A quarter of a million multiply-adds, with their keys and values from L3, take longer than it takes to wake a thread.
+    const std::int64_t grain = std::max<std::int64_t>(1, batches * cache.Hkv / (1 + tokens * a.H * d / (1 << 18)));
     parallel_for(batches * cache.Hkv, grain, a.threads, [&](std::int64_t begin, std::int64_t end) {
         Workspace workspace;
         float *q = workspace.take(kBlockRows * d + attend_scratch(longest)), *memory = q + kBlockRows * d;
