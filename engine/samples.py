@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from athanor.config import SamplingConfig
+if TYPE_CHECKING:  # rewards and tasks see samples, and need nothing of the recipe schema
+    from athanor.config import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Request:
 
     prompt_ids: np.ndarray  # (p,) int64
     seeds: np.ndarray  # (n,) int64, one sample each
-    sampling: SamplingConfig | None = None  # this request's own; None = that of the call
+    sampling: "SamplingConfig | None" = None  # this request's own; None = that of the call
     eos_ids: frozenset[int] | None = None  # None = the generator's
     partial: Sequence[Completion | None] | None = None  # (n,): aborted samples to go on with; their tokens count into max_tokens
     expected_tokens: int | None = None  # length of its samples, where known: longer ones go first

@@ -298,7 +298,7 @@ def test_a_row_holds_the_split_that_the_generator_reports(rollout):
 
 def test_a_workload_says_what_a_peer_would_need(rollout, monkeypatch):
     found = rollout.workloads.importlib.util.find_spec
-    monkeypatch.setattr(rollout.workloads.importlib.util, "find_spec", lambda name: None if name in ("trl", "datasets") else found(name))
+    monkeypatch.setattr(rollout.workloads.importlib.util, "find_spec", lambda name: None if name in ("trl", "datasets") else found("json"))
     ours, trl = rollout.workloads.rows_of(rollout.cases.grpo_step("cpu", TINY), CEILING, 1, lambda text: None)
     assert ours["correct"] and ours["median_us"] == pytest.approx(1e6 * (ours["rollout_s"] + ours["update_s"]), rel=0.5)
     assert trl["skipped"] == "not installed: pip install trl==1.16.0 datasets" and "times_rival" not in ours

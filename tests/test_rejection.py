@@ -48,6 +48,7 @@ def test_duplicates_and_surplus_are_dropped_and_counted(monkeypatch):
     texts = [GOOD, GOOD, other, other.replace("ok", "ok ok"), GOOD.replace("<answer> 2", "<answer> 9")]
     group = [Sample(PROBLEM, text, np.arange(len(text.split())), np.zeros(1)) for text in texts]
     monkeypatch.setattr(rejection, "sample_groups", lambda *a, **k: [group])
+    monkeypatch.setattr(rejection, "rollout_generator", lambda *a, **k: None)
     monkeypatch.setattr(rejection, "ProblemStream", lambda *a, **k: SimpleNamespace(draw=lambda step: [PROBLEM]))
     ranks = SimpleNamespace(gather=lambda groups: groups, world=1)
     recipe = SimpleNamespace(seed=0, max_rows=8)

@@ -107,9 +107,9 @@ def test_one_operand_may_need_no_gradient(triton_device, generator):
 def test_neither_batches_nor_where_they_lie_compile_anew(launches):
     weight, bias, flat = torch.zeros(64, 32), torch.zeros(81), torch.zeros(200 * 32)
     for T in range(1, 51):
-        linear_triton(flat[32 * (T % 4) :][: 32 * T].view(T, 32), weight, bias[T % 17 :][:64])
+        linear_triton(flat[32 * (T % 4) :][: 32 * T].view(T, 32), weight, bias[T % 17 :][:64], flat.dtype)
     assert [name for name, *_ in launches.keys] == ["linear_fwd_kernel"]
-    linear_triton(flat[: 32 * 5].view(5, 32), weight, None)
+    linear_triton(flat[: 32 * 5].view(5, 32), weight, None, flat.dtype)
     assert len(launches.keys) == 2  # a layer without bias is another kernel
 
 
