@@ -16,6 +16,7 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from athanor.config import SamplingConfig
@@ -122,7 +123,7 @@ class Generator:
         limit = self.model.config.max_position_embeddings
         if not len(request.prompt_ids):
             raise ValueError(f"generate: request {i} has an empty prompt, wanted at least one token")
-        low, high = int(min(request.prompt_ids)), int(max(request.prompt_ids))
+        low, high = int(np.min(request.prompt_ids)), int(np.max(request.prompt_ids))
         if low < 0 or high >= self.model.config.vocab_size:
             raise ValueError(f"generate: request {i} has prompt tokens from {low} to {high}, wanted [0, {self.model.config.vocab_size})")
         if len(request.seeds) > self.max_rows:
