@@ -1,4 +1,4 @@
-"""Evaluation metrics over k samples per problem: pass@k, pass^k, cons@k, and what the R1 report plots beside them.
+"""Evaluation metrics over k samples per problem: pass@k, pass^k, cons@k, an Elo rating, and what the R1 report plots beside them.
 
     pass@k = 1 - C(n-c, k) / C(n, k)          at least one of k right (HumanEval, arXiv 2107.03374)
     pass^k = C(c, k) / C(n, k)                all k right
@@ -11,6 +11,7 @@ never listed.
 
 import re
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import comb
 
@@ -133,30 +134,93 @@ def evaluate_samples(groups: Sequence[Sequence[Sample]], *, accuracy: Accuracy |
     """
     accuracy = Accuracy() if accuracy is None else accuracy
     groups = [list(group) for group in groups if len(group)]
-    samples = [sample for group in groups for sample in group]
-    if not samples:
+    if not groups:
         raise ValueError("evaluate_samples: no samples")
-    scored = []
-    for group in groups:
-        scores = accuracy(group)
-        if any(score is not None for score in scores):
-            scored.append((group, [float(score is not None and score >= 1.0) for score in scores]))
-    k = min((len(group) for group, _ in scored), default=min(len(group) for group in groups))
-    result = {"pass@1": None, "pass@1_se": None, f"cons@{k}": None}
-    if scored:
-        result["pass@1"] = float(np.mean([np.mean(right) for _, right in scored]))
-        result["pass@1_se"] = clustered_standard_error([right for _, right in scored])
-        result[f"cons@{k}"] = float(np.mean([cons_at_k([_vote(sample, accuracy) for sample in group], right, k) for group, right in scored]))
-    result["mean_tokens"] = float(np.mean([sample.num_tokens for sample in samples]))
-    result["reflection_rate"] = reflection_rate([sample.text for sample in samples], words)
-    result["format_rate"] = float(np.mean([parse_response(s.text, prompt=s.problem.prompt).well_formed for s in samples]))
-    result["language_consistency"] = float(np.mean([language_consistency(s.text, s.problem.language, prompt=s.problem.prompt) for s in samples]))
-    result["truncated_rate"] = float(np.mean([sample.finish == "length" for sample in samples]))
-    result["num_problems"] = len(groups)
-    result["num_samples"] = len(samples)
+    scores = [accuracy(group) for group in groups]
+    result = score_metrics(scores, [[answer_vote(sample, accuracy) for sample in group] for group in groups])
+    k = min(len(group) for group in groups)
+    return {"pass@1": None, "pass@1_se": None, f"cons@{k}": None} | result | text_metrics(groups, words=words)
+
+
+def score_metrics(
+    scores: Sequence[Sequence[float | None]], votes: Sequence[Sequence[Hashable | None]] | None = None, *, ks: Sequence[int] = (), errors: bool = False
+) -> dict:
+    """pass@1 with its problem-clustered standard error pass@1_se, pass@k for each k of `ks`, and cons@k, k being the smallest group.
+
+    scores: per problem, per sample; 1 = right, less = wrong, None = not judged, which counts as wrong beside judged samples.  Problems without any
+    judged sample do not enter; {} when there is none left.  votes: as in `cons_at_k`; None = no cons@k.  errors: standard errors of the others too.
+    """
+    judged = [i for i, group in enumerate(scores) if any(score is not None for score in group)]
+    if not judged:
+        return {}
+    right = [[float(score is not None and score >= 1.0) for score in scores[i]] for i in judged]
+    k = min(len(group) for group in right)
+    result = {"pass@1": float(np.mean([np.mean(group) for group in right])), "pass@1_se": clustered_standard_error(right)}
+    others = {f"pass@{j}": [pass_at_k(len(group), int(sum(group)), j) for group in right] for j in ks if 1 < j <= k}
+    if votes is not None:
+        others[f"cons@{k}"] = [cons_at_k(votes[i], group, k) for i, group in zip(judged, right, strict=True)]
+    for name, values in others.items():
+        result[name] = float(np.mean(values))
+        if errors:
+            result[f"{name}_se"] = clustered_standard_error([[value] for value in values])
     return result
 
 
-def _vote(sample: Sample, accuracy: Accuracy) -> Hashable | None:
+def text_metrics(groups: Sequence[Sequence[Sample]], *, words: Sequence[str] = REFLECTIVE_WORDS) -> dict:
+    """What the responses look like, without judging their answers."""
+    samples = [sample for group in groups for sample in group]
+    return {
+        "mean_tokens": float(np.mean([sample.num_tokens for sample in samples])),
+        "reflection_rate": reflection_rate([sample.text for sample in samples], words),
+        "format_rate": float(np.mean([parse_response(s.text, prompt=s.problem.prompt).well_formed for s in samples])),
+        "language_consistency": float(np.mean([language_consistency(s.text, s.problem.language, prompt=s.problem.prompt) for s in samples])),
+        "truncated_rate": float(np.mean([sample.finish == "length" for sample in samples])),
+        "num_problems": len(groups),
+        "num_samples": len(samples),
+    }
+
+
+def answer_vote(sample: Sample, accuracy: Accuracy) -> Hashable | None:
+    """Key of a sample's final answer, by which equivalent answers vote together; None = no answer."""
     answer = extract_answer(sample.text, prompt=sample.problem.prompt, extract=accuracy.extract)
     return None if answer is None else answer_key(answer, ignore_case=accuracy.ignore_case)
+
+
+@dataclass(frozen=True)
+class Rating:
+    """Elo rating of a solver."""
+
+    value: float
+    standard_error: float | None  # None where `bound` is set
+    bound: str = ""  # "at least" when every attempt was right, "at most" when none was
+
+
+def elo_rating(ratings: Sequence[float], attempts: Sequence[int], solved: Sequence[float]) -> Rating:
+    """Rating r that makes the results likeliest when a problem of rating d is solved with probability  P(r, d) = 1 / (1 + 10^((d - r) / 400)).
+
+    That is Elo's expected score as Codeforces uses it (codeforces.com/blog/entry/102: a problem's rating is that of the solver who has even odds).
+    With n attempts per problem, c of them right, the likelihood is concave in r and its maximum solves  sum n P(r, d) = sum c  (bisection).
+    The standard error is the clustered (sandwich) one, since attempts at one problem are not independent:
+        sqrt(sum (c - n P)^2) / (s * sum n P (1 - P)),  s = ln(10) / 400.
+    When all (no) attempts are right the maximum is at infinity: the rating is then where half an attempt fails (succeeds), and `bound` says so.
+    Not the report's own procedure, which ranks a model among the participants of ten contests; comparable in scale, not to the point.
+    Raises ValueError for empty or impossible counts.
+    """
+    d, n, c = (np.asarray(values, np.float64) for values in (ratings, attempts, solved))
+    if not len(d) or d.shape != n.shape or d.shape != c.shape or not np.isfinite(d).all() or (n < 1).any() or (c < 0).any() or (c > n).any():
+        raise ValueError(f"elo_rating: {len(d)} ratings, {len(n)} attempts, {len(c)} solved; wanted as many of each, finite, 0 <= solved <= attempts >= 1")
+    bound = "at least" if c.sum() == n.sum() else "at most" if c.sum() == 0 else ""
+    target = c.sum() + {"at least": -0.5, "at most": 0.5, "": 0.0}[bound]
+
+    def expected(rating: float) -> np.ndarray:
+        return 1 / (1 + 10.0 ** np.clip((d - rating) / 400, -300, 300))
+
+    reach = 400 * (np.log10(2 * n.sum()) + 1)  # beyond it even the nearest problem is solved (missed) more often than the target asks
+    low, high = d.min() - reach, d.max() + reach
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (n * expected(middle)).sum() < target else (low, middle)
+    p = expected(low)
+    slope = np.log(10) / 400 * (n * p * (1 - p)).sum()
+    error = None if bound or len(d) < 2 else float(np.sqrt(((c - n * p) ** 2).sum()) / slope)
+    return Rating(float(low), error, bound)

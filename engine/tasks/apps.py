@@ -29,7 +29,7 @@ class APPS(FileTask):
 
     def item(self, row: dict) -> Item:
         pairs = json_column(column(row, "input_output"), "input_output", dict)
-        inputs, outputs, fn_name = pairs.get("inputs"), pairs.get("outputs"), pairs.get("fn_name")
+        inputs, outputs, fn_name = pairs.get("inputs"), pairs.get("outputs"), pairs.get("fn_name") or None
         if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
             raise UserError("column 'input_output' wants lists inputs and outputs of one length")
         make_test = _call if fn_name else _streams

@@ -43,7 +43,7 @@ class LiveCodeBench(FileTask):
         if date and not (self.start <= date and (not self.end or date <= self.end)):
             return None
         tests = [*json_column(row.get("public_test_cases"), "public_test_cases", list), *_private(row.get("private_test_cases"))]
-        fn_name = json_column(row.get("metadata"), "metadata", dict).get("func_name")
+        fn_name = json_column(row.get("metadata"), "metadata", dict).get("func_name") or None
         kinds = {test.get("testtype") for test in tests if isinstance(test, dict)}
         if "functional" in kinds and not fn_name:
             raise UserError("tests of a function, but column 'metadata' names no func_name")
