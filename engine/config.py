@@ -248,10 +248,22 @@ class RejectionConfig(StageConfig):
     """Share of words in the target language that a kept sample must reach."""
     max_repetition: float = Field(0.5, ge=0, le=1)
     """Largest share of repeated n-grams in a kept sample."""
+    max_paragraph_words: int = Field(500, ge=0)
+    """Longest paragraph of a kept chain of thought; 0 = any length."""
+    allow_code: bool = False
+    """Keep chains of thought with code blocks for problems that do not ask for code."""
+    decontaminate: list[str] = []
+    """Evaluation sets, tasks (their test split) or files: what shares an n-gram of words with one of their questions or solutions goes."""
+    decontaminate_words: int = Field(10, ge=1)
+    """n of these n-grams (R1: 10)."""
     written: list[MixEntry] = []
     """Tasks that add written examples (templated long chains of thought, non-reasoning data)."""
     num_written: int = Field(0, ge=0)
     """Written examples to add."""
+    mixed: list[str] = []
+    """JSONL files with prompt and completion to mix in (non-reasoning data)."""
+    num_mixed: int = Field(0, ge=0)
+    """Examples drawn from them without repetition; 0 = all."""
 
 
 class GRPOConfig(TrainConfig):

@@ -143,7 +143,11 @@ def evaluate_samples(groups: Sequence[Sequence[Sample]], *, accuracy: Accuracy |
 
 
 def score_metrics(
-    scores: Sequence[Sequence[float | None]], votes: Sequence[Sequence[Hashable | None]] | None = None, *, ks: Sequence[int] = (), errors: bool = False
+    scores: Sequence[Sequence[float | None]],
+    votes: Sequence[Sequence[Hashable | None]] | None = None,
+    *,
+    ks: Sequence[int] = (),
+    errors: bool = False,
 ) -> dict:
     """pass@1 with its problem-clustered standard error pass@1_se, pass@k for each k of `ks`, and cons@k, k being the smallest group.
 
@@ -198,7 +202,7 @@ class Rating:
 def elo_rating(ratings: Sequence[float], attempts: Sequence[int], solved: Sequence[float]) -> Rating:
     """Rating r that makes the results likeliest when a problem of rating d is solved with probability  P(r, d) = 1 / (1 + 10^((d - r) / 400)).
 
-    That is Elo's expected score as Codeforces uses it (codeforces.com/blog/entry/102: a problem's rating is that of the solver who has even odds).
+    That is Elo's expected score as Codeforces uses it (codeforces.com/blog/entry/20762: a problem's rating is that of the solver who has even odds).
     With n attempts per problem, c of them right, the likelihood is concave in r and its maximum solves  sum n P(r, d) = sum c  (bisection).
     The standard error is the clustered (sandwich) one, since attempts at one problem are not independent:
         sqrt(sum (c - n P)^2) / (s * sum n P (1 - P)),  s = ln(10) / 400.
@@ -208,7 +212,8 @@ def elo_rating(ratings: Sequence[float], attempts: Sequence[int], solved: Sequen
     """
     d, n, c = (np.asarray(values, np.float64) for values in (ratings, attempts, solved))
     if not len(d) or d.shape != n.shape or d.shape != c.shape or not np.isfinite(d).all() or (n < 1).any() or (c < 0).any() or (c > n).any():
-        raise ValueError(f"elo_rating: {len(d)} ratings, {len(n)} attempts, {len(c)} solved; wanted as many of each, finite, 0 <= solved <= attempts >= 1")
+        counts = f"{len(d)} ratings, {len(n)} attempts, {len(c)} solved"
+        raise ValueError(f"elo_rating: {counts}; wanted as many of each, finite, attempts >= 1, 0 <= solved <= attempts")
     bound = "at least" if c.sum() == n.sum() else "at most" if c.sum() == 0 else ""
     target = c.sum() + {"at least": -0.5, "at most": 0.5, "": 0.0}[bound]
 

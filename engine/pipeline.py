@@ -130,6 +130,10 @@ def check(recipe: RecipeConfig, tasks: dict) -> None:
                 raise UserError(f"{where}.{field}: got {reference!r}, wanted {wanted}; {near_misses(reference, earlier)}")
         if stage.kind in ("sft", "grpo", "reward_model", "distill") and not stage.init:
             raise UserError(f"{where}.init is empty, wanted an earlier stage or a model folder")
+        for field in ("mixed", "decontaminate"):
+            for source in getattr(stage, field, []):
+                if not Path(source).is_file() and not (field == "decontaminate" and source in tasks):
+                    raise UserError(f"{where}.{field}: got {source!r}, wanted a file{' or a task' if field == 'decontaminate' else ''}")
         for source in getattr(stage, "data", []):
             if source not in earlier and not Path(source).is_file():
                 raise UserError(f"{where}.data: got {source!r}, wanted an earlier stage or a JSONL file; {near_misses(source, earlier)}")
@@ -174,7 +178,8 @@ def _check_rewards(where: str, stage: GRPOConfig, tasks: dict) -> None:
 def _tasks_of(stage) -> list[str]:
     mixes = [entry.task for field in ("corpus", "prompts", "written") for entry in getattr(stage, field, [])]
     gate = [stage.gate.task] if getattr(stage, "gate", None) else []
-    return [*mixes, *gate, *([stage.task] if hasattr(stage, "task") else [])]
+    references = [name for name in getattr(stage, "decontaminate", []) if not Path(name).is_file()]
+    return [*mixes, *gate, *references, *([stage.task] if hasattr(stage, "task") else [])]
 
 
 def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenizer, tasks, metrics, console: Console, manifest: Manifest) -> None:
@@ -227,6 +232,9 @@ def stage_inputs(name: str, recipe: RecipeConfig, run_dir: Path) -> dict[str, Pa
             inputs[field] = checkpoint_dir(run_dir, reference) if reference in recipe.stages else Path(reference)
     for source in getattr(stage, "data", []):
         inputs[f"data.{source}"] = data_path(run_dir, source) if source in recipe.stages else Path(source)
+    for source in [*getattr(stage, "mixed", []), *getattr(stage, "decontaminate", [])]:
+        if source not in recipe.tasks:
+            inputs[f"file.{source}"] = Path(source)
     return inputs
 
 

@@ -1,6 +1,7 @@
 """Tasks -> groups of samples: which problems a step asks, and the completions that the current weights give."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -72,12 +73,46 @@ def sample_groups(
 ) -> list[list[Sample]]:
     """Draw `group_size` samples for this rank's share of `problems`; seeds follow (key, task, split, problem id, sample)."""
     mine = ranks.share(problems)
-    prompts = [np.array(tokenizer.encode_prompt(problem.prompt), np.int64) for problem in mine]
-    requests = [Request(ids, sample_seeds(group_size, *key, p.task, p.split, p.id)) for ids, p in zip(prompts, mine, strict=True)]
-    groups = generator.generate(requests, sampling, progress)
+    groups = dict(stream_groups(generator, tokenizer, mine, group_size, sampling, *key, progress=progress))
+    return [groups[i] for i in range(len(mine))]
+
+
+def stream_groups(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    group_size: int,
+    sampling: SamplingConfig,
+    *key: int | str,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[int, list[Sample]]]:
+    """Yield (index into `problems`, its samples) as groups are complete; `progress(done, total)` counts samples.  Seeds as in `sample_groups`."""
+    problems = [as_asked(problem, tokenizer) for problem in problems]
+    prompts = [np.array(tokenizer.encode_prompt(problem.prompt), np.int64) for problem in problems]
+    requests = [Request(ids, sample_seeds(group_size, *key, p.task, p.split, p.id)) for ids, p in zip(prompts, problems, strict=True)]
+    groups: list[list[Completion | None]] = [[None] * group_size for _ in problems]
+    missing, done = [group_size] * len(problems), 0
 
     def sample(problem: Problem, ids: np.ndarray, c: Completion) -> Sample:
         text = tokenizer.decode([t for t in c.token_ids.tolist() if t not in tokenizer.eos_ids])
         return Sample(problem, text, c.token_ids, c.logps, c.finish, ids, c.support)
 
-    return [[sample(problem, ids, c) for c in group] for problem, ids, group in zip(mine, prompts, groups, strict=True)]
+    with generator.stream(requests, sampling) as stream:
+        for i, member, completion in stream:
+            groups[i][member] = completion
+            missing[i] -= 1
+            done += 1
+            if progress:
+                progress(done, len(problems) * group_size)
+            if not missing[i]:
+                yield i, [sample(problems[i], prompts[i], c) for c in groups[i]]
+                groups[i] = []
+
+
+def as_asked(problem: Problem, tokenizer: Tokenizer) -> Problem:
+    """The problem as the model sees it: the `messages` of a chat become the prompt, by the tokenizer's template."""
+    messages = problem.metadata.get("messages")
+    if not messages:
+        return problem
+    metadata = {name: value for name, value in problem.metadata.items() if name != "messages"}
+    return dataclasses.replace(problem, prompt=tokenizer.apply_chat_template(messages), metadata=metadata)
