@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from athanor.atomic import write_file
-from athanor.config import EvaluationConfig, GRPOConfig, RecipeConfig
+from athanor.config import GRPOConfig, RecipeConfig
 from athanor.console import Console
 from athanor.errors import UserError
 from athanor.kernels import strict_mode
@@ -314,17 +314,3 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor() or "CPU"
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
-
-
-def evaluate_folder(model_dir: str, task: str, settings: dict, config: EvaluationConfig, *, device: str = "auto", seed: int = 0) -> dict:
-    """Evaluate any HuggingFace checkpoint folder on any task; return the metrics."""
-    if not Path(model_dir).is_dir():
-        raise UserError(f"--model: {model_dir} is no folder, wanted a HuggingFace checkpoint (config.json, safetensors, tokenizer.json)")
-    tokenizer, source = Tokenizer.from_folder(model_dir), make_task(task, **settings)
-    require_answers(source, split=config.split)
-    ranks = Ranks(device)
-    try:
-        model = load_model(model_dir, device=str(ranks.device))
-        return evaluate(model, tokenizer, {task: source}, config.model_copy(update={"task": task}), ranks, seed).metrics
-    finally:
-        ranks.close()

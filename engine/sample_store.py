@@ -25,7 +25,7 @@ SAMPLES_NAME = "samples.jsonl"
 
 
 def resumable_groups(
-    generator: Callable[[], Generator],
+    generator: Generator | Callable[[], Generator],
     tokenizer: Tokenizer,
     problems: Sequence[Problem],
     group_size: int,
@@ -37,7 +37,7 @@ def resumable_groups(
 ) -> list[list[Sample]]:
     """`group_size` samples of every problem, on every rank, in the problems' order; what lies in `folder` is read instead of sampled.
 
-    generator: called when there is something to sample.  progress(samples): how many there are so far, over all ranks (an estimate on several).
+    generator: or what makes it when there is something to sample.  progress(samples): how many there are so far over all ranks, an estimate on several.
     Raises UserError when the folder holds samples of other problems or groups of another size.
     """
     problems = [as_asked(problem, tokenizer) for problem in problems]
@@ -49,7 +49,7 @@ def resumable_groups(
         if mine:
             before = len(found) * group_size
             stream = stream_groups(
-                generator(), tokenizer, [problems[i] for i in mine], group_size, sampling, *key,
+                generator if isinstance(generator, Generator) else generator(), tokenizer, [problems[i] for i in mine], group_size, sampling, *key,
                 progress=lambda done, _: progress and progress(before + done * ranks.world),
             )  # fmt: skip
             folder.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,7 @@ sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != os.path.dirna
 
 SWITCHES = ("quick", "debug", "overwrite", "help")
 USAGE = """usage: torchrun engine/train.py [RECIPE] [--key.path VALUE ...] [--quick] [--overwrite] [--debug]
-       torchrun engine/train.py eval --model DIR --task NAME [--task.KEY VALUE ...] [--num_problems N] [--samples_per_problem K]
-                                     [--split validation|test] [--sampling.temperature T] [--sampling.max_tokens N] [--seed S]
+       torchrun engine/train.py eval --model DIR --task NAME [--data FILE] [--k K] [--limit N] ...   (eval --help lists all)
 
   RECIPE        a packaged recipe ({recipes}) or a TOML file; default: tiny
   --quick       the recipe's [quick] settings: all stages in a minute or two, no claims
@@ -70,50 +69,10 @@ def _train(argv: list[str]) -> dict:
 
 
 def _evaluate(argv: list[str]) -> dict:
-    from pydantic import Field
+    from athanor.evaluation import command
 
-    from athanor.config import Config, SamplingConfig
-    from athanor.errors import UserError
-    from athanor.recipe_io import load_recipe, split_command_line
-
-    class EvalCommand(Config):
-        model: str = ""
-        """HuggingFace checkpoint folder."""
-        task: str = ""
-        """Task kind: arithmetic, courtesy, jsonl:FILE, gym:FAMILY."""
-        settings: dict = Field(default_factory=dict)
-        """Settings of the task."""
-        split: str = "test"
-        """validation or test."""
-        num_problems: int = Field(128, ge=1)
-        """Problems."""
-        samples_per_problem: int = Field(16, ge=1)
-        """k."""
-        sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
-        """How samples are drawn."""
-        device: str = "auto"
-        """auto, cpu or cuda."""
-        seed: int = Field(0, ge=0)
-        """Key of the samples."""
-
-    positional, overrides, switches = split_command_line(EvalCommand, argv, SWITCHES)
-    if "help" in switches:
-        _help(EvalCommand)
-        return {}
-    if positional:
-        raise UserError(f"eval: unexpected argument {positional[0]!r}, wanted --key value")
-    command = load_recipe(EvalCommand, None, overrides)
-    if not command.model or not command.task:
-        raise UserError("eval: wanted --model DIR and --task NAME")
     _keep_freed_memory()
-    from athanor.config import EvaluationConfig
-    from athanor.pipeline import evaluate_folder
-
-    config = EvaluationConfig(
-        split=command.split, num_problems=command.num_problems, samples_per_problem=command.samples_per_problem, sampling=command.sampling
-    )
-    metrics = evaluate_folder(command.model, command.task, command.settings, config, device=command.device, seed=command.seed)
-    return {"model": command.model, "task": command.task, "split": command.split, "metrics": metrics}
+    return command(argv)
 
 
 def _help(model_cls) -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     0: "kernels _host",
     1: "atomic batch config config_fields console errors manifest metrics parallel recipe_draft recipe_io registry run_folder samples seeds",
-    2: "advantages contamination losses metrics_eval rewards sandbox tasks",
+    2: "advantages contamination judging losses metrics_eval rewards sandbox tasks",
     3: "checkpoint mla model moe optim tokenizer weights",
     4: "cpu_graph decode generate generator kv_cache reward_models stops stream",
     5: "rollout sample_store",

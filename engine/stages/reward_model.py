@@ -1,4 +1,4 @@
-"""Train the preference reward model on annotators' verdicts over pairs of the policy's own replies."""
+"""Train the preference reward model on annotators' verdicts: over pairs of the policy's own replies, or on the pairs of a file (task "preferences")."""
 
 import os
 import random
@@ -11,7 +11,7 @@ from athanor.checkpoint import export_model
 from athanor.config import MixEntry, RewardModelConfig, SamplingConfig
 from athanor.optim import learning_rate
 from athanor.reward_models import RewardModel, judged_tokens, packed, save_reward_head
-from athanor.rollout import ProblemStream, rollout_generator, sample_groups
+from athanor.rollout import ProblemStream, as_asked, rollout_generator, sample_groups
 from athanor.seeds import derive_seed
 from athanor.stages.context import StageContext
 from athanor.stages.training import TrainingLoop
@@ -58,6 +58,8 @@ def _pairs(context: StageContext, config: RewardModelConfig) -> list[tuple[np.nd
     task, tokenizer, seed = context.tasks[config.task], context.tokenizer, context.recipe.seed
     stream = ProblemStream(context.tasks, [MixEntry(task=config.task)], config.num_pairs, 1, seed, context.name)
     problems = stream.draw(0)
+    if hasattr(task, "pair"):  # people have judged already
+        return [_written_pair(tokenizer, *task.pair(problem.split, problem.id)) for problem in problems]
     half = len(problems) // 2
     policy = context.load(config.init)
     generator = rollout_generator(policy, tokenizer, context.recipe.max_rows, 2)
@@ -72,6 +74,13 @@ def _pairs(context: StageContext, config: RewardModelConfig) -> list[tuple[np.nd
         pairs.append((judged_tokens(tokenizer, problem, chosen), judged_tokens(tokenizer, problem, rejected)))
     order = np.random.default_rng(derive_seed(seed, context.name, "order")).permutation(len(pairs))
     return [pairs[i] for i in order]
+
+
+def _written_pair(tokenizer, problem, chosen: str, rejected: str) -> tuple[np.ndarray, np.ndarray]:
+    """A pair of a file: plain replies are answers without a chain of thought."""
+    problem = as_asked(problem, tokenizer)
+    texts = [text if "<answer>" in text else f"<answer> {text} </answer>" for text in (chosen, rejected)]
+    return judged_tokens(tokenizer, problem, texts[0]), judged_tokens(tokenizer, problem, texts[1])
 
 
 def _margins(model: RewardModel, pairs: list[tuple[np.ndarray, np.ndarray]], context: StageContext) -> torch.Tensor:

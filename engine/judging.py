@@ -1,0 +1,112 @@
+"""Which reward judges a problem in an evaluation, and which answers of its samples are the same vote.
+
+    domain "code"                      reward "code": the program is run against the problem's tests; programs do not vote
+    metadata has "choices"             reward "choice"; the letter votes
+    the prompt asks for \\boxed{}       reward "math" where there is one, else "accuracy" on the last box
+    anything else with an answer       reward "accuracy" on the <answer> block, or the task's own scorer
+
+Votes are equivalence classes: answers with equal keys (rewards/answers.py) are one, and with a verifier that knows more than keys, so are all right
+answers and all wrong ones that it calls equal.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from itertools import combinations
+
+from athanor.errors import UserError
+from athanor.metrics_eval import answer_vote
+from athanor.rewards import available_rewards, make_reward
+from athanor.rewards.accuracy import Accuracy, scorers
+from athanor.rewards.choice import chosen_letter
+from athanor.samples import Problem, Sample
+
+BATCH = 256  # samples per call of a reward, between two updates of the progress
+MAX_MERGED = 24  # distinct wrong answers of a problem that are compared with each other; more are left as they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """A reward by name with the settings that the problem asks for."""
+
+    reward: str
+    extract: str = "answer"
+
+    def build(self):
+        return make_reward(self.reward, **({"extract": self.extract} if self.reward in ("accuracy", "math") else {}))
+
+
+def judge_of(problem: Problem, reward: str = "") -> Judge | None:
+    """Who judges a problem; None = nobody: it is open-ended.  reward: take this one.  Raises UserError when a reasoning problem has no answer."""
+    extract = problem.metadata.get("extract", "answer")
+    if reward:
+        return Judge(reward, extract)
+    if problem.domain == "code":
+        return Judge("code")
+    if problem.metadata.get("choices"):
+        return Judge("choice")
+    if problem.task in scorers:
+        return Judge("accuracy", extract)
+    if problem.answer is None:
+        if problem.domain == "reasoning":
+            raise UserError(f"{problem.metadata.get('source', f'{problem.task} {problem.id}')}: no gold answer, which a reasoning problem needs")
+        return None
+    return Judge("math" if extract == "boxed" and "math" in available_rewards() else "accuracy", extract)
+
+
+def judge_groups(groups: Sequence[Sequence[Sample]], reward: str = "", progress: Callable[[int], None] | None = None):
+    """(scores, votes) per problem and sample: scores 0 to 1, None = not judged; votes None where nothing votes, else as `cons_at_k` takes them."""
+    scores: list[list[float | None]] = [[None] * len(group) for group in groups]
+    judges = [judge_of(group[0].problem, reward) for group in groups]
+    done = 0
+    for judge in dict.fromkeys(judge for judge in judges if judge):
+        # a sample whose logits became NaN says nothing about its problem
+        places = [(i, j) for i, group in enumerate(groups) if judges[i] == judge for j, sample in enumerate(group) if sample.finish != "error"]
+        built = judge.build()
+        for first in range(0, len(places), BATCH):
+            part = places[first : first + BATCH]
+            samples = [groups[i][j] for i, j in part]
+            for (i, j), value in zip(part, built(samples, [sample.problem for sample in samples]), strict=True):
+                scores[i][j] = value
+            done += len(part)
+            if progress:
+                progress(done)
+    if any(judge and judge.reward == "code" for judge in judges):
+        return scores, None
+    votes = [_votes(group, judge) for group, judge in zip(groups, judges, strict=True)]
+    for judge in dict.fromkeys(judge for judge in judges if judge and judge.reward not in ("accuracy", "choice")):
+        _merge(judge, [i for i, other in enumerate(judges) if other == judge], groups, scores, votes)
+    return scores, votes
+
+
+def _votes(group: Sequence[Sample], judge: Judge | None) -> list[Hashable | None]:
+    if judge is None:
+        return [None] * len(group)
+    if judge.reward == "choice":
+        return [chosen_letter(s.text, s.problem.metadata["choices"], prompt=s.problem.prompt) for s in group]
+    rule = Accuracy(extract=judge.extract if judge.extract in ("answer", "boxed") else "answer")
+    return [answer_vote(sample, rule) for sample in group]
+
+
+def _merge(judge: Judge, chosen: list[int], groups, scores, votes) -> None:
+    """Give all right answers of a problem one key, and wrong ones that the verifier calls equal the key of the first."""
+    samples, problems, pairs = [], [], []
+    for i in chosen:
+        if groups[i][0].problem.task in scorers:
+            continue
+        wrong: dict[Hashable, Sample] = {}
+        for j, sample in enumerate(groups[i]):
+            if scores[i][j] is not None and scores[i][j] >= 1.0:
+                votes[i][j] = ("right",)
+            elif votes[i][j] is not None:
+                wrong.setdefault(votes[i][j], sample)
+        if len(wrong) <= MAX_MERGED:
+            for (a, first), (b, second) in combinations(wrong.items(), 2):
+                if isinstance(a, str):  # numbers are exact as they are; text is what a verifier can read as an answer
+                    samples.append(second)
+                    problems.append(dataclasses.replace(first.problem, answer=a))
+                    pairs.append((i, a, b))
+    if not samples:
+        return
+    for (i, a, b), value in zip(pairs, judge.build()(samples, problems), strict=True):
+        if value is not None and value >= 1.0:
+            votes[i] = [a if vote == b else vote for vote in votes[i]]
