@@ -22,7 +22,7 @@ from athanor.config import SamplingConfig
 from athanor.console import Console
 from athanor.errors import UserError
 from athanor.evaluation_report import METRICS_NAME, write_results
-from athanor.judging import judge_groups, judge_of
+from athanor.judging import judge_of, score_groups, vote_groups
 from athanor.manifest import hash_path
 from athanor.metrics_eval import elo_rating, score_metrics, text_metrics
 from athanor.parallel import Ranks
@@ -141,7 +141,8 @@ def evaluate_task(
             raise UserError(f"task {name}: {error}") from error
         if not ranks.is_main:
             return {}
-        scores, votes = judge_groups(groups, options.reward)
+        scores = score_groups(groups, options.reward)
+        votes = vote_groups(groups, scores, options.reward)
         metrics = all_metrics(groups, scores, votes)
         progress.step(total, {key: metrics[key] for key in ("pass@1", "mean_tokens", "truncated_rate") if key in metrics})
     row = {"task": name, "kind": entry.kind, "settings": facts, "metrics": metrics, "breakdowns": breakdowns(groups, scores)}

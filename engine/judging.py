@@ -53,8 +53,10 @@ def judge_of(problem: Problem, reward: str = "") -> Judge | None:
     return Judge("math" if extract == "boxed" and "math" in available_rewards() else "accuracy", extract)
 
 
-def judge_groups(groups: Sequence[Sequence[Sample]], reward: str = "", progress: Callable[[int], None] | None = None):
-    """(scores, votes) per problem and sample: scores 0 to 1, None = not judged; votes None where nothing votes, else as `cons_at_k` takes them."""
+def score_groups(
+    groups: Sequence[Sequence[Sample]], reward: str = "", progress: Callable[[int], None] | None = None
+) -> list[list[float | None]]:
+    """Score per problem and sample, 0 to 1; None = not judged.  progress(samples): how many are done."""
     scores: list[list[float | None]] = [[None] * len(group) for group in groups]
     judges = [judge_of(group[0].problem, reward) for group in groups]
     done = 0
@@ -70,12 +72,20 @@ def judge_groups(groups: Sequence[Sequence[Sample]], reward: str = "", progress:
             done += len(part)
             if progress:
                 progress(done)
+    return scores
+
+
+def vote_groups(
+    groups: Sequence[Sequence[Sample]], scores: Sequence[Sequence[float | None]], reward: str = ""
+) -> list[list[Hashable | None]] | None:
+    """Votes as `cons_at_k` takes them, per problem and sample; None where problems are programs, which do not vote."""
+    judges = [judge_of(group[0].problem, reward) for group in groups]
     if any(judge and judge.reward == "code" for judge in judges):
-        return scores, None
+        return None
     votes = [_votes(group, judge) for group, judge in zip(groups, judges, strict=True)]
     for judge in dict.fromkeys(judge for judge in judges if judge and judge.reward not in ("accuracy", "choice")):
         _merge(judge, [i for i, other in enumerate(judges) if other == judge], groups, scores, votes)
-    return scores, votes
+    return votes
 
 
 def _votes(group: Sequence[Sample], judge: Judge | None) -> list[Hashable | None]:

@@ -37,7 +37,7 @@ def resumable_groups(
 ) -> list[list[Sample]]:
     """`group_size` samples of every problem, on every rank, in the problems' order; what lies in `folder` is read instead of sampled.
 
-    generator: or what makes it when there is something to sample.  progress(samples): how many there are so far over all ranks, an estimate on several.
+    generator: or what makes it when there is something to sample.  progress(samples): how many there are so far, on several ranks an estimate.
     Raises UserError when the folder holds samples of other problems or groups of another size.
     """
     problems = [as_asked(problem, tokenizer) for problem in problems]

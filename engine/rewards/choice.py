@@ -29,7 +29,7 @@ def chosen_letter(text: str, choices: list[str], *, prompt: str = "") -> str | N
 
 
 def _letter_of(answer: str, choices: list[str]) -> str | None:
-    answer = normalize(answer.strip().strip("*_` \t"))
+    answer = normalize(answer.strip().rstrip(".").strip("*_` \t"))
     letters = {chr(ord("A") + i): choice for i, choice in enumerate(choices)}
     match = _LETTER.fullmatch(answer)
     if match and match[1].upper() in letters:

@@ -17,7 +17,8 @@ from athanor.atomic import write_file
 from athanor.config import RejectionConfig
 from athanor.contamination import ReferenceNgrams, evaluation_ngrams, question_of, words_of
 from athanor.errors import UserError
-from athanor.rewards import make_reward, parse_response
+from athanor.judging import judge_of, score_groups
+from athanor.rewards import Response, parse_response
 from athanor.rewards.language import language_consistency
 from athanor.rewards.repetition import repetition_ratio
 from athanor.rollout import ProblemStream, rollout_generator
@@ -65,6 +66,9 @@ def _sampled(context: StageContext, config: RejectionConfig, progress) -> tuple[
     if config.decontaminate:
         problems = [problem for problem in problems if not _contaminated(ngrams, removed["prompts"], question_of(problem))]
 
+    for judge in dict.fromkeys(judge_of(problem) for problem in problems):  # a missing verifier or answer is found before anything is sampled
+        if judge:
+            judge.build()
     saved = time.monotonic()
 
     def advance(done: int) -> None:
@@ -80,10 +84,10 @@ def _sampled(context: StageContext, config: RejectionConfig, progress) -> tuple[
         folder=context.state_dir, progress=advance,
     )  # fmt: skip
     reasons, rows, lengths, seen = Counter(), [], [], set()
-    for group in groups:
+    for group, scores in zip(groups, score_groups(groups), strict=True):
         taken = 0
-        for sample in group:
-            reason = _verdict(sample, config)
+        for sample, score in zip(group, scores, strict=True):
+            reason = _verdict(sample, score, config)
             row = _row(context.name, sample.problem, sample.text)
             if reason == "kept" and config.decontaminate and _contaminated(ngrams, removed["samples"], sample.text):
                 reason = "contaminated"
@@ -127,18 +131,16 @@ def _per_task(groups: list[list[Sample]], rows: list[dict], lengths: list[int]) 
     return tasks
 
 
-_ACCURACY = make_reward("accuracy")
-
-
-def _verdict(sample: Sample, config: RejectionConfig) -> str:
-    """ "kept", or the first reason against it."""
+def _verdict(sample: Sample, score: float | None, config: RejectionConfig) -> str:
+    """ "kept", or the first reason against it.  score: the verifier's; None for open-ended problems, and where it gave up."""
     response = parse_response(sample.text, prompt=sample.problem.prompt)
     if sample.finish != "stop":
         return "truncated" if sample.finish == "length" else sample.finish
-    if not response.well_formed:
+    if not _well_formed(response, sample.problem):
         return "format"
-    correct = _ACCURACY([sample], [sample.problem])[0]
-    if correct is not None and correct < 1:
+    if score is None and judge_of(sample.problem):
+        return "unjudged"
+    if score is not None and score < 1:
         return "incorrect"
     if language_consistency(sample.text, sample.problem.language, prompt=sample.problem.prompt) < config.min_language_consistency:
         return "language"
@@ -149,6 +151,13 @@ def _verdict(sample: Sample, config: RejectionConfig) -> str:
     if config.max_paragraph_words and any(len(words_of(part)) > config.max_paragraph_words for part in response.think.splitlines()):
         return "paragraph"
     return "kept"
+
+
+def _well_formed(response: Response, problem: Problem) -> bool:
+    """Both tag pairs; a closed chain of thought and a summary are enough where the prompt asked for another form of the answer."""
+    if problem.domain == "code" or problem.metadata.get("choices") or problem.metadata.get("extract") == "boxed":
+        return bool(response.think and response.summary)
+    return response.well_formed
 
 
 def _written(context: StageContext, config: RejectionConfig) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Train the preference reward model on annotators' verdicts: over pairs of the policy's own replies, or on the pairs of a file (task "preferences")."""
+"""Train the preference reward model on annotators' verdicts over pairs: of the policy's own replies, or of a file (task "preferences")."""
 
 import os
 import random
@@ -59,7 +59,8 @@ def _pairs(context: StageContext, config: RewardModelConfig) -> list[tuple[np.nd
     stream = ProblemStream(context.tasks, [MixEntry(task=config.task)], config.num_pairs, 1, seed, context.name)
     problems = stream.draw(0)
     if hasattr(task, "pair"):  # people have judged already
-        return [_written_pair(tokenizer, *task.pair(problem.split, problem.id)) for problem in problems]
+        ids = list(dict.fromkeys(problem.id for problem in problems))  # a second epoch would put training pairs among those held out
+        return [_written_pair(tokenizer, *task.pair("train", i)) for i in ids]
     half = len(problems) // 2
     policy = context.load(config.init)
     generator = rollout_generator(policy, tokenizer, context.recipe.max_rows, 2)

@@ -179,8 +179,8 @@ def column(row: dict, *names: str):
     for name in names:
         if name in row:
             return row[name]
-    wanted = f"the column {names[0]!r}" if len(names) == 1 else f"one of the columns {', '.join(names)}"
-    raise UserError(f"no {wanted} (or set columns); {near_misses(names[0], [str(key) for key in row])}")
+    wanted = f"no column {names[0]!r}" if len(names) == 1 else f"none of the columns {', '.join(names)}"
+    raise UserError(f"{wanted} (or set columns); {near_misses(names[0], [str(key) for key in row])}")
 
 
 def text_column(row: dict, *names: str) -> str:
