@@ -6,7 +6,16 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from athanor.metrics_eval import clustered_standard_error, cons_at_k, evaluate_samples, pass_at_k, pass_hat_k, reflection_rate
+from athanor.metrics_eval import (
+    clustered_standard_error,
+    cons_at_k,
+    elo_rating,
+    evaluate_samples,
+    pass_at_k,
+    pass_hat_k,
+    reflection_rate,
+    score_metrics,
+)
 from athanor.rewards import make_reward
 from athanor.samples import Problem, Sample
 
@@ -82,6 +91,61 @@ def test_cons_at_k_refuses_wrong_sizes():
         cons_at_k(["4", "5"], [True])
     with pytest.raises(ValueError, match="k is 3"):
         cons_at_k(["4", "5"], [True, False], 3)
+
+
+# ---- Elo rating
+
+
+def log_likelihood(rating, d, n, c):
+    p = 1 / (1 + 10 ** ((d - rating) / 400))
+    return float((c * np.log(p) + (n - c) * np.log1p(-p)).sum())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rating_is_the_maximum_of_the_likelihood(seed):
+    rng = np.random.default_rng(seed)
+    d, n = rng.uniform(800, 3000, 20), rng.integers(1, 9, 20)
+    c = rng.binomial(n, 1 / (1 + 10 ** ((d - 1700) / 400)))
+    found = elo_rating(d, n, c)
+    grid = np.arange(500, 3300, 0.05)
+    best = grid[np.argmax([log_likelihood(r, d, n, c) for r in grid])]
+    assert found.value == pytest.approx(best, abs=0.06) and found.bound == ""
+
+
+def test_rating_of_even_odds_is_the_problems_own():
+    assert elo_rating([1500], [2], [1]).value == pytest.approx(1500, abs=1e-6)
+    assert elo_rating([1500], [11], [10]).value == pytest.approx(1900, abs=1e-6)  # 10 to 1 is 400 points
+    assert elo_rating([1000, 2000], [1, 1], [1, 0]).value == pytest.approx(1500, abs=1e-6)
+
+
+def test_rating_has_a_bound_where_there_is_no_maximum():
+    above, below = elo_rating([1500, 1500], [5, 5], [5, 5]), elo_rating([1500, 1500], [5, 5], [0, 0])
+    assert (above.bound, below.bound) == ("at least", "at most") and above.standard_error is None
+    assert above.value - 1500 == pytest.approx(400 * np.log10(19), abs=1e-6) and 1500 - below.value == pytest.approx(400 * np.log10(19), abs=1e-6)
+    for wrong in (([], [], []), ([1], [0], [0]), ([1], [2], [3]), ([float("nan")], [1], [1]), ([1, 2], [1], [1])):
+        with pytest.raises(ValueError, match="elo_rating"):
+            elo_rating(*wrong)
+
+
+def test_rating_error_covers_repeated_draws():
+    draws = []
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        d = rng.uniform(1000, 2400, 50)
+        skill = 1700 + rng.normal(0, 150, 50)  # attempts at one problem go together
+        draws.append(elo_rating(d, [8] * 50, rng.binomial(8, 1 / (1 + 10 ** ((d - skill) / 400)))))
+    spread, stated = np.std([r.value for r in draws]), np.mean([r.standard_error for r in draws])
+    assert 0.8 < stated / spread < 1.25
+    assert np.mean([r.value for r in draws]) == pytest.approx(1700, abs=15)
+
+
+def test_score_metrics_by_hand():
+    scores = [[1.0, 0.5, None, 1.0], [0.0, 0.0, 0.0, 1.0], [None, None, None, None]]
+    votes = [["a", "b", None, "a"], ["b", "b", "b", "a"], ["x"] * 4]
+    result = score_metrics(scores, votes, ks=(1, 2, 4, 8), errors=True)
+    assert result["pass@1"] == 0.375 and result["pass@2"] == pytest.approx((5 / 6 + 1 / 2) / 2) and result["pass@4"] == 1.0
+    assert result["cons@4"] == 0.5 and result["cons@4_se"] == pytest.approx(0.5) and result["pass@4_se"] == 0.0
+    assert "pass@8" not in result and "cons@4" not in score_metrics(scores) and score_metrics([[None]]) == {}
 
 
 def test_reflection_rate_counts_whole_words():

@@ -61,8 +61,9 @@ ROWS = {  # one invented row per set, in its published columns
     "mbpp": {"task_id": 1, "text": "Write a function that doubles.", "code": "def f(x): return 2*x", "test_list": ["assert f(1) == 2"],
              "test_setup_code": "", "challenge_test_list": []},
     "livecodebench": {
-        "question_title": "Sum", "question_content": "Add two numbers.", "platform": "atcoder", "question_id": "a", "contest_date": "2024-09-01T00:00:00",
-        "starter_code": "", "difficulty": "easy", "public_test_cases": json.dumps(STDIN), "private_test_cases": packed(STDIN), "metadata": "{}",
+        "question_title": "Sum", "question_content": "Add two numbers.", "platform": "atcoder", "question_id": "a",
+        "contest_date": "2024-09-01T00:00:00", "starter_code": "", "difficulty": "easy", "metadata": "{}",
+        "public_test_cases": json.dumps(STDIN), "private_test_cases": packed(STDIN),
     },
     "apps": {"question": "Echo.", "input_output": json.dumps({"inputs": ["a\n"], "outputs": ["a\n"]}), "starter_code": "", "difficulty": "interview"},
     "mmlu": {"question": "Which is a colour?", "subject": "art", "choices": ["red", "two", "loud", "cold"], "answer": 0},
@@ -150,7 +151,8 @@ def test_functions_to_write(tmp_path):
 
 
 def test_livecodebench_window(tmp_path):
-    rows = [ROWS["livecodebench"] | {"question_content": month, "contest_date": f"{month}-01T00:00:00"} for month in ("2024-07", "2024-08", "2025-02")]
+    months = ("2024-07", "2024-08", "2025-02")
+    rows = [ROWS["livecodebench"] | {"question_content": month, "contest_date": f"{month}-01T00:00:00"} for month in months]
     assert load(tmp_path, "livecodebench", rows, start="2024-08-01", end="2025-01-31").size("test") == 1
     assert load(tmp_path, "livecodebench", rows, start="2024-08-01").size("test") == 2
 
@@ -262,7 +264,8 @@ def test_option_match_applies_to_options_alone_and_is_linear(tmp_path):
 def test_prompts_and_chats(tmp_path):
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
                          {"role": "assistant", "content": "d"}]}  # fmt: skip
-    task = make_task("prompts", test=write(tmp_path / "p.jsonl", [ROWS["prompts"], {"instruction": "Translate.", "input": "Haus"}, chat]), template="chat")
+    rows = [ROWS["prompts"], {"instruction": "Translate.", "input": "Haus"}, chat]
+    task = make_task("prompts", test=write(tmp_path / "p.jsonl", rows), template="chat")
     a, b, c = (task.problem("test", i) for i in range(3))
     assert a.domain == "general" and a.answer is None and a.prompt == "Write a poem."
     assert b.prompt == "Translate.\n\nHaus"
@@ -299,7 +302,8 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path):
         csv.DictWriter(file, ["question", "answer"]).writerows(rows)
     for name in ("a.jsonl", "a.jsonl.gz", "a.json", "lines.json", "a.csv"):
         task = make_task("jsonl", test=str(tmp_path / name))
-        assert [(p.metadata["question"], p.answer) for p in (task.problem("test", i) for i in range(5))] == [(r["question"], r["answer"]) for r in rows]
+        read = [task.problem("test", i) for i in range(5)]
+        assert [(p.metadata["question"], p.answer) for p in read] == [(row["question"], row["answer"]) for row in rows]
 
 
 def test_parquet_is_read_or_pyarrow_is_named(tmp_path):
