@@ -2,7 +2,7 @@
 
     domain "code"                      reward "code": the program is run against the problem's tests; programs do not vote
     metadata has "choices"             reward "choice"; the letter votes
-    the prompt asks for \\boxed{}       reward "math" where there is one, else "accuracy" on the last box
+    the prompt asks for \\boxed{}       the reward for mathematics where there is one, else "accuracy", on the last box
     anything else with an answer       reward "accuracy" on the <answer> block, or the task's own scorer
 
 Votes are equivalence classes: answers with equal keys (rewards/answers.py) are one, and with a verifier that knows more than keys, so are all right
@@ -11,16 +11,18 @@ answers and all wrong ones that it calls equal.
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from itertools import combinations
 
 from athanor.errors import UserError
 from athanor.metrics_eval import answer_vote
 from athanor.rewards import available_rewards, make_reward
-from athanor.rewards.accuracy import Accuracy, scorers
+from athanor.rewards.accuracy import Accuracy, extract_answer, scorers
 from athanor.rewards.choice import chosen_letter
 from athanor.samples import Problem, Sample
 
 BATCH = 256  # samples per call of a reward, between two updates of the progress
+MATH_REWARDS = ("math", "math_accuracy")  # verifiers of mathematics that know more than `same_answer`, the first that is there
 MAX_MERGED = 24  # distinct wrong answers of a problem that are compared with each other; more are left as they are
 
 
@@ -32,7 +34,7 @@ class Judge:
     extract: str = "answer"
 
     def build(self):
-        return make_reward(self.reward, **({"extract": self.extract} if self.reward in ("accuracy", "math") else {}))
+        return make_reward(self.reward, **({"extract": self.extract} if self.reward in ("accuracy", *MATH_REWARDS) else {}))
 
 
 def judge_of(problem: Problem, reward: str = "") -> Judge | None:
@@ -50,7 +52,13 @@ def judge_of(problem: Problem, reward: str = "") -> Judge | None:
         if problem.domain == "reasoning":
             raise UserError(f"{problem.metadata.get('source', f'{problem.task} {problem.id}')}: no gold answer, which a reasoning problem needs")
         return None
-    return Judge("math" if extract == "boxed" and "math" in available_rewards() else "accuracy", extract)
+    return Judge(_math_reward() if extract == "boxed" else "accuracy", extract)
+
+
+@lru_cache
+def _math_reward() -> str:
+    known = available_rewards()
+    return next((name for name in MATH_REWARDS if name in known), "accuracy")
 
 
 def score_groups(
@@ -113,7 +121,8 @@ def _merge(judge: Judge, chosen: list[int], groups, scores, votes) -> None:
             for (a, first), (b, second) in combinations(wrong.items(), 2):
                 if isinstance(a, str):  # numbers are exact as they are; text is what a verifier can read as an answer
                     samples.append(second)
-                    problems.append(dataclasses.replace(first.problem, answer=a))
+                    gold = extract_answer(first.text, prompt=first.problem.prompt, extract=judge.extract)
+                    problems.append(dataclasses.replace(first.problem, answer=gold))
                     pairs.append((i, a, b))
     if not samples:
         return
