@@ -134,7 +134,7 @@ class TaskConfig(Config):
     """One source of problems."""
 
     kind: str
-    """arithmetic, courtesy, jsonl, or gym:<family> of reasoning-gym."""
+    """arithmetic, courtesy, gym:<family> of reasoning-gym, jsonl, or a published set such as gsm8k (a wrong name lists them all)."""
     settings: dict = Field(default_factory=dict)
     """Settings of that kind; a wrong one is an error that lists the right ones."""
 

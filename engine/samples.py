@@ -18,7 +18,7 @@ class Problem:
     answer: str | None  # gold answer for rule rewards; None = open-ended
     id: int
     task: str
-    domain: str = "reasoning"  # "reasoning" (rules) or "general" (reward models)
+    domain: str = "reasoning"  # "reasoning" (rules), "code" (programs that are run) or "general" (reward models)
     language: str = "en"  # target language of the chain of thought
     split: str = "train"
     metadata: dict = field(default_factory=dict)

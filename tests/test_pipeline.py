@@ -153,15 +153,15 @@ def test_another_seed_gives_another_run_folder_or_an_error(whole_run):
     assert refused.returncode == 2 and "seed" in refused.stderr and "--overwrite" in refused.stderr
 
 
-def test_eval_measures_any_checkpoint(whole_run):
+def test_eval_measures_any_checkpoint(whole_run, tmp_path):
     run_dir, _ = whole_run
     result = subprocess.run(
         [sys.executable, str(ROOT / "engine" / "train.py"), "eval", "--model", str(run_dir / "checkpoints" / "zero"), "--task", "arithmetic",
-         "--num_problems", "4", "--samples_per_problem", "2", "--sampling.max_tokens", "12"],
+         "--limit", "4", "--k", "2", "--max-tokens", "12", "--out", str(tmp_path)],
         capture_output=True, text=True, env=ENVIRONMENT, timeout=120,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1])["metrics"]["num_samples"] == 8
+    assert json.loads(result.stdout.splitlines()[-1])["results"]["chain"]["num_samples"] == 8
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What rejection sampling lets through: recomputed sample by sample from the definition (check T25), and what a kill leaves."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,11 +9,14 @@ import pytest
 import torch
 
 from athanor.checkpoint import export_model
-from athanor.config import ModelConfig, RejectionConfig
+from athanor.config import ModelConfig, RecipeConfig, RejectionConfig
 from athanor.console import Console
+from athanor.errors import UserError
 from athanor.judging import score_groups
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
+from athanor.pipeline import build_tasks, check
+from athanor.recipe_io import load_recipe
 from athanor.samples import Problem, Sample
 from athanor.stages import rejection
 from athanor.stages.sft import read_examples
@@ -137,6 +141,19 @@ def test_files_are_mixed_in(monkeypatch, tmp_path):
     assert metrics["mixed"] == 4 and sorted(row["source"] for row in rows) == ["data", *["mixed"] * 4]
     assert len({row["prompt"] for row in rows}) == 5
     assert len(run_on(monkeypatch, context_of(tmp_path), group, mixed=[str(path)])[0]) == 11
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("decontaminate", "nothing", "stages.data.decontaminate: got 'nothing', wanted a file or a task"),
+        ("mixed", "chain", "stages.data.mixed: got 'chain', wanted a file"),
+    ],
+)
+def test_a_wrong_source_is_found_before_anything_runs(field, value, message):
+    recipe = load_recipe(RecipeConfig, Path(__file__).with_name("micro_recipe.toml"), [f'--stages.data.{field}=["{value}"]'])
+    with pytest.raises(UserError, match=message):
+        check(recipe, build_tasks(recipe))
 
 
 # ---- a kill in the middle
