@@ -248,10 +248,10 @@ class RejectionConfig(StageConfig):
     """Share of words in the target language that a kept sample must reach."""
     max_repetition: float = Field(0.5, ge=0, le=1)
     """Largest share of repeated n-grams in a kept sample."""
-    max_paragraph_words: int = Field(500, ge=0)
-    """Longest paragraph of a kept chain of thought; 0 = any length."""
-    allow_code: bool = False
-    """Keep chains of thought with code blocks for problems that do not ask for code."""
+    max_paragraph_words: int = Field(400, ge=0)
+    """Words in the longest paragraph of a kept chain of thought; 0 = no limit."""
+    code_blocks: bool = False
+    """Keep chains of thought with fenced code blocks, which R1 drops, for problems that do not ask for code."""
     decontaminate: list[str] = []
     """Evaluation sets, tasks (their test split) or files: what shares an n-gram of words with one of their questions or solutions goes."""
     decontaminate_words: int = Field(10, ge=1)

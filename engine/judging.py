@@ -49,7 +49,7 @@ def judge_of(problem: Problem, reward: str = "") -> Judge | None:
     if problem.task in scorers:
         return Judge("accuracy", extract)
     if problem.answer is None:
-        if problem.domain == "reasoning":
+        if problem.domain not in ("general", "safety"):
             raise UserError(f"{problem.metadata.get('source', f'{problem.task} {problem.id}')}: no gold answer, which a reasoning problem needs")
         return None
     return Judge(_math_reward() if extract == "boxed" else "accuracy", extract)

@@ -117,7 +117,7 @@ def test_functions_to_write(tmp_path):
     assert (problem.metadata["fn_name"], problem.metadata["language"]) == ("addAll", "python") and "class Solution" in problem.prompt
     row = ROWS["apps"] | {"input_output": json.dumps({"fn_name": "f", "inputs": [[[1, 2], "a"]], "outputs": [[3]]})}
     metadata = load(tmp_path, "apps", [row]).problem("test", 0).metadata
-    assert metadata["tests"] == [{"input": '[1, 2]\n"a"', "output": "3"}] and metadata["fn_name"] == "f"
+    assert metadata["tests"] == [{"input": [[1, 2], "a"], "output": [3]}] and metadata["fn_name"] == "f"
     plain = load(tmp_path, "apps", [ROWS["apps"]], program_language="cpp").problem("test", 0)
     assert plain.metadata["language"] == "cpp" and "C++ program" in plain.prompt
     with pytest.raises(UserError, match="program_language is 'rust'"):

@@ -146,7 +146,7 @@ def _verdict(sample: Sample, score: float | None, config: RejectionConfig) -> st
         return "language"
     if repetition_ratio(sample.token_ids.tolist(), 8) > config.max_repetition:
         return "repetition"
-    if "```" in response.think and sample.problem.domain != "code" and not config.allow_code:
+    if "```" in response.think and sample.problem.domain != "code" and not config.code_blocks:
         return "code"
     if config.max_paragraph_words and any(len(words_of(part)) > config.max_paragraph_words for part in response.think.splitlines()):
         return "paragraph"

@@ -27,13 +27,16 @@ def program_question(statement: str, fn_name: str | None, starter_code: str | No
 
 
 def program_metadata(tests: list[dict], fn_name: str | None, language: str) -> dict:
-    """Metadata of a problem.  Raises UserError when there is no test or one is not {"input": text, "output": text}."""
+    """Metadata of a problem.  Raises UserError when there is no test or one is not {"input": text, "output": text} (a function's may be values)."""
     if fn_name is not None and not (isinstance(fn_name, str) and fn_name.isidentifier()):
         raise UserError(f"the function to write is {shown(fn_name)}, wanted a name")
     if not tests:
         raise UserError("no tests, wanted at least one input with its output")
     for test in tests:
-        if not isinstance(test, dict) or not isinstance(test.get("input"), str) or not isinstance(test.get("output"), str):
+        if not isinstance(test, dict) or not {"input", "output"} <= test.keys():
+            raise UserError(f"a test is {shown(test)}, wanted an input and an output")
+        as_values = fn_name and isinstance(test["input"], list)
+        if not as_values and not (isinstance(test["input"], str) and isinstance(test["output"], str)):
             raise UserError(f"a test is {shown(test)}, wanted an input and an output, both texts")
     return {"tests": [{"input": test["input"], "output": test["output"]} for test in tests], "fn_name": fn_name, "language": language}
 

@@ -1,10 +1,9 @@
 """APPS (arXiv 2105.09938) and sets in its format (TACO, CodeContests conversions):  make_task("apps:test.jsonl").
 
 Columns question, starter_code, difficulty, input_output: JSON {"inputs": [...], "outputs": [...], "fn_name"?}.  With fn_name the inputs are lists of
-arguments.  The problem's metadata: see _programs.py.
+arguments, and the tests of the problem's metadata (see _programs.py) hold values and not texts.
 """
 
-import json
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,11 +40,10 @@ class APPS(FileTask):
 
 
 def _call(arguments, result) -> dict:
-    """A test of a function: its arguments as JSON, one a line; a result in a list of its own, as APPS has it, is taken out."""
+    """A test of a function.  APPS wraps some results in a list and some not, so arguments and result stay values for the reward to compare."""
     if not isinstance(arguments, list):
         raise UserError("column 'input_output': with fn_name each input is a list of arguments")
-    result = result[0] if isinstance(result, list) and len(result) == 1 else result
-    return {"input": "\n".join(json.dumps(argument) for argument in arguments), "output": json.dumps(result)}
+    return {"input": arguments, "output": result}
 
 
 def _streams(given, wanted) -> dict:
