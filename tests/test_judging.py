@@ -1,16 +1,15 @@
 """Who judges what in an evaluation, and which answers are one vote."""
 
-import sys
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 import pytest
 
-import athanor.registry
+from athanor import judging
 from athanor.errors import UserError
 from athanor.judging import MAX_MERGED, _math_reward, judge_of, score_groups, vote_groups
 from athanor.metrics_eval import cons_at_k
+from athanor.rewards import make_reward
 from athanor.rewards.accuracy import scorers
 from athanor.rewards.answers import last_boxed
 from athanor.rewards.base import Reward
@@ -45,15 +44,8 @@ def math_reward(monkeypatch):
                 return None
             return float(answer == problem.answer or any({answer, problem.answer} <= same for same in classes))
 
-    module = ModuleType("athanor.rewards.math")
-    module.make = Algebra
-    monkeypatch.setitem(sys.modules, "athanor.rewards.math", module)
-    listed = athanor.registry.pkgutil.iter_modules
-
-    class Entry:
-        name = "math"
-
-    monkeypatch.setattr(athanor.registry.pkgutil, "iter_modules", lambda folder: [e for e in listed(folder) if e.name != "math"] + [Entry])
+    monkeypatch.setattr(judging, "available_rewards", lambda: ["accuracy", "math"])
+    monkeypatch.setattr(judging, "make_reward", lambda name, **options: Algebra(**options) if name == "math" else make_reward(name, **options))
     _math_reward.cache_clear()
     yield calls
     _math_reward.cache_clear()
