@@ -249,7 +249,7 @@ class RejectionConfig(StageConfig):
     max_repetition: float = Field(0.5, ge=0, le=1)
     """Largest share of repeated n-grams in a kept sample."""
     max_paragraph_words: int = Field(400, ge=0)
-    """Words in the longest paragraph of a kept chain of thought; 0 = no limit."""
+    """Words in the longest paragraph of a kept chain of thought, between blank lines; 0 = no limit."""
     code_blocks: bool = False
     """Keep chains of thought with fenced code blocks, which R1 drops, for problems that do not ask for code."""
     decontaminate: list[str] = []

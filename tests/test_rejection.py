@@ -47,7 +47,7 @@ def verdict(text, finish="stop", problem=PROBLEM, **changes):
         ("<think> " + "4 - 2 so 2 wait " * 30 + "</think> <answer> 2 </answer>", "repetition"),
         (GOOD.replace("so", "\n```\nprint(2)\n```\n"), "code"),
         (GOOD.replace("so", " ".join(f"w{i}" for i in range(600))), "paragraph"),
-        (GOOD.replace("so", "\n".join(" ".join(f"w{i}" for i in range(j, j + 300)) for j in (0, 300))), "kept"),
+        (GOOD.replace("so", "\n\n".join(" ".join(f"w{i}" for i in range(j, j + 300)) for j in (0, 300))), "kept"),
     ],
 )
 def test_a_sample_is_kept_only_when_correct_well_formed_readable_and_in_one_language(text, wanted):
@@ -59,7 +59,8 @@ def test_filters_can_be_changed():
     assert verdict(GOOD.replace("so", "则"), min_language_consistency=0.0) == "kept"
     assert verdict(GOOD.replace("so", "\n```\nprint(2)\n```\n"), code_blocks=True) == "kept"
     assert verdict(GOOD.replace("so", " ".join(f"w{i}" for i in range(600))), max_paragraph_words=0) == "kept"
-    assert verdict(GOOD, max_paragraph_words=4) == "kept" and verdict(GOOD, max_paragraph_words=3) == "paragraph"
+    plain = GOOD.replace("4 - 2 so 2", "two and\ntwo make four")
+    assert verdict(plain, max_paragraph_words=5) == "kept" and verdict(plain, max_paragraph_words=4) == "paragraph"
 
 
 def test_a_prompt_that_asks_for_a_box_wants_thought_and_summary():

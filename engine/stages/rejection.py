@@ -7,6 +7,7 @@ samples there were, how many stayed and how long they are, as the report's Table
 """
 
 import json
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -148,7 +149,7 @@ def _verdict(sample: Sample, score: float | None, config: RejectionConfig) -> st
         return "repetition"
     if "```" in response.think and sample.problem.domain != "code" and not config.code_blocks:
         return "code"
-    if config.max_paragraph_words and any(len(words_of(part)) > config.max_paragraph_words for part in response.think.splitlines()):
+    if config.max_paragraph_words and any(len(words_of(part)) > config.max_paragraph_words for part in re.split(r"\n\s*\n", response.think)):
         return "paragraph"
     return "kept"
 
