@@ -2,10 +2,12 @@
 
 import base64
 import csv
+import inspect
 import io
 import json
 import os
 import pickle
+import re
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -18,6 +20,7 @@ from athanor.errors import UserError
 from athanor.rewards import make_reward
 from athanor.samples import Sample
 from athanor.tasks import available_tasks, make_task
+from athanor.tasks.gym import EXECUTING, _datasets, families
 
 DATA = Path(os.environ.get("ATHANOR_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -273,3 +276,16 @@ def test_pairs_of_a_file_train_the_reward_model(tmp_path):
     pairs = reward_model._pairs(context, RewardModelConfig(kind="reward_model", task="p", num_pairs=10))  # ten of four: each pair once
     texts = sorted((tokenizer.decode(chosen), tokenizer.decode(rejected)) for chosen, rejected in pairs)
     assert texts == [(f"ask {i} good {i}", f"ask {i} bad {i}") for i in range(4)]
+
+
+# ---- reasoning-gym
+
+
+def test_gym_no_other_family_executes_text():
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
+    read = {  # these execute what they have written themselves, or have a parser of that name
+        "basic_arithmetic", "bitwise_arithmetic", "codeio", "number_sorting", "propositional_logic",
+    }  # fmt: skip
+    calls = re.compile(r"\b(eval|exec|parse_expr|sympify)\(")
+    found = {name for name in families() if calls.search(inspect.getsource(inspect.getmodule(_datasets()[name][0])))} - EXECUTING
+    assert found <= read, f"new in this reasoning-gym: {found - read}; read their scorers, then add them here or to EXECUTING"
