@@ -90,12 +90,12 @@ def sizes_of(case) -> str:
 
 
 def rows_of(case, device: str, ceiling: dict | None, repeats: int, say: Callable[[str], None], skip: Sequence[str] = ()) -> list[dict]:
-    """One row per backend that can serve the case, then eager and the peers but those in `skip`.  ceiling None: the gate alone."""
+    """One row per backend that can serve the case, then eager and the peers, without those in `skip`.  ceiling None: the gate alone."""
     say(f"{case.op} {sizes_of(case)}: gate")
     gate = Gate(case, device, counterpart(case, device))
     rows, contenders = [], {}
     for name in OPS[case.op].backends:
-        if device == "cpu" and name == "triton":
+        if name in skip or device == "cpu" and name == "triton":
             continue  # the interpreter is for tests: its times mean nothing
         row = judged(name, lambda name=name: gate.check(lambda **inputs: case.run(**inputs, backend=name)))
         if row.get("correct"):

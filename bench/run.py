@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw roofline and percent of the ceiling to this PNG")
     parser.add_argument("--base", metavar="REV", help="measure the same cases with the kernels of this git revision too and print the ratio per row")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--skip", action="append", default=[], metavar="PEER", help="leave a peer out, torch.compile for its time; repeatable")
+    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave a backend or peer out, torch.compile say; repeatable")
     parser.add_argument("--repeats", type=int, default=30, help=f"timed calls per row, at least {MIN_REPEATS} (default 30); of a workload a sixth")
     parser.add_argument("--older-kernels", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)

@@ -39,26 +39,26 @@ class Sweep(NamedTuple):
     op: str
     module: str  # of athanor.kernels
     constant: str
-    values: list  # of the whole constant or, where it is a table by compute capability, of its entry for sm_90
+    values: list  # of the whole constant or, where it is a table, of its entry for sm_90 or else of all its entries
     where: dict = {}
 
 
 def sweeps() -> list[Sweep]:
     """Those of the kernels farthest from their limit first."""
-    wide, tall, low = (128, 256, 64, 8, 3), (64, 32, 4, 5), (64, 128, 64, 4, 4)
+    wide, low = (128, 256, 64, 8, 3), (64, 128, 64, 4, 4)
     heads = [{True: a, False: b} for a, b in ((8192, 4096), (4096, 4096), (16384, 4096), (2048, 4096))]
     return [
         Sweep("linear_logprob", "linear_logprob_triton", "TILES",
               [(*wide, 1024), (128, 256, 64, 8, 4, 1024), (*wide, 4096), (*wide, 1024, 8), (*wide, 1024, 32), (128, 128, 64, 4, 4, 1024),
                (128, 128, 64, 8, 4, 1024), (256, 128, 64, 8, 3, 1024), (128, 256, 128, 8, 2, 1024), (64, 256, 64, 4, 4, 1024)], {"backward": 0}),
-        Sweep("paged_attention", "paged_attention_triton", "TILES",
-              [tall, (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 128, 8, 3), (16, 64, 4, 4), (16, 128, 4, 3), (16, 64, 2, 4),
-               (32, 64, 4, 4), (64, 64, 8, 4)]),
-        Sweep("attention", "paged_attention_triton", "TILES", [tall, (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2)]),
-        Sweep("attention", "attention_triton", "TILES_BWD", [(64, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 128, 8, 2), (64, 32, 4, 3)]),
-        Sweep("linear", "linear_triton", "TILES",
-              [(*low, 0), (64, 64, 64, 4, 6, 0), (64, 64, 128, 4, 4, 0), (64, 128, 128, 4, 3, 0), (128, 128, 64, 8, 4, 0), (*wide, 0),
-               (64, 32, 128, 4, 5, 0)]),
+        Sweep("paged_attention", "paged_attention_triton", "TILES_DECODE",
+              [(16, 64, 4, 4), (16, 64, 4, 5), (16, 64, 4, 3), (16, 32, 4, 6), (16, 64, 2, 6), (16, 128, 4, 4), (64, 32, 4, 5), (64, 32, 4, 6)]),
+        Sweep("attention", "attention_triton", "TILES", [(64, 32, 4, 5), (128, 64, 8, 3), (128, 32, 8, 4), (64, 64, 4, 3), (128, 128, 8, 2)]),
+        Sweep("attention", "attention_triton", "TILES_DQ", [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 4, 3)]),
+        Sweep("attention", "attention_triton", "TILES_DKV", [(64, 64, 8, 2), (64, 64, 4, 2), (32, 128, 8, 3), (32, 64, 4, 3), (64, 128, 8, 3)]),
+        Sweep("linear", "linear_triton", "HOPPER",
+              [(64, 32, 128, 4, 5, 0), (64, 64, 128, 4, 4, 0), (128, 128, 64, 8, 4, 0), (*low, 0), (64, 32, 128, 4, 6, 0), (64, 64, 128, 4, 5, 0),
+               (128, 64, 64, 4, 5, 0), (128, 64, 128, 8, 3, 0), (128, 128, 64, 8, 3, 0), (128, 128, 64, 4, 4, 0), (*wide, 0)], {"backward": 0}),
         Sweep("linear_sample", "linear_sample_triton", "TILES",
               [(*low, 128), (64, 128, 64, 4, 6, 128), (64, 128, 128, 4, 3, 128), (64, 128, 128, 4, 4, 128), (64, 128, 64, 8, 4, 128),
                (64, 128, 64, 4, 3, 128)]),
@@ -85,8 +85,10 @@ def sweeps() -> list[Sweep]:
 def replaced(sweep: Sweep, value) -> Iterator[None]:
     module = importlib.import_module(f"athanor.kernels.{sweep.module}")
     before = getattr(module, sweep.constant)
-    by_capability = isinstance(before, dict) and HOPPER in before
-    setattr(module, sweep.constant, before | {HOPPER: type(before[HOPPER])(*value)} if by_capability else value)
+    if isinstance(before, dict) and isinstance(value, tuple):
+        entries = [HOPPER] if HOPPER in before else before
+        value = before | {name: type(before[name])(*value) for name in entries}
+    setattr(module, sweep.constant, value)
     try:
         yield
     finally:
@@ -101,8 +103,9 @@ def compile_once(task: tuple[Sweep, int | None]) -> None:
     """Run one candidate, or what the table holds, so that its binaries lie in Triton's cache; failures show when it is measured."""
     sweep, i = task
     for case in cases_of(sweep):
-        inputs = inputs_of(case, "cuda")
+        inputs = {}
         try:
+            inputs = inputs_of(case, "cuda")
             with replaced(sweep, sweep.values[i]):
                 case.run(**inputs, backend="triton")
                 torch.cuda.synchronize()

@@ -17,6 +17,7 @@ from torch import Tensor
 from ._triton import AheadOfTime, on_device_of
 
 BLOCK = 512  # tokens per program, 4 warps: 1024 took 140 registers, mostly for the search in int64.  Not measured on a GPU yet
+ROWS = 512  # of partial sums that one step of the last kernel adds
 COLUMNS = 16  # of the partial sums, the last is ratio_max
 SUMS = ("loss", "num_tokens", "ratio_sum", "clip_low", "clip_high", "old_kl_sum", "ref_kl_sum", "rollout_kl_sum", "weight_sum", "weight_sq_sum")
 
@@ -57,7 +58,7 @@ class PolicyLossFunction(torch.autograd.Function):
                 *bounds, *weight_bounds,
                 SURROGATE=SURROGATES[v.surrogate], KL=KLS[v.kl], **flags, HAS_REF=ref_logps is not None, RATIO=v.ratio,
                 SEQUENCE_MEAN=v.aggregation == "sequence_mean", COLUMNS=COLUMNS, BLOCK=BLOCK, num_warps=4)  # fmt: skip
-            finish_kernel[(1,)](partials, sums, blocks, COLUMNS=COLUMNS, ROWS=64, num_warps=4)
+            finish_kernel[(1,)](partials, sums, blocks, COLUMNS=COLUMNS, ROWS=ROWS, num_warps=8)
         ctx.save_for_backward(dlogps)
         ctx.dtype = logps.dtype
         count = sequence[0]
