@@ -209,7 +209,7 @@ def main() -> int:
     columns = {k: v for k, v in COLUMNS.items() if (k != "x base" or chosen.base) and (ceiling or k in UNTIMED)}
     if rows:
         out.print(table_of(rows, columns))
-    for row in workloads.measure(whole, chosen.device, ceiling, chosen.repeats // 6, say):
+    for row in workloads.measure(whole, chosen.device, ceiling, chosen.repeats // 6, say, chosen.skip):
         rows.append(row)
         append(chosen.json, [row])
     if whole:

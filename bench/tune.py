@@ -1,6 +1,6 @@
 """Time what a kernel's tile table could hold, on the GPU at hand, each entry behind the gate of bench/run.py.
 
-    python bench/tune.py [--op NAME ...] [--jobs N] [--seconds S] [--json FILE] [--compile-only]
+    python bench/tune.py [--op NAME ...] [--jobs N] [--seconds S] [--json FILE] [--compile-only | --no-compile]
 
 The tables in kernels/*_triton.py are static, so that every rank computes the same bits; this is how their entries are chosen.  A candidate replaces
 one constant of a kernel module while it is measured; the first of each list is what the table holds now.  All candidates are first compiled, by N
@@ -134,16 +134,18 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=300, help="of timing; what is not reached is left out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object per measurement")
-    parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--compile-only", action="store_true", help="time nothing")
+    parser.add_argument("--no-compile", action="store_true", help="the binaries lie in Triton's cache already")
     chosen = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here")
     wanted = [sweep for sweep in sweeps() if not chosen.op or sweep.op in chosen.op]
     tasks = [(sweep, i) for sweep in wanted for i in range(len(sweep.values))]
-    with multiprocessing.get_context("spawn").Pool(chosen.jobs) as pool:
-        for done, _ in enumerate(pool.imap_unordered(compile_once, tasks), 1):
-            print(f"\rcompiled {done}/{len(tasks)}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+    if not chosen.no_compile:
+        with multiprocessing.get_context("spawn").Pool(chosen.jobs) as pool:
+            for done, _ in enumerate(pool.imap_unordered(compile_once, tasks), 1):
+                print(f"\rcompiled {done}/{len(tasks)}", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
     if chosen.compile_only:
         return 0
     common, start, rows = environment("cuda") | ceilings("cuda"), time.monotonic(), []
