@@ -24,13 +24,28 @@ def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor, *, backend: str | None =
     return op(backend, x=x, w=w, offsets=offsets)
 
 
+def grouped_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, experts: int, *, backend: str | None = None) -> Tensor:
+    """Sum dy_t x_t^T over the tokens of each expert: what `grouped_gemm` gives as the gradient of w, alone.
+
+    dy: (T, N).  x: (T, K), alike in dtype.  offsets: as in `grouped_gemm`, of that many experts.  Returns (E, N, K) in x's dtype, 0 for an expert without
+    tokens.  Not differentiable.  Raises ValueError on a mismatch.
+    """
+    check(dy.ndim == x.ndim == 2 and dy.shape[0] == x.shape[0] and dy.dtype == x.dtype,
+          lambda: f"grouped_wgrad: x is {tuple(x.shape)} {x.dtype}, dy is {tuple(dy.shape)} {dy.dtype}; wanted (T, K) and (T, N) alike")  # fmt: skip
+    check_offsets("grouped_wgrad", offsets, experts, x.device)
+    return wgrad_op(backend, dy=dy.detach(), x=x.detach(), offsets=offsets, experts=experts)
+
+
 def check_groups(where: str, x: Tensor, w: Tensor, offsets: Tensor) -> None:
     check(x.ndim == 2 and w.ndim == 3 and w.shape[2] == x.shape[1],
           lambda: f"{where}: w is {tuple(w.shape)}, x is {tuple(x.shape)}; wanted (E, N, K) and (T, K)")  # fmt: skip
-    check(offsets.ndim == 1 and w.shape[0] > 0 and offsets.shape[0] in (w.shape[0], w.shape[0] + 1)
-          and offsets.dtype in (torch.int32, torch.int64) and offsets.device == x.device,
-          lambda: f"{where}: offsets is {tuple(offsets.shape)} {offsets.dtype} on {offsets.device}; wanted ({w.shape[0]},) or ({w.shape[0] + 1},) "
-                  f"int32 or int64 on {x.device}")  # fmt: skip
+    check_offsets(where, offsets, w.shape[0], x.device)
+
+
+def check_offsets(where: str, offsets: Tensor, E: int, device: torch.device) -> None:
+    check(offsets.ndim == 1 and E > 0 and offsets.shape[0] in (E, E + 1) and offsets.dtype in (torch.int32, torch.int64) and offsets.device == device,
+          lambda: f"{where}: offsets is {tuple(offsets.shape)} {offsets.dtype} on {offsets.device}; wanted ({E},) or ({E + 1},) int32 or int64 on "
+                  f"{device}")  # fmt: skip
 
 
 def groups_of(offsets: Tensor, E: int) -> list[tuple[int, int]]:
@@ -46,16 +61,22 @@ def grouped_gemm_reference(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([outside[0], *parts, outside[1]])
 
 
+def grouped_wgrad_reference(dy: Tensor, x: Tensor, offsets: Tensor, experts: int) -> Tensor:
+    return torch.stack([dy[a:b].T @ x[a:b] for a, b in groups_of(offsets, experts)])
+
+
 def why_not_grouped(call: dict) -> str | None:
-    x, w = call["x"], call["w"]
+    x, w = call["x"], call.get("w", call["x"])
     if x.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         return f"x is {x.dtype}; the kernel takes fp32, fp16 or bf16"
-    if not w.is_contiguous():
+    if "w" in call and not w.is_contiguous():
         return f"w is not contiguous (strides {w.stride()})"
-    if w.numel() == 0:
+    if "w" in call and w.numel() == 0:
         return f"w is {tuple(w.shape)}, which leaves nothing to multiply"
     return why_not_triton(call)
 
 
 op = register("grouped_gemm", triton=Backend(late("grouped_gemm_triton.grouped_gemm_triton"), why_not_grouped),
               reference=Backend(grouped_gemm_reference))  # fmt: skip
+wgrad_op = register("grouped_wgrad", triton=Backend(late("grouped_gemm_triton.grouped_wgrad_triton"), why_not_grouped),
+                    reference=Backend(grouped_wgrad_reference))  # fmt: skip

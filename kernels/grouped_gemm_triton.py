@@ -50,7 +50,7 @@ class GroupedGemmFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, w, offsets = ctx.saved_tensors
         dx = grouped_product(dy, w, offsets, transposed=True) if ctx.needs_input_grad[0] else None
-        dw = grouped_wgrad(dy, x, offsets, w.shape[0]) if ctx.needs_input_grad[1] else None
+        dw = grouped_wgrad_triton(dy, x, offsets, w.shape[0]) if ctx.needs_input_grad[1] else None
         return dx, dw, None
 
 
@@ -83,7 +83,7 @@ def grouped_product(x: Tensor, w: Tensor, offsets: Tensor, transposed: bool = Fa
     T, E = x.shape[0], w.shape[0]
     N, K = (w.shape[2], w.shape[1]) if transposed else w.shape[1:]
     y = torch.empty(T, N, dtype=x.dtype, device=x.device) if out is None else out
-    if not T:
+    if not y.numel():
         return y
     tiles = tiles_of(x)
     tile_map = tile_map_of(offsets, T, E, tiles.BM)
@@ -99,21 +99,21 @@ def grouped_product(x: Tensor, w: Tensor, offsets: Tensor, transposed: bool = Fa
     return y
 
 
-def grouped_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, E: int) -> Tensor:
+def grouped_wgrad_triton(dy: Tensor, x: Tensor, offsets: Tensor, experts: int) -> Tensor:
     """Sum of dy_t x_t^T over the tokens of each expert: (E, N, K)."""
     dy, x = rows_adjacent(dy), rows_adjacent(x)
     (T, N), K = dy.shape, x.shape[1]
-    dw = torch.empty(E, N, K, dtype=x.dtype, device=x.device)
-    if not T:
+    dw = torch.empty(experts, N, K, dtype=x.dtype, device=x.device)
+    if not T or not dw.numel():
         return dw.zero_()
     tiles = tiles_of(x)
     descriptors = descriptors_allowed(dy, x)
     with on_device_of(x):
-        grouped_wgrad_kernel[(E * triton.cdiv(N, tiles.BM) * triton.cdiv(K, tiles.BN),)](
+        grouped_wgrad_kernel[(experts * triton.cdiv(N, tiles.BM) * triton.cdiv(K, tiles.BN),)](
             TensorDescriptor.from_tensor(dy, [tiles.BK, tiles.BM]) if descriptors else dy,
             TensorDescriptor.from_tensor(x, [tiles.BK, tiles.BN]) if descriptors else x,
-            dy, x, dw, offsets, T, N, K, dy.stride(0), x.stride(0), LEADING=len(offsets) - E, BM=tiles.BM, BN=tiles.BN, BK=tiles.BK,
-            DESCRIPTORS=descriptors, num_warps=tiles.num_warps, num_stages=tiles.num_stages)  # fmt: skip
+            dy, x, dw, offsets, T, N, K, dy.stride(0), x.stride(0), LEADING=len(offsets) - experts, BM=tiles.BM, BN=tiles.BN,
+            BK=tiles.BK, DESCRIPTORS=descriptors, num_warps=tiles.num_warps, num_stages=tiles.num_stages)  # fmt: skip
     return dw
 
 
