@@ -70,6 +70,9 @@ class AheadOfTime:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
+        if self.kernel.is_gluon():
+            from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
+
         names = self.kernel.arg_names
         signature = {name: self.signature.get(name, "constexpr").removesuffix(":16") for name in names}
         assert {n for n in names if signature[n] == "constexpr"} == set(self.constants), (names, self.constants)

@@ -35,13 +35,13 @@ def fp8_grouped_matmul_triton(x, x_scales, w, w_scales, offsets, out, out_dtype)
     if not y.numel():
         return y
     tiles = tiles_of(x)
-    tile_map = tile_map_of(offsets, T, E, tiles.BM)
+    tile_map, slots = tile_map_of(offsets, T, E, tiles.BM)
     descriptors = descriptors_allowed(x, w)
     with on_device_of(x):
-        fp8_grouped_gemm_kernel[(tile_map.shape[1] * triton.cdiv(N, tiles.BN),)](
+        fp8_grouped_gemm_kernel[(slots * triton.cdiv(N, tiles.BN),)](
             TensorDescriptor.from_tensor(x, [tiles.BM, tiles.BK]) if descriptors else x,
             TensorDescriptor.from_tensor(w, [1, tiles.BN, tiles.BK]) if descriptors else w,
-            x_scales, w_scales, y, tile_map, tile_map.shape[1], N, K, x.stride(0), w.stride(0), w.stride(1), y.stride(0), *x_scales.stride(),
+            x_scales, w_scales, y, tile_map, slots, N, K, x.stride(0), w.stride(0), w.stride(1), y.stride(0), *x_scales.stride(),
             *w_scales.stride(), BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, DESCRIPTORS=descriptors, num_warps=tiles.num_warps,
             num_stages=tiles.num_stages)  # fmt: skip
         if out is None:

@@ -86,13 +86,13 @@ def grouped_product(x: Tensor, w: Tensor, offsets: Tensor, transposed: bool = Fa
     if not y.numel():
         return y
     tiles = tiles_of(x)
-    tile_map = tile_map_of(offsets, T, E, tiles.BM)
+    tile_map, slots = tile_map_of(offsets, T, E, tiles.BM)
     descriptors = descriptors_allowed(x, w)
     w_block = [1, tiles.BK, tiles.BN] if transposed else [1, tiles.BN, tiles.BK]
     with on_device_of(x):
-        grouped_gemm_kernel[(tile_map.shape[1] * triton.cdiv(N, tiles.BN),)](
+        grouped_gemm_kernel[(slots * triton.cdiv(N, tiles.BN),)](
             TensorDescriptor.from_tensor(x, [tiles.BM, tiles.BK]) if descriptors else x, TensorDescriptor.from_tensor(w, w_block) if descriptors else w,
-            y, tile_map, tile_map.shape[1], N, K, x.stride(0), y.stride(0), TRANSPOSED=transposed, BM=tiles.BM, BN=tiles.BN, BK=tiles.BK,
+            y, tile_map, slots, N, K, x.stride(0), y.stride(0), TRANSPOSED=transposed, BM=tiles.BM, BN=tiles.BN, BK=tiles.BK,
             DESCRIPTORS=descriptors, num_warps=tiles.num_warps, num_stages=tiles.num_stages)  # fmt: skip
         if out is None:
             fill_outside(y, offsets, E)
@@ -117,13 +117,17 @@ def grouped_wgrad_triton(dy: Tensor, x: Tensor, offsets: Tensor, experts: int) -
     return dw
 
 
-def tile_map_of(offsets: Tensor, T: int, E: int, BM: int) -> Tensor:
-    """(3, tiles) int32: expert, or -1 = no tile; first row; row behind the last of the expert."""
-    tile_map = torch.empty(3, triton.cdiv(T, BM) + E, dtype=torch.int32, device=offsets.device)
+def tile_map_of(offsets: Tensor, T: int, E: int, BM: int) -> tuple[Tensor, int]:
+    """int32: expert of each tile, -1 = no tile; its first row; the row behind the last of its expert; and, the last number, how many tiles there are.
+
+    The first three have room for as many tiles as there can be.  Returns them in a row, and that number.
+    """
+    tiles = triton.cdiv(T, BM) + E
+    tile_map = torch.empty(3 * tiles + 1, dtype=torch.int32, device=offsets.device)
     with on_device_of(offsets):
-        tile_map_kernel[(triton.cdiv(tile_map.shape[1], MAP_TILES),)](offsets, tile_map, tile_map.shape[1], T, E, BM=BM, LEADING=len(offsets) - E,
-                                                                     EXPERTS=triton.next_power_of_2(E), TILES=MAP_TILES)  # fmt: skip
-    return tile_map
+        tile_map_kernel[(triton.cdiv(tiles, MAP_TILES),)](offsets, tile_map, tiles, T, E, BM=BM, LEADING=len(offsets) - E,
+                                                         EXPERTS=triton.next_power_of_2(E), TILES=MAP_TILES)  # fmt: skip
+    return tile_map, tiles
 
 
 def fill_outside(y: Tensor, offsets: Tensor, E: int) -> None:
@@ -157,6 +161,7 @@ def tile_map_kernel(offsets_ptr, map_ptr, tiles, T, E, BM: tl.constexpr, LEADING
     mask = t < tiles
     tl.store(map_ptr + t, tl.where(expert < E, expert, -1), mask=mask)
     tl.store(map_ptr + tiles + t, row, mask=mask)
+    tl.store(map_ptr + 3 * tiles + tl.zeros_like(t), tl.max(last, 0), mask=t == 0)
     tl.store(map_ptr + 2 * tiles + t, tl.sum(tl.where(mine, end[None, :], 0), 1), mask=mask)
 
 
