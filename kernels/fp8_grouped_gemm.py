@@ -144,7 +144,20 @@ def why_not_portable(call: dict) -> str | None:
     return why_not_triton({name: value for name, value in call.items() if name != "out"})
 
 
-op = register("fp8_grouped_gemm", triton=Backend(late("fp8_grouped_gemm_triton.fp8_grouped_matmul_triton"), why_not_portable),
+def why_not_hopper(call: dict) -> str | None:
+    x, w, xs = call["x"], call["w"], call["x_scales"]
+    if not x.is_cuda:
+        return f"tensors are on {x.device}"
+    if torch.cuda.get_device_capability(x.device)[0] != 9:
+        return "the card is no Hopper (compute capability 9.0)"
+    if not all(t.stride(-1) == 1 and t.stride(-2) % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, w)):
+        return f"the rows of x and w are to be contiguous, at multiples of 16 bytes (strides {x.stride()} and {w.stride()})"
+    if w.stride(0) != w.shape[1] * w.stride(1) or xs.stride(0) != 1:
+        return f"w's experts are to follow each other and x's scales to be stored by columns (strides {w.stride()} and {xs.stride()})"
+    return why_not_portable(call)
+
+
+op = register("fp8_grouped_gemm", cuda=Backend(late("fp8_grouped_gemm_hopper_triton.fp8_grouped_matmul_hopper"), why_not_hopper), triton=Backend(late("fp8_grouped_gemm_triton.fp8_grouped_matmul_triton"), why_not_portable),
               reference=Backend(fp8_grouped_matmul_reference))  # fmt: skip
 wgrad_op = register("fp8_grouped_wgrad", triton=Backend(late("fp8_grouped_gemm_triton.fp8_grouped_wgrad_triton"), why_not_portable),
                     reference=Backend(fp8_grouped_wgrad_reference))  # fmt: skip

@@ -38,7 +38,7 @@ def fp8_grouped_matmul_hopper(x, x_scales, w, w_scales, offsets, out, out_dtype)
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
     with on_device_of(x):
         fp8_grouped_gemm_hopper_kernel[(programs,)](
-            TensorDescriptor.from_tensor(x, [64, BK], OPERAND), TensorDescriptor.from_tensor(w.view(E * N, K), [128, BK], OPERAND), x_scales, w_scales,
+            TensorDescriptor.from_tensor(x, [64, BK], OPERAND), TensorDescriptor.from_tensor(w.flatten(0, 1), [128, BK], OPERAND), x_scales, w_scales,
             y, tile_map, slots, N, K, y.stride(0), x_scales.stride(1), *w_scales.stride(), num_warps=4)  # fmt: skip
         if out is None:
             fill_outside(y, offsets, E)
@@ -135,7 +135,6 @@ def fp8_grouped_gemm_hopper_kernel(
         mbarrier.init(ready.index(2 * i), count=1)
         mbarrier.init(ready.index(2 * i + 1), count=1)
         mbarrier.init(free.index(i), count=2)
-    sizes = (xs_ptr, ws_ptr, y_ptr, map_ptr, tiles, N, K, y_stride, xs_column, ws_expert, ws_row, ws_column)
     gl.warp_specialize([
         (multiply, (a_smem, b_smem, ready, free, xs_ptr, ws_ptr, y_ptr, map_ptr, tiles, N, K, y_stride, xs_column, ws_expert, ws_row, ws_column, 0)),
         (multiply, (a_smem, b_smem, ready, free, xs_ptr, ws_ptr, y_ptr, map_ptr, tiles, N, K, y_stride, xs_column, ws_expert, ws_row, ws_column, 1)),
