@@ -80,8 +80,8 @@ def e4m3_bits(y, EMULATE: tl.constexpr):
         return y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
 
 
-# R, the number of rows, is not specialised: it changes from step to step.
-@triton.jit(do_not_specialize=["R"])
+# The number of rows changes from step to step and is not specialised, nor is the stride that follows from it.
+@triton.jit(do_not_specialize=["R", "scales_stride"])
 def fp8_quantize_kernel(
     x_ptr, q_ptr, scales_ptr, qt_ptr, column_scales_ptr, R, C, x_stride, x_batch_stride, qt_stride, qt_batch_stride, scales_stride,
     column_scales_stride,
@@ -121,8 +121,8 @@ def fp8_quantize_kernel(
 
 def ahead_of_time() -> list[AheadOfTime]:
     pointers = {"x_ptr": "*bf16:16", "q_ptr": "*u8:16", "scales_ptr": "*fp32:16", "qt_ptr": "*u8:16", "column_scales_ptr": "*fp32:16"}
-    integers = ["C", "x_stride", "x_batch_stride", "qt_stride", "qt_batch_stride", "scales_stride", "column_scales_stride"]
-    signature = pointers | {"R": "i32"} | dict.fromkeys(integers, "i32:16")
+    integers = ["C", "x_stride", "x_batch_stride", "qt_stride", "qt_batch_stride", "column_scales_stride"]
+    signature = pointers | dict.fromkeys(integers, "i32:16") | {"R": "i32", "scales_stride": "i32"}
     cases = []
     for name, square, by_row, by_column, height in [("rows", False, True, False, ROWS), ("dual", False, True, True, 128),
                                                     ("columns", False, False, True, 128), ("square dual", True, True, True, 128)]:  # fmt: skip
