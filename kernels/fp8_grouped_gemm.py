@@ -26,13 +26,14 @@ def fp8_grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor, *, weight: tuple[Qua
                      power_of_two: bool = True, backend: str | None = None) -> Tensor:  # fmt: skip
     """`grouped_gemm` in FP8: rows of x times the transposed weight of their expert, forward and dx in FP8.
 
-    x: (T, K).  w: (E, N, K).  Both bf16, fp16 or fp32.  offsets: as in `grouped_gemm`.  weight: `fp8_quantize_dual(w, block=(128, 128))`, to quantise w
-    once per optimizer step instead of in each call.  wgrad: "bf16" keeps x for dW and takes it in x's dtype; "fp8" keeps x in FP8, and every group must
-    then start and end at a multiple of 128 rows (padding rows hold 0, or numbers that shall count).  power_of_two: the kind of scales.
+    x: (T, K).  w: (E, N, K).  Both bf16, fp16 or fp32.  offsets: as in `grouped_gemm`.  weight: `fp8_quantize_dual(w, block=(128, 128))`, to quantise
+    w once per optimizer step instead of in each call.  wgrad: "bf16" keeps x for dW and takes it in x's dtype; "fp8" keeps x in FP8, and every group
+    must then start and end at a multiple of 128 rows (padding rows hold 0, or numbers that shall count).  power_of_two: the kind of scales.
     Returns (T, N) in x's dtype, differentiable in x and w; rows of no expert are 0.  Raises ValueError on a mismatch.
     """
     check_groups("fp8_grouped_gemm", x, w, offsets)
-    check(x.dtype == w.dtype and x.dtype in OUT_DTYPES[:3], lambda: f"fp8_grouped_gemm: w is {w.dtype}, x is {x.dtype}; wanted bf16, fp16 or fp32 alike")
+    check(x.dtype == w.dtype and x.dtype in OUT_DTYPES[:3],
+          lambda: f"fp8_grouped_gemm: w is {w.dtype}, x is {x.dtype}; wanted bf16, fp16 or fp32 alike")  # fmt: skip
     check(wgrad in WGRADS, lambda: f"fp8_grouped_gemm: wgrad is {wgrad!r}; wanted one of {WGRADS}")
     check(weight is None or all(q.shape == w.shape for q, _ in weight),
           lambda: f"fp8_grouped_gemm: weight is {[tuple(q.shape) for q, _ in weight]}; wanted fp8_quantize_dual of w, {tuple(w.shape)}")  # fmt: skip
@@ -70,8 +71,8 @@ def fp8_grouped_matmul(x: Quantized, w: Quantized, offsets: Tensor, *, out: Tens
                        backend: str | None = None) -> Tensor:  # fmt: skip
     """The product of quantised operands alone.
 
-    x: q (T, K), scales (T, K / 128), as `fp8_quantize` by (1, 128) makes them.  w: q (E, N, K), scales (E, N / 128, K / 128), by (128, 128); the rows of
-    both contiguous.  offsets: as in `grouped_gemm`.  out: (T, N), rows contiguous, whose rows of no expert are not touched; otherwise they are 0.
+    x: q (T, K), scales (T, K / 128), as `fp8_quantize` by (1, 128) makes them.  w: q (E, N, K), scales (E, N / 128, K / 128), by (128, 128); the rows
+    of both contiguous.  offsets: as in `grouped_gemm`.  out: (T, N), rows contiguous, whose rows of no expert are not touched; otherwise they are 0.
     Returns (T, N) in out_dtype.  Not differentiable.  Raises ValueError on a mismatch.
     """
     (q, s), (qw, sw) = x, w
@@ -82,8 +83,8 @@ def fp8_grouped_matmul(x: Quantized, w: Quantized, offsets: Tensor, *, out: Tens
     check(s.shape == (T, blocks) and sw.shape == (qw.shape[0], -(-N // 128), blocks) and s.dtype == sw.dtype == torch.float32,
           lambda: f"fp8_grouped_matmul: scales are {tuple(s.shape)} {s.dtype} and {tuple(sw.shape)} {sw.dtype}; wanted {(T, blocks)} and "
                   f"{(qw.shape[0], -(-N // 128), blocks)} fp32")  # fmt: skip
-    check(out is None or (out.shape == (T, N) and (N <= 1 or out.stride(1) == 1)), lambda: f"fp8_grouped_matmul: out is {tuple(out.shape)} with strides "
-          f"{out.stride()}; wanted {(T, N)}, rows contiguous")  # fmt: skip
+    check(out is None or (out.shape == (T, N) and (N <= 1 or out.stride(1) == 1)),
+          lambda: f"fp8_grouped_matmul: out is {tuple(out.shape)} with strides {out.stride()}; wanted {(T, N)}, rows contiguous")  # fmt: skip
     out_dtype = out_dtype if out is None else out.dtype
     check(out_dtype in OUT_DTYPES, lambda: f"fp8_grouped_matmul: out_dtype is {out_dtype}; wanted one of {OUT_DTYPES}")
     return op(backend, x=q, x_scales=s, w=qw, w_scales=sw, offsets=offsets, out=out, out_dtype=out_dtype)
@@ -93,9 +94,9 @@ def fp8_grouped_wgrad(dy: Quantized, x: Quantized, offsets: Tensor, experts: int
                       backend: str | None = None) -> Tensor:  # fmt: skip
     """Gradient of each expert's weight from operands quantised along tokens.
 
-    dy: q (T, N), scales (T / 128, N).  x: q (T, K), scales (T / 128, K).  Both as `fp8_quantize` by (128, 1) makes them, columns contiguous.  offsets: as
-    in `grouped_gemm`, all multiples of 128 (not checked: they are on the device).  Returns (E, N, K) in out_dtype, 0 for an expert without tokens.
-    Not differentiable.  Raises ValueError on a mismatch.
+    dy: q (T, N), scales (T / 128, N).  x: q (T, K), scales (T / 128, K).  Both as `fp8_quantize` by (128, 1) makes them, columns contiguous.
+    offsets: as in `grouped_gemm`, all multiples of 128 (not checked: they are on the device).  Returns (E, N, K) in out_dtype, 0 for an expert
+    without tokens.  Not differentiable.  Raises ValueError on a mismatch.
     """
     (q, s), (qx, sx) = dy, x
     T = q.shape[0]
@@ -144,12 +145,16 @@ def why_not_portable(call: dict) -> str | None:
     return why_not_triton({name: value for name, value in call.items() if name != "out"})
 
 
-def why_not_hopper(call: dict) -> str | None:
-    x, w, xs = call["x"], call["w"], call["x_scales"]
+def why_no_hopper(x: Tensor) -> str | None:
     if not x.is_cuda:
         return f"tensors are on {x.device}"
-    if torch.cuda.get_device_capability(x.device)[0] != 9:
-        return "the card is no Hopper (compute capability 9.0)"
+    return None if torch.cuda.get_device_capability(x.device)[0] == 9 else "the card is no Hopper (compute capability 9.0)"
+
+
+def why_not_hopper(call: dict) -> str | None:
+    x, w, xs = call["x"], call["w"], call["x_scales"]
+    if reason := why_no_hopper(x):
+        return reason
     if not all(t.stride(-1) == 1 and t.stride(-2) % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, w)):
         return f"the rows of x and w are to be contiguous, at multiples of 16 bytes (strides {x.stride()} and {w.stride()})"
     if w.stride(0) != w.shape[1] * w.stride(1) or xs.stride(0) != 1:
@@ -157,7 +162,18 @@ def why_not_hopper(call: dict) -> str | None:
     return why_not_portable(call)
 
 
-op = register("fp8_grouped_gemm", cuda=Backend(late("fp8_grouped_gemm_hopper_triton.fp8_grouped_matmul_hopper"), why_not_hopper), triton=Backend(late("fp8_grouped_gemm_triton.fp8_grouped_matmul_triton"), why_not_portable),
+def why_not_hopper_wgrad(call: dict) -> str | None:
+    if reason := why_no_hopper(call["x"]):
+        return reason
+    scales = call["x_scales"]
+    if scales.stride(1) != 1 or scales.stride(0) % 4 or scales.data_ptr() % 16:
+        return f"x's scales are to be stored by rows, at multiples of 16 bytes (strides {scales.stride()})"
+    return why_not_portable(call)
+
+
+op = register("fp8_grouped_gemm", cuda=Backend(late("fp8_grouped_gemm_hopper_triton.fp8_grouped_matmul_hopper"), why_not_hopper),
+              triton=Backend(late("fp8_grouped_gemm_triton.fp8_grouped_matmul_triton"), why_not_portable),
               reference=Backend(fp8_grouped_matmul_reference))  # fmt: skip
-wgrad_op = register("fp8_grouped_wgrad", triton=Backend(late("fp8_grouped_gemm_triton.fp8_grouped_wgrad_triton"), why_not_portable),
+wgrad_op = register("fp8_grouped_wgrad", cuda=Backend(late("fp8_grouped_wgrad_hopper_triton.fp8_grouped_wgrad_hopper"), why_not_hopper_wgrad),
+                    triton=Backend(late("fp8_grouped_gemm_triton.fp8_grouped_wgrad_triton"), why_not_portable),
                     reference=Backend(fp8_grouped_wgrad_reference))  # fmt: skip

@@ -1,8 +1,8 @@
 """Grouped products in block-scaled FP8 in Triton, on any card with FP8 tensor cores; the equations are those of fp8_grouped_gemm.py.
 
 Tiles of tokens and their experts as in grouped_gemm_triton.py.  One step of the sum is a scale block of 128: its product starts from 0 in the tensor
-core, is multiplied by the scales in fp32 and added.  Scales of rows that the tile does not store are read as 0.  A tile is no wider than a scale block of
-the weights, so that one number scales all of it.  On Hopper every step waits for its product: fp8_grouped_gemm_hopper_triton.py does not.
+core, is multiplied by the scales in fp32 and added.  Scales of rows that the tile does not store are read as 0.  A tile is no wider than a scale
+block of the weights, so that one number scales all of it.  On Hopper every step waits for its product: fp8_grouped_gemm_hopper_triton.py does not.
 
 Predicted for an H200, not measured: 450 to 600 TFLOP/s, a third of what the tensor cores have.
 """

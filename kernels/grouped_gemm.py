@@ -1,8 +1,8 @@
 """Grouped product of a mixture of experts:  y_t = W_e x_t  for the tokens t of expert e, which lie side by side.
 
 dx_t = W_e^T dy_t,  dW_e = sum over the tokens of e of dy_t x_t^T (0 where e has none).  How many tokens an expert has is known on the device alone:
-the kernels read the offsets there, and nothing waits for the host.  Rows that belong to no expert are 0 in y and in dx and give nothing to dW, whatever
-they hold.  Left out: a bias, and gathering the rows of x by index, which the permutation before it does.
+the kernels read the offsets there, and nothing waits for the host.  Rows that belong to no expert are 0 in y and in dx and give nothing to dW,
+whatever they hold.  Left out: a bias, and gathering the rows of x by index, which the permutation before it does.
 """
 
 import torch
@@ -16,8 +16,8 @@ def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor, *, backend: str | None =
     """Multiply each group of rows of x by the transposed weight of its expert.
 
     x: (T, K).  w: (E, N, K).  offsets: (E + 1,) or (E,), int32 or int64, on x's device, ascending: the rows of expert e are offsets[e] up to
-    offsets[e + 1]; without the leading 0, offsets[e - 1] up to offsets[e].  Any size from 0 to T.  Returns (T, N) in x's dtype, accumulated in fp32 in a
-    fixed order, differentiable in x and w.  Raises ValueError on a mismatch of shapes or dtypes; the values of offsets are not checked.
+    offsets[e + 1]; without the leading 0, offsets[e - 1] up to offsets[e].  Any size from 0 to T.  Returns (T, N) in x's dtype, accumulated in fp32
+    in a fixed order, differentiable in x and w.  Raises ValueError on a mismatch of shapes or dtypes; the values of offsets are not checked.
     """
     check_groups("grouped_gemm", x, w, offsets)
     check(x.dtype == w.dtype and x.is_floating_point(), lambda: f"grouped_gemm: w is {w.dtype}, x is {x.dtype}; wanted one floating-point dtype")
@@ -27,8 +27,8 @@ def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor, *, backend: str | None =
 def grouped_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, experts: int, *, backend: str | None = None) -> Tensor:
     """Sum dy_t x_t^T over the tokens of each expert: what `grouped_gemm` gives as the gradient of w, alone.
 
-    dy: (T, N).  x: (T, K), alike in dtype.  offsets: as in `grouped_gemm`, of that many experts.  Returns (E, N, K) in x's dtype, 0 for an expert without
-    tokens.  Not differentiable.  Raises ValueError on a mismatch.
+    dy: (T, N).  x: (T, K), alike in dtype.  offsets: as in `grouped_gemm`, of that many experts.  Returns (E, N, K) in x's dtype, 0 for an expert
+    without tokens.  Not differentiable.  Raises ValueError on a mismatch.
     """
     check(dy.ndim == x.ndim == 2 and dy.shape[0] == x.shape[0] and dy.dtype == x.dtype,
           lambda: f"grouped_wgrad: x is {tuple(x.shape)} {x.dtype}, dy is {tuple(dy.shape)} {dy.dtype}; wanted (T, K) and (T, N) alike")  # fmt: skip

@@ -3,8 +3,8 @@
 `tile_map_kernel` writes, on the device, which expert and which rows each tile of BM tokens has: an expert's last tile may be smaller, and tiles never
 cross experts.  There are at most T / BM + E tiles; what is left of them returns at once.  `grouped_gemm_kernel` computes one tile of BM tokens x BN
 outputs, forward (the sum runs along the rows of a weight) or dx (along its columns).  Rows of the next expert that a tile reads are not stored, and
-rows of a product do not meet.  `grouped_wgrad_kernel` sums over the tokens of an expert, whole steps of BK through tensor descriptors (TMA), the last,
-partial one through masked pointers, in which both operands are 0: 0 x NaN would be NaN.  No atomics; every sum ascends.
+rows of a product do not meet.  `grouped_wgrad_kernel` sums over the tokens of an expert, whole steps of BK through tensor descriptors (TMA), the
+last, partial one through masked pointers, in which both operands are 0: 0 x NaN would be NaN.  No atomics; every sum ascends.
 
 Predicted for an H200 in bf16, not measured: T = 32768, E = 8, N = 2048, K = 7168 is 962 GFLOP each way: 1.37 ms at 700 TFLOP/s.
 """
@@ -91,8 +91,8 @@ def grouped_product(x: Tensor, w: Tensor, offsets: Tensor, transposed: bool = Fa
     w_block = [1, tiles.BK, tiles.BN] if transposed else [1, tiles.BN, tiles.BK]
     with on_device_of(x):
         grouped_gemm_kernel[(slots * triton.cdiv(N, tiles.BN),)](
-            TensorDescriptor.from_tensor(x, [tiles.BM, tiles.BK]) if descriptors else x, TensorDescriptor.from_tensor(w, w_block) if descriptors else w,
-            y, tile_map, slots, N, K, x.stride(0), y.stride(0), TRANSPOSED=transposed, BM=tiles.BM, BN=tiles.BN, BK=tiles.BK,
+            TensorDescriptor.from_tensor(x, [tiles.BM, tiles.BK]) if descriptors else x,
+            TensorDescriptor.from_tensor(w, w_block) if descriptors else w, y, tile_map, slots, N, K, x.stride(0), y.stride(0), TRANSPOSED=transposed, BM=tiles.BM, BN=tiles.BN, BK=tiles.BK,
             DESCRIPTORS=descriptors, num_warps=tiles.num_warps, num_stages=tiles.num_stages)  # fmt: skip
         if out is None:
             fill_outside(y, offsets, E)

@@ -1,4 +1,4 @@
-"""The FP8 layer's reference: which operands are quantised how, for y, dx and dw; against products of the dequantised operands, one expert at a time."""
+"""The FP8 layer's reference: which operands are quantised how, for y, dx and dw; against products of the dequantised operands."""
 
 import pytest
 import torch

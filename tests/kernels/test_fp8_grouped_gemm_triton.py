@@ -1,7 +1,7 @@
 """The FP8 grouped products in Triton, and on a Hopper those in Gluon ("cuda"), against fp64 products of the dequantised operands, element by element.
 
-Rows, columns and scale blocks all have different sizes, so that a scale in the wrong place is an error of the size of the result: a test shows that the
-bound would notice.  The interpreter's tiles are 16 x 16, on a GPU 128 x 128 or 128 x 256; a step of the sum is a scale block of 128 in all of them.
+Rows, columns and scale blocks all have different sizes, so that a scale in the wrong place is an error of the size of the result: a test shows that
+the bound would notice.  The interpreter's tiles are 16 x 16, on a GPU 128 x 128 or 128 x 256; a step of the sum is always a scale block of 128.
 """
 
 import pytest
@@ -18,7 +18,7 @@ nan = torch.nan
 # tokens per expert, rows of none, N, K: around a tile of the interpreter, three scale blocks, the last smaller; one expert with all; nobody; the
 # smallest N; rows that are no multiple of 16 bytes
 CASES = [([0, 1, 15, 16, 17], 7, 144, 272), ([0, 40, 0], 0, 16, 128), ([0, 0], 5, 16, 128), ([20], 0, 17, 130)]
-ON_GPU = [([0, 1, 127, 128, 129], 60, 272, 400), ([0, 700, 0], 3, 2048, 7168), ([64] * 9, 0, 1536, 2048), ([3], 0, 16, 128), ([300, 20], 0, 384, 1024)]
+ON_GPU = [([0, 1, 127, 128, 129], 60, 272, 400), ([0, 700, 0], 3, 2048, 7168), ([64] * 9, 0, 1536, 2048), ([3], 0, 16, 128), ([300, 20], 0, 384, 512)]
 SIZES = CASES + [pytest.param(*case, marks=pytest.mark.gpu) for case in ON_GPU]
 
 
@@ -148,14 +148,18 @@ GROUPS = [([128, 0, 256], 128, 40, 24), ([0, 0], 128, 16, 16), ([0, 384], 0, 17,
 
 @pytest.mark.parametrize("power_of_two", [True, False])
 @pytest.mark.parametrize("sizes, outside, N, K", GROUPS + [pytest.param([128, 0, 1280], 0, 272, 400, marks=pytest.mark.gpu)])
-def test_weight_gradient(sizes, outside, N, K, power_of_two, triton_device, poisoned, generator):
+def test_weight_gradient(sizes, outside, N, K, power_of_two, backend, triton_device, poisoned, generator):
     T = sum(sizes) + outside
     of_blocks = torch.exp(torch.randn(T // 128, 1, generator=generator)).repeat_interleave(128, 0)
     dy, x = (fp8_quantize(sized(generator, n, T).T * of_blocks, block=(128, 1), power_of_two=power_of_two) for n in (N, K))
     dy.q.view(torch.uint8)[sum(sizes) :], dy.scales[sum(sizes) // 128 :] = 0x7F, nan
     offsets = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()])
-    got = fp8_grouped_wgrad(moved(dy, triton_device), moved(x, triton_device), offsets.to(triton_device), len(sizes),
-                            out_dtype=out_dtype(triton_device), backend="triton").cpu()  # fmt: skip
+    if backend == "cuda" and K % 4:
+        pytest.skip("scales at multiples of 16 bytes")
+    call = lambda: fp8_grouped_wgrad(moved(dy, triton_device), moved(x, triton_device), offsets.to(triton_device), len(sizes),  # noqa: E731
+                                     out_dtype=out_dtype(triton_device), backend=backend).cpu()  # fmt: skip
+    got = call()
+    assert torch.equal(got, call())
     a, b = dequantize(dy, (128, 1), torch.float64), dequantize(x, (128, 1), torch.float64)
     last = torch.finfo(got.dtype).eps
     for e, (i, j) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):

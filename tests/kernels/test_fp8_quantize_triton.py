@@ -69,9 +69,8 @@ def test_every_rounding_of_the_cast(triton_device):
     values = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     middles = (values[1:] + values[:-1]) / 2
     x = torch.cat([values, middles, middles.nextafter(torch.tensor(0.0)), middles.nextafter(torch.tensor(1e9))])
-    x = torch.cat([x, -x])
-    x = torch.cat([torch.full((1,), 448.0), x, torch.zeros(-(len(x) + 1) % 127)])
-    x = torch.cat([torch.full((x.numel() // 127 + 1, 1), 448.0)[: x[: x.numel() // 127 * 127].numel() // 127], x[: x.numel() // 127 * 127].view(-1, 127)], 1)
+    x = torch.cat([x, -x, torch.zeros(-2 * len(x) % 127)]).view(-1, 127)
+    x = torch.cat([torch.full((len(x), 1), 448.0), x], 1)
     got = fp8_quantize(x.to(triton_device), backend="triton")
     assert (got.scales == 1).all()
     same(got, fp8_quantize(x))
