@@ -92,7 +92,8 @@ def grouped_product(x: Tensor, w: Tensor, offsets: Tensor, transposed: bool = Fa
     with on_device_of(x):
         grouped_gemm_kernel[(slots * triton.cdiv(N, tiles.BN),)](
             TensorDescriptor.from_tensor(x, [tiles.BM, tiles.BK]) if descriptors else x,
-            TensorDescriptor.from_tensor(w, w_block) if descriptors else w, y, tile_map, slots, N, K, x.stride(0), y.stride(0), TRANSPOSED=transposed, BM=tiles.BM, BN=tiles.BN, BK=tiles.BK,
+            TensorDescriptor.from_tensor(w, w_block) if descriptors else w,
+            y, tile_map, slots, N, K, x.stride(0), y.stride(0), TRANSPOSED=transposed, BM=tiles.BM, BN=tiles.BN, BK=tiles.BK,
             DESCRIPTORS=descriptors, num_warps=tiles.num_warps, num_stages=tiles.num_stages)  # fmt: skip
         if out is None:
             fill_outside(y, offsets, E)
