@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <utility>
@@ -66,10 +67,7 @@ inline Coroutine& self() { return block.threads[threadIdx.x]; }
 inline void meet(Barrier& barrier) {
     int turn = barrier.turn;
     if (++barrier.arrived == barrier.members) barrier.arrived = 0, ++barrier.turn;
-    while (barrier.turn == turn) {
-        unsigned me = threadIdx.x;
-        swapcontext(&block.threads[me].context, &block.scheduler);
-    }
+    while (barrier.turn == turn) swapcontext(&self().context, &block.scheduler);
     block.moved = true;
 }
 inline void __syncthreads() { meet(block.all); }
@@ -119,6 +117,14 @@ void call(void (*kernel)(A...), void** arguments) {
     call(kernel, arguments, std::index_sequence_for<A...>());
 }
 
+inline void start(Coroutine& thread, void (*body)()) {
+    thread.groups.emplace_back();
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.data(), thread.context.uc_stack.ss_size = thread.stack.size();
+    thread.context.uc_link = &block.scheduler;
+    makecontext(&thread.context, body, 0);
+}
+
 // Run the grid; `body` calls the kernel.  Returns 0, or 1 when threads wait for each other for ever.
 inline int run_grid(int blocks, int threads, int shared, int mode, void (*body)()) {
     gridDim = {unsigned(blocks), 1, 1}, blockDim = {unsigned(threads), 1, 1};
@@ -131,13 +137,8 @@ inline int run_grid(int blocks, int threads, int shared, int mode, void (*body)(
         block.late = mode;
         blockIdx.x = b;
         for (int t = 0; t < threads; ++t) {
-            Coroutine& thread = block.threads[t];
             ++block.warps[t / 32].members;
-            thread.groups.emplace_back();
-            getcontext(&thread.context);
-            thread.context.uc_stack.ss_sp = thread.stack.data(), thread.context.uc_stack.ss_size = thread.stack.size();
-            thread.context.uc_link = &block.scheduler;
-            makecontext(&thread.context, body, 0);
+            start(block.threads[t], body);
         }
         for (int left = threads; left;) {
             block.moved = false;
@@ -145,11 +146,23 @@ inline int run_grid(int blocks, int threads, int shared, int mode, void (*body)(
                 threadIdx.x = mode ? threads - 1 - i : i;
                 Coroutine& thread = block.threads[threadIdx.x];
                 if (thread.done) continue;
-                thread.done = true;  // unless it comes back by waiting
                 swapcontext(&block.scheduler, &thread.context);
+                left -= thread.done;
             }
             if (!block.moved) return 1;
         }
     }
     return 0;
 }
+
+// In the file that includes the kernel's source: arguments[i] points to the kernel's i-th argument.
+#define EMULATE(kernel)                                                                                  \
+    static void** kernel_arguments;                                                                      \
+    static void run_thread() {                                                                           \
+        call(kernel, kernel_arguments);                                                                  \
+        self().done = block.moved = true;                                                                \
+    }                                                                                                    \
+    extern "C" int emulate(int blocks, int threads, int shared, int mode, void** arguments) {            \
+        kernel_arguments = arguments;                                                                    \
+        return run_grid(blocks, threads, shared, mode, run_thread);                                      \
+    }
