@@ -20,8 +20,12 @@ A masked row is never read; a row with coefficient 0 is written without an expon
 memory and in registers, multiples of GROUP.  SURROGATE, KL, WEIGHT: functions of policy_loss.cuh.  HAS_OLD, HAS_REF, HAS_RHO, SEQUENCE_WEIGHT: 0, 1. */
 #if FP32
 typedef float Logit;
+__device__ __forceinline__ Logit logit_of(unsigned bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ float value_of(Logit x) { return x; }
 #else
 typedef unsigned short Logit;
+__device__ __forceinline__ Logit logit_of(unsigned bits) { return static_cast<Logit>(bits); }
+__device__ __forceinline__ float value_of(Logit x) { return __uint_as_float(static_cast<unsigned>(x) << 16); }
 #endif
 constexpr int GROUP = 4, WIDTH = 16 / sizeof(Logit), WARPS = THREADS / 32;
 constexpr float LOG2E = 1.4426950408889634f, LOWEST = -3.4028234663852886e38f;  // a finite start for the maximum, since -inf minus -inf is NaN
@@ -74,12 +78,7 @@ struct Row {
         int v = first(g);
         if (whole(v)) return copy_async(slot, x + v);
 #pragma unroll
-        for (int j = 0; j < WIDTH; ++j) {
-            Logit outside;
-            unsigned bits = NOTHING;
-            __builtin_memcpy(&outside, &bits, sizeof(Logit));
-            reinterpret_cast<Logit*>(slot)[j] = v + j >= 0 && v + j < V ? x[v + j] : outside;
-        }
+        for (int j = 0; j < WIDTH; ++j) reinterpret_cast<Logit*>(slot)[j] = v + j >= 0 && v + j < V ? x[v + j] : logit_of(NOTHING);
     }
 
     __device__ __forceinline__ void store(int g, uint4 packed) const {
@@ -89,9 +88,7 @@ struct Row {
 #pragma unroll
         for (int j = 0; j < WIDTH; ++j) {
             unsigned bits = FP32 ? words[j % 4] : words[j / 2] >> (j % 2 * 16);
-            Logit value;
-            __builtin_memcpy(&value, &bits, sizeof(Logit));
-            if (v + j >= 0 && v + j < V) dx[v + j] = value;
+            if (v + j >= 0 && v + j < V) dx[v + j] = logit_of(bits);
         }
     }
 };
@@ -238,12 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
         const bool nothing = sums.S == 0.0f;
         const float S = nothing ? 1.0f : sums.S, m = sums.m, log_S = logf(S);
-#if FP32
-        const float x_target = target_logit;
-#else
-        const float x_target = __uint_as_float(static_cast<unsigned>(target_logit) << 16);
-#endif
-        const float logp = (x_target - m) * inv_temperature - log_S;
+        const float logp = (value_of(target_logit) - m) * inv_temperature - log_S;
         if (!HAS_OLD) old = logp;
         const float log_ratio = logp - old;
         const float unclamped = fabsf(log_ratio) <= 20.0f ? 1.0f : 0.0f;
