@@ -1,7 +1,7 @@
 """What the CUDA kernels share: whether they can serve a call, compiling a source of csrc/cuda for the device at hand, launching it.
 
-CuPy compiles with NVRTC at first use and keeps the result on disk; a launch goes to torch's current stream with raw pointers, and may be captured in a
-CUDA graph once the kernel is loaded.  Importing this file does not import CuPy.  A source takes what is fixed at compile time as macros.
+CuPy compiles with NVRTC at first use and keeps the result on disk; a launch goes to torch's current stream with raw pointers, and may be captured in
+a CUDA graph once the kernel is loaded.  Importing this file does not import CuPy.  A source takes what is fixed at compile time as macros.
 """
 
 import importlib.util
@@ -9,13 +9,11 @@ import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from ._triton import on_device_of
 
 HERE = Path(__file__).parent
 # In a checkout and an editable install the sources lie beside kernels/, in a wheel they come as a folder of the package.
@@ -54,7 +52,7 @@ def macros(constants: dict) -> tuple[str, ...]:
     return tuple(f"-D{name}={int(value) if isinstance(value, bool) else value}" for name, value in constants.items())
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(stem: str, kernel: str, options: tuple[str, ...], shared: int, device: int) -> Callable:
     """The kernel, compiled with these macros for this device: call it with (blocks, threads, numpy scalars)."""
     import cupy
@@ -70,7 +68,7 @@ def load(stem: str, kernel: str, options: tuple[str, ...], shared: int, device: 
     return launch
 
 
-@lru_cache(maxsize=None)
+@cache
 def limits(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and bytes of shared memory that one block may have."""
     properties = torch.cuda.get_device_properties(device)
@@ -102,6 +100,3 @@ class AheadOfTime:
                     "shared": r"(\d+) bytes smem"}  # fmt: skip
         used = {key: sum(map(int, re.findall(pattern, text))) for key, pattern in patterns.items()}
         return used | {"shared": used["shared"] + self.shared}, ""
-
-
-__all__ = ["FOLDER", "AheadOfTime", "limits", "load", "macros", "on_device_of", "source_of", "why_not_cuda"]

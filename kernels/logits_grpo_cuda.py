@@ -1,6 +1,6 @@
 """The row kernel of logits_grpo with the gradient, in CUDA C++ (csrc/cuda/logits_grpo.cu): the logits are read once.  The other steps are Triton's.
 
-Where no gradient is written along - no_grad, or a loss whose coefficients need whole sequences first - Triton's row kernel reads the logits once, too.
+Where no gradient is written along - no_grad, or a loss whose coefficients need whole sequences first - Triton's row kernel, too, reads them once.
 """
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _cuda
+from ._dispatch import is_strict
 from .logits_grpo import Rows, Tokens, logits_loss
 from .policy_loss import LossVariant, run_time_numbers
 
@@ -17,21 +18,28 @@ SURROGATES = {"clip": "clip", "dual_clip": "capped", "two_sided": "capped", "cis
 WEIGHTS = {"none": "none", "tis": "truncated", "token_mask": "masked", "sequence_mask": "masked"}
 
 
+def shifted(logits: Tensor) -> bool:
+    """Do rows begin within a granule?"""
+    return logits.data_ptr() % 16 > 0 or logits.stride(0) * logits.element_size() % 16 > 0
+
+
 def granules_per_thread(logits: Tensor, shared: int) -> tuple[int, int]:
     """In shared memory and in registers, to hold a row; more of the latter than HELD means that it does not fit."""
     width = 16 // logits.element_size()
-    shifted = logits.data_ptr() % 16 or logits.stride(0) % width  # rows may begin within a granule
-    granules = -(-(logits.shape[1] + (width - 1) * bool(shifted)) // width)
+    granules = -(-(logits.shape[1] + (width - 1) * shifted(logits)) // width)
     needed = -(-granules // (GROUP * THREADS)) * GROUP
     slots = min(needed, shared // (16 * THREADS) // GROUP * GROUP)
     return slots, needed - slots
 
 
 def why_not_on_chip(logits: Tensor) -> str | None:
+    if is_strict() and shifted(logits):
+        return "strict mode is on, and the order of a row's sums follows its address modulo 16, which is not 0 in every row"
     slots, held = granules_per_thread(logits, _cuda.limits(logits.device)[1])
     most = HELD[logits.dtype]
     if held > most:
-        return f"a row of {logits.shape[1]} {logits.dtype} does not fit on a multiprocessor, {(slots + most) * THREADS * 16 // logits.element_size()} do"
+        fit = (slots + most) * THREADS * 16 // logits.element_size()
+        return f"a row of {logits.shape[1]} {logits.dtype} does not fit on a multiprocessor; {fit} do"
     return None
 
 

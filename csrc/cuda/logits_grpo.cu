@@ -184,12 +184,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         int phase = reinterpret_cast<unsigned long long>(x) / sizeof(Logit) % WIDTH;
         return Row{x, dx, phase, V, reinterpret_cast<unsigned long long>(dx) / sizeof(Logit) % WIDTH == (unsigned)phase};
     };
-    auto live_from = [&](int t) {
-        while (t < T && scales[t] == 0.0f) t += gridDim.x;
+    auto scale_of = [&](int t) { return t < T ? scales[t] : 1.0f; };
+    auto live_from = [&](int t, float scale) {
+        for (; scale == 0.0f; scale = scale_of(t)) t += gridDim.x;
         return t;
     };
 
-    int ahead = live_from(blockIdx.x);  // the row whose logits are on their way
+    int ahead = live_from(blockIdx.x, scale_of(blockIdx.x));  // the row whose logits are on their way
     if (ahead < T) {
         const Row row = row_at(ahead);
 #pragma unroll
@@ -213,7 +214,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             continue;
         }
         const int target = static_cast<int>(targets[t]);
-        ahead = live_from(t + gridDim.x);
 
         Softmax sums = {LOWEST, 0.0f, 0.0f};
 #pragma unroll
@@ -229,6 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         // here and not at the row's start, where registers are scarce; before the barrier, after which the target's logit may be overwritten
         const Logit target_logit = row.x[target];
         const float scale = scales[t], A = advantages[t], ref = HAS_REF ? refs[t] : 0.0f, log_rho = HAS_RHO ? rhos[t] : 0.0f;
+        const float next_scale = scale_of(t + gridDim.x);
         float old = HAS_OLD ? olds[t] : 0.0f;
         sums = over_block(sums, c, parts[turn]);
         turn ^= 1;
@@ -253,6 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
 
         const float k = coef * inv_temperature, minus_k_S = -k / S;
+        ahead = live_from(t + gridDim.x, next_scale);
         const bool more = ahead < T;
         const Row next = row_at(more ? ahead : t);
 #pragma unroll

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +118,7 @@ def triton_device(request):
     return torch.device("cpu")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _emulator(stem, kernel, options):
     """The kernel in host C++; the folder goes with the process."""
     folder = Path(_emulators.name, str(len(os.listdir(_emulators.name))))
