@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._triton import SHARED
+
 HERE = Path(__file__).parent
 # In a checkout and an editable install the sources lie beside kernels/, in a wheel they come as a folder of the package.
 FOLDER = next((folder for folder in (HERE / "csrc", HERE.parent / "csrc" / "cuda") if folder.is_dir()), HERE / "csrc")
@@ -82,17 +84,27 @@ class AheadOfTime:
     name: str
     stem: str
     constants: dict[str, object]
+    warps: int
     registers: int  # allowed per thread
     shared: int  # dynamic, bytes
     capabilities: tuple[str, ...] = ("80", "90a")
 
+    def limits_broken(self, used: dict[str, int]) -> list[str]:
+        """What the compiled kernel does that it must not, one line each; `used` is what `compile` returned."""
+        most = SHARED[int(self.capabilities[0].rstrip("a"))]
+        checks = {
+            f"spills: stack {used['stack']}, local {used['local']} bytes": used["stack"] or used["local"],
+            f"{used['registers']} registers; at most {self.registers}": not 0 < used["registers"] <= self.registers,
+            f"{used['shared']} bytes of shared memory; at most {most}": used["shared"] > most,
+        }
+        return [line for line, broken in checks.items() if broken]
+
     def compile(self, capability: str, folder: Path) -> tuple[dict[str, int], str]:
         """Registers, stack, spilled and shared bytes as ptxas prints them, and the compiler's complaint; warnings are errors."""
-        # -ftz: CuPy sets it
-        command = ["nvcc", "-std=c++17", "-ftz=true", f"-gencode=arch=compute_{capability},code=sm_{capability}", "-Werror", "all-warnings"]
-        source = FOLDER / f"{self.stem}.cu"
-        done = subprocess.run([*command, "-Xptxas", "-v", *macros(self.constants), "-cubin", "-o", folder / "out.cubin", source],
-                              capture_output=True, text=True)  # fmt: skip
+        (folder / "kernel.cu").write_text(source_of(self.stem))
+        command = ["nvcc", "-std=c++17", "-ftz=true", f"-gencode=arch=compute_{capability},code=sm_{capability}", "-Werror", "all-warnings",
+                   "-Xptxas", "-v", *macros(self.constants), "-cubin", "-o", "kernel.cubin", "kernel.cu"]  # fmt: skip  -ftz: CuPy sets it
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         text = done.stderr + done.stdout
         if done.returncode:
             return {}, text.strip() or "nvcc failed"

@@ -90,5 +90,6 @@ def ahead_of_time() -> list[_cuda.AheadOfTime]:
     ):
         fixed = constants(dtype, slots, held, variant, True)
         name = f"logits_grpo {str(dtype).removeprefix('torch.')} {slots}+{held} {variant.surrogate} {variant.kl} {variant.correction}"
-        cases.append(_cuda.AheadOfTime(name, "logits_grpo", fixed, 65536 // THREADS // fixed["BLOCKS"], slots * THREADS * 16, capabilities))
+        registers = 65536 // (THREADS * fixed["BLOCKS"])
+        cases.append(_cuda.AheadOfTime(name, "logits_grpo", fixed, THREADS // 32, registers, slots * THREADS * 16, capabilities))
     return cases

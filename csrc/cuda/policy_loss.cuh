@@ -1,5 +1,6 @@
-// Slopes of the policy losses in the new log-prob, the equations of kernels/policy_loss.py: what policy_loss_triton.py computes of them in the same order.
-#pragma once
+// Slopes of the policy losses in the new log-prob: the equations of kernels/policy_loss.py, named as in policy_loss_triton.py.
+#ifndef ATHANOR_POLICY_LOSS
+#define ATHANOR_POLICY_LOSS
 
 struct Bounds {
     float lo, hi, cap, tau_positive, tau_negative;
@@ -41,3 +42,5 @@ __device__ __forceinline__ float weight_masked(float log_rho, float low, float h
     float rho = clamped_exp(log_rho);
     return rho >= low && rho <= high ? rho : 0.0f;
 }
+
+#endif
