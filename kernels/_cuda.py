@@ -54,6 +54,13 @@ def macros(constants: dict) -> tuple[str, ...]:
     return tuple(f"-D{name}={int(value) if isinstance(value, bool) else value}" for name, value in constants.items())
 
 
+class CurrentStream:
+    """Torch's current stream in the CUDA stream protocol: (version, address)."""
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, torch.cuda.current_stream().cuda_stream
+
+
 @cache
 def load(stem: str, kernel: str, options: tuple[str, ...], shared: int, device: int) -> Callable:
     """The kernel, compiled with these macros for this device: call it with (blocks, threads, numpy scalars)."""
@@ -64,7 +71,7 @@ def load(stem: str, kernel: str, options: tuple[str, ...], shared: int, device: 
         function.max_dynamic_shared_size_bytes = shared
 
     def launch(blocks: int, threads: int, arguments: tuple) -> None:
-        with torch.cuda.device(device), cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream, device):
+        with torch.cuda.device(device), cupy.cuda.Stream.from_external(CurrentStream()):
             function((blocks,), (threads,), arguments, shared_mem=shared)
 
     return launch
