@@ -154,7 +154,7 @@ def compile_all(chosen: argparse.Namespace, out: Console) -> int:
             rows.append(row)
             say(f"[{len(rows)}/{total}] {row['case']} {row['arch']}")
     reason = why_no_cuda()
-    rows += [] if reason else [row for row in cuda_rows() if not chosen.op or row["op"] in chosen.op]
+    rows += [] if reason else [row for op in chosen.op or [None] for row in cuda_rows(op)]
     out.print(table_of(rows, COMPILED))
     if reason:
         out.print(reason)

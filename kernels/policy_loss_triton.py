@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton import AheadOfTime, on_device_of
+from .policy_loss import run_time_numbers
 
 BLOCK = 512  # tokens per program, 4 warps: 1024 took 140 registers, mostly for the search in int64.  Not measured on a GPU yet
 ROWS = 512  # of partial sums that one step of the last kernel adds
@@ -69,13 +70,6 @@ class PolicyLossFunction(torch.autograd.Function):
     def backward(ctx, dloss, _sums, _count):
         (dlogps,) = ctx.saved_tensors
         return (dlogps * dloss).to(ctx.dtype), *[None] * 9
-
-
-def run_time_numbers(v) -> tuple[tuple[float, ...], tuple[float, float]]:
-    """(lo, hi, cap, tau_positive, tau_negative, beta) and (weight_low, weight_high), the kernels' scalar arguments."""
-    # float() because an integer 3 would be compiled as one
-    bounds = (1 - v.clip_low, 1 + v.clip_high, v.dual_clip or v.delta or float("inf"), v.tau_positive, v.tau_negative, v.beta)
-    return tuple(map(float, bounds)), (float(v.correction_low), float(v.correction_high or 0))
 
 
 def _denominator(v, count: Tensor, num_tokens, num_sequences) -> Tensor:
