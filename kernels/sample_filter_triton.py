@@ -43,7 +43,7 @@ def filtered_draw(logits: Tensor, tiles: Tensor, segments: Tensor, seeds: Tensor
                   **sizes: int) -> None:  # fmt: skip
     """Fill outputs.  temperature and the filters: what `per_row` returned of each."""
     (B, V), spans = logits.shape, segments.shape[2]
-    brackets, counts = (torch.empty(B, n, dtype=torch.int64, device=logits.device) for n in (4, 5 * spans))
+    brackets, counts = (torch.empty(B, n, dtype=torch.int64, device=logits.device) for n in (4, 4 * spans))
     lists = logits.new_empty(B, spans * sizes["TILES"] * TILE.value)
     pointers, (t, k, p, q), (t_row, k_row, p_row, q_row) = zip(temperature, top_k, top_p, min_p, strict=True)
     values = (*pointers, V, logits.stride(0), float(t), min(int(k), V), float(p), float(q))
@@ -77,34 +77,31 @@ def sample_collect_kernel(logits_ptr, tiles_ptr, brackets_ptr, counts_ptr, lists
 
 @triton.jit
 def collect(x_ptr, tiles_ptr, counts_ptr, lists_ptr, row, segment, lo, hi, m, inv_temperature, min_p, V, TILES: tl.constexpr):
-    """Of a segment: number above the bracket and in it, mass of either, least key that min-p keeps; and the logits in the bracket, in no order."""
+    """Of a segment: number above the bracket and in it, mass above, least key that min-p keeps; and the logits in the bracket, in no order."""
     tiles, segments = tl.cdiv(V, TILE), tl.cdiv(V, TILES * TILE)
     tile = segment * TILES + tl.arange(0, TILES)
     largest = tl.load(tiles_ptr + row * 2 * tiles + tile, mask=tile < tiles, other=float("-inf"))
-    near = key_of(largest) >= lo.to(tl.int32)
-    at = counts_ptr + row * 5 * segments + segment
-    if tl.max(near.to(tl.int32), 0) == 0:
-        for i in tl.static_range(4):
-            tl.store(at + i * segments, lo * 0)
-        tl.store(at + 4 * segments, lo * 0 + FAR)
-    else:
+    # floats are in the order of their keys, and take fewer instructions
+    low, high = float_of(lo), float_of(hi)
+    near = largest >= low
+    above_and_inside, mass, least = (lo * 0).to(tl.int32), lo * 0, low * 0 + float("inf")
+    if tl.max(near.to(tl.int32), 0) > 0:
         x = segment_logits(x_ptr, segment, near[:, None], V, TILES)
-        key, low, high = key_of(x), lo.to(tl.int32), hi.to(tl.int32)
-        above, inside = key > high, (key >= low) & (key <= high)
-        mass = mass_of(x, m, inv_temperature)
-        counts = tl.sum(above.to(tl.int32) * 65536 + inside.to(tl.int32)).to(tl.int64)
-        tl.store(at, counts >> 16)
-        tl.store(at + segments, counts & 0xFFFF)
-        tl.store(at + 2 * segments, tl.sum(tl.where(above, mass, 0)))
-        tl.store(at + 3 * segments, tl.sum(tl.where(inside, mass, 0)))
-        kept = (key >= low) & (tl.exp2((x - m) * (inv_temperature * LOG2E)) >= min_p)
-        least = tl.min(tl.where(kept, key, 0x7FFFFFFF)).to(tl.int64)
-        tl.store(at + 4 * segments, tl.where(least == 0x7FFFFFFF, FAR, least))
-        if ((counts & 0xFFFF) > 0) & (lo < hi):
+        e = tl.exp2((x - m) * (inv_temperature * LOG2E))
+        inside = (x >= low) & (x <= high)
+        mass = tl.sum((tl.where(x > high, e, 0.0) * UNIT).to(tl.int64))
+        above_and_inside = tl.sum(tl.where(x > high, 65536, inside.to(tl.int32)))
+        least = tl.min(tl.where((x >= low) & (e >= min_p), x, float("inf")))
+        if ((above_and_inside & 0xFFFF) > 0) & (lo < hi):
             rank = tl.cumsum(inside.to(tl.int32), 1)
             in_tile = tl.sum(inside.to(tl.int32), 1)
             rank += (tl.cumsum(in_tile, 0) - in_tile)[:, None] - 1
             tl.store(lists_ptr + (row * segments + segment) * (TILES * TILE) + rank, x.to(lists_ptr.dtype.element_ty), mask=inside)
+    at = counts_ptr + row * 4 * segments + segment
+    tl.store(at, (above_and_inside >> 16).to(tl.int64))
+    tl.store(at + segments, (above_and_inside & 0xFFFF).to(tl.int64))
+    tl.store(at + 2 * segments, mass)
+    tl.store(at + 3 * segments, key_of(least).to(tl.int64))
 
 
 # The threshold and the token
@@ -135,17 +132,19 @@ def sample_resolve_kernel(
     elif bad == 0:
         segments = tl.cdiv(V, TILES * TILE)
         row_mass = tl.sum(part_masses(ms, Ss, m, inv_temperature), 0)
-        count_ptr, list_ptr = counts_ptr + row * 5 * segments, lists_ptr + row * segments * (TILES * TILE)
+        counts_ptr += row * 4 * segments
         at = brackets_ptr + row * 4
         lo, hi, proven = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-        below, beyond = missed(count_ptr, lo, proven, row_mass, k, top_p, segments, SEGMENTS)
+        list_ptr, left, longest, mass_inside = runs(counts_ptr, lists_ptr, row, lo, hi, m, inv_temperature, segments, TILES, SEGMENTS, CHUNK)
+        below, beyond = missed(counts_ptr, mass_inside, lo, proven, row_mass, k, top_p, segments, SEGMENTS)
         if below | beyond:
             lo, hi = tl.where(beyond, hi + 1, proven), tl.where(beyond, key_of(m).to(tl.int64), hi)
             for s in range(0, segments):
-                collect(x_ptr, tiles_ptr, counts_ptr, lists_ptr, row, s, lo, hi, m, inv_temperature, min_p, V, TILES)
+                collect(x_ptr, tiles_ptr, counts_ptr - row * 4 * segments, lists_ptr, row, s, lo, hi, m, inv_temperature, min_p, V, TILES)
             tl.debug_barrier()  # counts and list are read by other threads than wrote them
-        t, room, ties, masses = filtered(count_ptr, list_ptr, lo, hi, m, inv_temperature, row_mass, k, top_p, segments, TILES, SEGMENTS, CHUNK,
-                                         PIVOTS)  # fmt: skip
+            list_ptr, left, longest, mass_inside = runs(counts_ptr, lists_ptr, row, lo, hi, m, inv_temperature, segments, TILES, SEGMENTS, CHUNK)
+        t, room, ties, masses = filtered(counts_ptr, list_ptr, left, longest, mass_inside, lo, hi, m, inv_temperature, row_mass, k, top_p, segments,
+                                         SEGMENTS, CHUNK, PIVOTS)  # fmt: skip
         threshold = float_of(t)
         segment = tl.arange(0, SEGMENTS)
         if room < tl.sum(ties, 0):
@@ -184,36 +183,40 @@ def wanted_mass(limit, top_p):
 
 
 @triton.jit
-def missed(counts_ptr, lo, proven, row_mass, k, top_p, segments, SEGMENTS: tl.constexpr):
+def runs(counts_ptr, lists_ptr, row, lo, hi, m, inv_temperature, segments, TILES: tl.constexpr, SEGMENTS: tl.constexpr, CHUNK: tl.constexpr):
+    """How CHUNK lanes walk the lists of SEGMENTS segments: pointers, what is left to each lane and the longest list; and the mass of all of it."""
+    lane = tl.arange(0, CHUNK)
+    segment, column = lane // (CHUNK // SEGMENTS), lane % (CHUNK // SEGMENTS)
+    length = tl.load(counts_ptr + segments + segment, mask=(segment < segments) & (lo < hi), other=0).to(tl.int32)
+    list_ptr, left, longest = lists_ptr + (row * segments + segment) * (TILES * TILE) + column, length - column, tl.max(length, 0)
+    inside = count_plane(counts_ptr, 1, segments, SEGMENTS)
+    _, _, mass = tally(list_ptr, left, longest, m, inv_temperature, lo - 1, lo, hi, inside, SEGMENTS, CHUNK)
+    return list_ptr, left, longest, tl.sum(mass, 0)
+
+
+@triton.jit
+def missed(counts_ptr, mass_inside, lo, proven, row_mass, k, top_p, segments, SEGMENTS: tl.constexpr):
     """Whether the threshold of top-k or top-p is below the bracket, and whether it is beyond."""
+    above, wanted = tl.sum(count_plane(counts_ptr, 2, segments, SEGMENTS), 0), wanted_mass(row_mass, top_p)
+    inside = mass_inside
     if k > 0:
-        above, inside = tl.sum(count_plane(counts_ptr, 0, segments, SEGMENTS), 0), tl.sum(count_plane(counts_ptr, 1, segments, SEGMENTS), 0)
-        wanted = k
-    else:
-        above, inside = tl.sum(count_plane(counts_ptr, 2, segments, SEGMENTS), 0), tl.sum(count_plane(counts_ptr, 3, segments, SEGMENTS), 0)
-        wanted = wanted_mass(row_mass, top_p)
+        above, wanted = tl.sum(count_plane(counts_ptr, 0, segments, SEGMENTS), 0), k
+        inside = tl.sum(count_plane(counts_ptr, 1, segments, SEGMENTS), 0)
     on = (k > 0) | (top_p < 1)
     return on & (above + inside < wanted) & (lo > proven), on & (above >= wanted)
 
 
 @triton.jit
-def filtered(counts_ptr, lists_ptr, lo, hi, m, inv_temperature, row_mass, k, top_p, segments, TILES: tl.constexpr, SEGMENTS: tl.constexpr,
+def filtered(counts_ptr, list_ptr, left, longest, mass_inside, lo, hi, m, inv_temperature, row_mass, k, top_p, segments, SEGMENTS: tl.constexpr,
              CHUNK: tl.constexpr, PIVOTS: tl.constexpr):  # fmt: skip
     """Key of the smallest kept logit, how many equal to it are kept (FAR: all), and of each segment the number of equal ones and the mass above."""
-    above, inside = count_plane(counts_ptr, 0, segments, SEGMENTS), count_plane(counts_ptr, 1, segments, SEGMENTS)
-    mass_above, mass_inside = count_plane(counts_ptr, 2, segments, SEGMENTS), count_plane(counts_ptr, 3, segments, SEGMENTS)
-    raised = tl.min(tl.where(tl.arange(0, SEGMENTS) < segments, count_plane(counts_ptr, 4, segments, SEGMENTS), FAR), 0)
-    # CHUNK lanes are SEGMENTS runs of the list; how far each has to go
-    lane = tl.arange(0, CHUNK)
-    run, column = lane // (CHUNK // SEGMENTS), lane % (CHUNK // SEGMENTS)
-    length = tl.load(counts_ptr + segments + run, mask=(run < segments) & (lo < hi), other=0)
-    list_ptr = lists_ptr + run * (TILES * TILE) + column
-    left = (length - column).to(tl.int32)
-    longest = tl.max(length, 0).to(tl.int32)
-    n_above, m_above = tl.sum(above, 0), tl.sum(mass_above, 0)
+    above = tl.sum(count_plane(counts_ptr, 0, segments, SEGMENTS), 0)
+    inside, mass_above = count_plane(counts_ptr, 1, segments, SEGMENTS), count_plane(counts_ptr, 2, segments, SEGMENTS)
+    raised = tl.min(tl.where(tl.arange(0, SEGMENTS) < segments, count_plane(counts_ptr, 3, segments, SEGMENTS), FAR), 0)
+    m_above = tl.sum(mass_above, 0)
     t, room, limit = lo, tl.full([], FAR, tl.int64), row_mass
     if k > 0:
-        wanted = tl.minimum(k, n_above + tl.sum(inside, 0)) - n_above
+        wanted = tl.minimum(k, above + tl.sum(inside, 0)) - above
         limit = m_above
         if wanted > 0:
             t = search(list_ptr, left, longest, m, inv_temperature, t, hi, wanted, False, CHUNK // SEGMENTS, CHUNK, PIVOTS)
@@ -221,7 +224,7 @@ def filtered(counts_ptr, lists_ptr, lo, hi, m, inv_temperature, row_mass, k, top
             room = wanted - tl.sum(n, 0)
             limit += tl.sum(mass, 0) + room * mass_of(float_of(t), m, inv_temperature)
     if top_p < 1:
-        available = tl.where(k > 0, limit, m_above + tl.sum(mass_inside, 0))
+        available = tl.where(k > 0, limit, m_above + mass_inside)
         wanted = tl.minimum(wanted_mass(limit, top_p), available) - m_above
         if wanted > 0:  # else min-p decides
             before = t
@@ -238,9 +241,8 @@ def filtered(counts_ptr, lists_ptr, lo, hi, m, inv_temperature, row_mass, k, top
 
 @triton.jit
 def listed(list_ptr, left, offset):
-    """The next logits of the list and their keys; -inf where there is none."""
-    x = tl.load(list_ptr + offset, mask=offset < left, other=float("-inf")).to(tl.float32)
-    return x, key_of(x)
+    """The next logits of the list; -inf where there is none."""
+    return tl.load(list_ptr + offset, mask=offset < left, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -250,25 +252,25 @@ def search(list_ptr, left, longest, m, inv_temperature, lo, hi, target, WEIGHTED
     j = tl.arange(0, PIVOTS) + 1
     while lo < hi:
         step = (hi - lo + PIVOTS - 1) // PIVOTS
-        pivots = tl.minimum(lo + j * step, hi).to(tl.int32)
+        pivots = float_of(tl.minimum(lo + j * step, hi))
         sums = tl.zeros([PIVOTS, CHUNK], tl.int64)
         for offset in range(0, longest, WIDTH):
-            x, key = listed(list_ptr, left, offset)
+            x = listed(list_ptr, left, offset)
             if WEIGHTED:
                 weight = mass_of(x, m, inv_temperature)
             else:
                 weight = tl.full([CHUNK], 1, tl.int64)
-            sums += tl.where(key[None, :] >= pivots[:, None], weight[None, :], 0)
+            sums += tl.where(x[None, :] >= pivots[:, None], weight[None, :], 0)
         n = tl.sum((tl.sum(sums, 1) >= target).to(tl.int64), 0)
-        low = tl.minimum(lo + n * step, hi).to(tl.int32)
-        high = tl.where(n == PIVOTS, hi, tl.minimum(lo + (n + 1) * step, hi) - 1).to(tl.int32)
+        low = float_of(tl.minimum(lo + n * step, hi))
+        high = float_of(tl.where(n == PIVOTS, hi, tl.minimum(lo + (n + 1) * step, hi) - 1))
         # on to the keys that occur
-        first, last = tl.full([CHUNK], 0x7FFFFFFF, tl.int32), tl.full([CHUNK], -0x7FFFFFFF, tl.int32)
+        first, last = tl.full([CHUNK], float("inf"), tl.float32), tl.full([CHUNK], float("-inf"), tl.float32)
         for offset in range(0, longest, WIDTH):
-            x, key = listed(list_ptr, left, offset)
-            first = tl.where(key >= low, tl.minimum(first, key), first)
-            last = tl.where(key <= high, tl.maximum(last, key), last)
-        lo, hi = tl.min(first, 0).to(tl.int64), tl.max(last, 0).to(tl.int64)
+            x = listed(list_ptr, left, offset)
+            first = tl.minimum(first, tl.where(x >= low, x, float("inf")))
+            last = tl.maximum(last, tl.where(x <= high, x, float("-inf")))
+        lo, hi = key_of(tl.min(first, 0)).to(tl.int64), key_of(tl.max(last, 0)).to(tl.int64)
     return lo
 
 
@@ -276,14 +278,16 @@ def search(list_ptr, left, longest, m, inv_temperature, lo, hi, target, WEIGHTED
 def tally(list_ptr, left, longest, m, inv_temperature, t, lo, hi, inside, SEGMENTS: tl.constexpr, CHUNK: tl.constexpr):
     """Of each segment: the number in the bracket of key t, and number and mass of those of a larger key."""
     if lo == hi:
-        ties, n, mass = tl.where(t == lo, inside, 0), tl.where(t < lo, inside, 0), inside * 0
+        ties, n = tl.where(t == lo, inside, 0), tl.where(t < lo, inside, 0)
+        mass = n * mass_of(float_of(lo), m, inv_temperature)
     else:
         ties, n, mass = tl.zeros([CHUNK], tl.int64), tl.zeros([CHUNK], tl.int64), tl.zeros([CHUNK], tl.int64)
+        threshold = float_of(t)
         for offset in range(0, longest, CHUNK // SEGMENTS):
-            x, key = listed(list_ptr, left, offset)
-            ties += (key == t).to(tl.int64)
-            n += (key > t).to(tl.int64)
-            mass += tl.where(key > t, mass_of(x, m, inv_temperature), 0)
+            x = listed(list_ptr, left, offset)
+            ties += (x == threshold).to(tl.int64)
+            n += (x > threshold).to(tl.int64)
+            mass += tl.where(x > threshold, mass_of(x, m, inv_temperature), 0)
         ties, n, mass = by_segment(ties, SEGMENTS), by_segment(n, SEGMENTS), by_segment(mass, SEGMENTS)
     return ties, n, mass
 
