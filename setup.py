@@ -1,7 +1,8 @@
 """Map the folders of this repository to import names and build the C++ modules; everything else is in pyproject.toml.
 
-engine/ -> athanor, kernels/ -> athanor.kernels, csrc/host/ -> athanor._host, csrc/cpu/ -> athanor.kernels._native.  A top-level package named
-`kernels` would shadow the HuggingFace package that transformers probes for, and `engine` is no name to import from another project.
+engine/ -> athanor, kernels/ -> athanor.kernels, csrc/host/ -> athanor._host, csrc/cpu/ -> athanor.kernels._native, and csrc/cuda/, sources that are
+compiled for the GPU at hand, -> data in athanor/kernels/csrc (kernels/_cuda.py).  A top-level package named `kernels` would shadow the HuggingFace
+package that transformers probes for, and `engine` is no name to import from another project.
 """
 
 from glob import glob
@@ -17,9 +18,9 @@ def mapped_packages(folder: str, name: str) -> list[str]:
 
 
 setup(
-    package_dir={"athanor": "engine", "athanor.kernels": "kernels"},
-    packages=mapped_packages("engine", "athanor") + mapped_packages("kernels", "athanor.kernels"),
-    package_data={"": ["*.toml", "*.html", "*.j2"]},
+    package_dir={"athanor": "engine", "athanor.kernels": "kernels", "athanor.kernels.csrc": "csrc/cuda"},
+    packages=mapped_packages("engine", "athanor") + mapped_packages("kernels", "athanor.kernels") + ["athanor.kernels.csrc"],
+    package_data={"": ["*.toml", "*.html", "*.j2"], "athanor.kernels.csrc": ["*.cu", "*.cuh"]},
     ext_modules=[
         Pybind11Extension(
             "athanor._host",

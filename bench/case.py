@@ -21,7 +21,7 @@ class Case:
     bytes: float = 0  # that must be read and written at least
     flops: float = 0
     rivals: dict[str, Callable[..., tuple]] = field(default_factory=dict)  # further ones, by name; None in place of an output they do not give
-    slack: float = 2  # ulp of the largest value that the gate allows beyond twice the eager error
+    slack: float | tuple[float, ...] = 2  # ulp of the largest value that the gate allows beyond twice the eager error; of all outputs or of each
     gate: "Case | None" = None  # the same operation where an fp64 oracle is affordable, tile edges crossed; needed only if this size is too large
     fp32: tuple[str, ...] = ()  # inputs that are fp32 whatever the dtype, as log-probs and advantages are
     rows: tuple[str, ...] = ()  # inputs whose first axis is rows that do not influence each other: a sample of rows is checked at full size
@@ -41,12 +41,16 @@ def compiled() -> Iterator[None]:
         _compiling = False
 
 
-def differentiated(function: Callable, *leaves: torch.Tensor, upstream: torch.Tensor | None = None) -> tuple:
-    """Outputs (None ones left out) and gradients of function(*leaves), with the first output's sum or `upstream` times it as the loss."""
+def differentiated(function: Callable, *leaves: torch.Tensor, upstream: torch.Tensor | tuple[torch.Tensor, ...] | None = None) -> tuple:
+    """Outputs (None ones left out) and gradients of function(*leaves).
+
+    upstream: the gradient of the first output, ones by default, or those of as many outputs as it has entries.
+    """
     if _compiling:
         function = torch.compile(function, dynamic=False)  # found again by its code, so that only the first call compiles
     leaves = [x.detach().requires_grad_() for x in leaves]
     out = function(*leaves)
     outputs = [x for x in out if x is not None] if isinstance(out, tuple) else [out]
-    grads = torch.autograd.grad(outputs[0], leaves, upstream if upstream is not None else torch.ones_like(outputs[0]))
+    upstream = upstream if isinstance(upstream, tuple) else (torch.ones_like(outputs[0]) if upstream is None else upstream,)
+    grads = torch.autograd.grad(outputs[: len(upstream)], leaves, upstream)
     return (*(x.detach() for x in outputs), *grads)

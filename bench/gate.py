@@ -55,7 +55,7 @@ def poisoned() -> Iterator[None]:
             torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
-def compare(got: tuple, plain: tuple, oracle: tuple, slack: float) -> Verdict:
+def compare(got: tuple, plain: tuple, oracle: tuple, slack: float | tuple[float, ...]) -> Verdict:
     """The rule, output by output; an output that is None in `got` was not computed and is passed over."""
     verdict = Verdict()
     if len(got) != len(oracle):
@@ -75,7 +75,8 @@ def compare(got: tuple, plain: tuple, oracle: tuple, slack: float) -> Verdict:
             continue
         c = c.double()
         error, rivals = (a.double() - c).abs().max().item(), (b.double() - c).abs().max().item()
-        allowed = 2 * rivals + slack * torch.finfo(a.dtype).eps * c.abs().max().item()
+        ulps = slack[i] if isinstance(slack, tuple) else slack
+        allowed = 2 * rivals + ulps * torch.finfo(a.dtype).eps * c.abs().max().item()
         verdict.errors.append([error, allowed])
         if not error <= allowed:
             verdict.wrong = verdict.wrong or f"output {i}: error {error:.3e}, allowed {allowed:.3e}"

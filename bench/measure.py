@@ -3,10 +3,11 @@
 import importlib
 import importlib.util
 import json
+import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def counterpart(case, device: str) -> Callable:
 def environment(device: str, *, engine: bool = False) -> dict:
     """Machine, versions, and the commit of the kernels that are measured (`-dirty` where their folder differs from it).
 
-    engine: the engine and the C++ sources count too.
+    engine: the engine and the C++ sources count too.  ATHANOR_COMMIT names the commit of a copy that is no repository.
     """
     kernels = athanor.kernels.__path__[0]
     measured = [".", athanor.__path__[0], str(HERE.parent / "csrc")] if engine else ["."]
@@ -69,7 +70,7 @@ def environment(device: str, *, engine: bool = False) -> dict:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", kernels, *arguments], capture_output=True, text=True).stdout.strip()
 
-    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    commit = git("rev-parse", "--short", "HEAD") or os.environ.get("ATHANOR_COMMIT", "unknown")
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else "none"
     return {"machine": name, "device": device, "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
@@ -88,13 +89,13 @@ def sizes_of(case) -> str:
     return " ".join(f"{k}={v}" for k, v in case.sizes.items())
 
 
-def rows_of(case, device: str, ceiling: dict | None, repeats: int, say: Callable[[str], None]) -> list[dict]:
-    """One row per backend that can serve the case, then eager and the peers.  ceiling None: the gate alone."""
+def rows_of(case, device: str, ceiling: dict | None, repeats: int, say: Callable[[str], None], skip: Sequence[str] = ()) -> list[dict]:
+    """One row per backend that can serve the case, then eager and the peers, without those in `skip`.  ceiling None: the gate alone."""
     say(f"{case.op} {sizes_of(case)}: gate")
     gate = Gate(case, device, counterpart(case, device))
     rows, contenders = [], {}
     for name in OPS[case.op].backends:
-        if device == "cpu" and name == "triton":
+        if name in skip or device == "cpu" and name == "triton":
             continue  # the interpreter is for tests: its times mean nothing
         row = judged(name, lambda name=name: gate.check(lambda **inputs: case.run(**inputs, backend=name)))
         if row.get("correct"):
@@ -105,6 +106,8 @@ def rows_of(case, device: str, ceiling: dict | None, repeats: int, say: Callable
         contenders["eager"] = lambda: case.eager(**inputs)
         rows.append({"kind": "peer", "backend": "eager"})
         for name, peer in peers_of(case, device).items():
+            if name.split()[0] in skip:
+                continue
             say(f"{case.op} {sizes_of(case)}: {name}")
             row = judged(name, lambda peer=peer: gate.check(peer))
             # a peer beyond the rule (most round logits to bf16) is timed all the same, with its error beside it; nonsense is not
@@ -151,10 +154,10 @@ def speed(case, median_us: float, ceiling: dict) -> dict:
     return {"gb_s": gb_s, "tflop_s": tflop_s, "percent_of_ceiling": 100 * limit}
 
 
-def measure(cases: list, device: str, ceiling: dict | None, repeats: int, say: Callable[[str], None]) -> Iterator[dict]:
+def measure(cases: list, device: str, ceiling: dict | None, repeats: int, say: Callable[[str], None], skip: Sequence[str] = ()) -> Iterator[dict]:
     common = environment(device)
     for i, case in enumerate(cases, 1):
-        for row in rows_of(case, device, ceiling, repeats, lambda text, i=i: say(f"[{i}/{len(cases)}] {text}")):
+        for row in rows_of(case, device, ceiling, repeats, lambda text, i=i: say(f"[{i}/{len(cases)}] {text}"), skip):
             yield row | common
         if device == "cuda":
             torch.cuda.empty_cache()  # the next case's oracle may need most of the card

@@ -2,7 +2,7 @@
 
 One function per peer and operation, named by its arguments: each takes those inputs of the case that it names and returns what the case's `run`
 returns, None in place of an output that the peer does not give.  Written from the packages' public sources (liger-kernel 0.8.2, cut-cross-entropy
-d42911f, quack 0.6.4); never run so far, because none of them is installed where this was written.  Whatever an adapter raises, its row says.
+d42911f, quack 0.6.4); liger's have run on an H200, at 0.8.5.  Whatever an adapter raises, its row says.
 
 Not here: torchao, whose kernels for training are fp8 casts and matmuls, for which this repository has no operation yet.
 """
@@ -38,22 +38,22 @@ def quack_residual_rmsnorm(x, residual, w):
     return rmsnorm(x, w, residual=residual, eps=1e-6, prenorm=True)
 
 
-def liger_rope(q, k, cos, sin):
+def liger_rope(q, k, cos, sin, dq, dk):
     from liger_kernel.transformers.functional import liger_rope as rope
 
     wide = [torch.cat((a, a), -1)[None] for a in (cos, sin)]
 
     def rotate(q, k):  # (1, H, T, d) views of a (1, T, H, d) layout, which is what the kernel walks; it rotates in place
         a, b = rope(q.transpose(0, 1)[None], k.transpose(0, 1)[None], *wide)
-        return torch.cat((a[0].transpose(0, 1), b[0].transpose(0, 1)), 1)
+        return a[0].transpose(0, 1), b[0].transpose(0, 1)
 
-    return differentiated(rotate, q, k)
+    return differentiated(rotate, q, k, upstream=(dq, dk))
 
 
-def quack_rope(q, k, cos, sin):
+def quack_rope(q, k, cos, sin, dq, dk):
     from quack.rotary import apply_rotary_emb
 
-    return differentiated(lambda q, k: torch.cat([apply_rotary_emb(x[None], cos, sin)[0] for x in (q, k)], 1), q, k)
+    return differentiated(lambda q, k: tuple(apply_rotary_emb(x[None], cos, sin)[0] for x in (q, k)), q, k, upstream=(dq, dk))
 
 
 def liger_swiglu(x, dy):

@@ -54,6 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw roofline and percent of the ceiling to this PNG")
     parser.add_argument("--base", metavar="REV", help="measure the same cases with the kernels of this git revision too and print the ratio per row")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave a backend or peer out, torch.compile say; repeatable")
     parser.add_argument("--repeats", type=int, default=30, help=f"timed calls per row, at least {MIN_REPEATS} (default 30); of a workload a sixth")
     parser.add_argument("--older-kernels", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
@@ -153,7 +154,7 @@ def compile_all(chosen: argparse.Namespace, out: Console) -> int:
             rows.append(row)
             say(f"[{len(rows)}/{total}] {row['case']} {row['arch']}")
     reason = why_no_cuda()
-    rows += [] if reason else [row for row in cuda_rows() if not chosen.op or row["op"] in chosen.op]
+    rows += [] if reason else [row for op in chosen.op or [None] for row in cuda_rows(op)]
     out.print(table_of(rows, COMPILED))
     if reason:
         out.print(reason)
@@ -196,7 +197,7 @@ def main() -> int:
         ceiling = ceilings(chosen.device)
         out.print("ceilings of this run: " + " ".join(f"{k}={v:.4g}" for k, v in ceiling.items()))
     rows = []
-    for row in measure(cases, chosen.device, ceiling, chosen.repeats, say):
+    for row in measure(cases, chosen.device, ceiling, chosen.repeats, say, chosen.skip):
         rows.append(row)
         append(chosen.json if not chosen.base else None, [row])  # at once: a long run that is killed keeps what it has
     if chosen.base:
@@ -208,7 +209,7 @@ def main() -> int:
     columns = {k: v for k, v in COLUMNS.items() if (k != "x base" or chosen.base) and (ceiling or k in UNTIMED)}
     if rows:
         out.print(table_of(rows, columns))
-    for row in workloads.measure(whole, chosen.device, ceiling, chosen.repeats // 6, say):
+    for row in workloads.measure(whole, chosen.device, ceiling, chosen.repeats // 6, say, chosen.skip):
         rows.append(row)
         append(chosen.json, [row])
     if whole:

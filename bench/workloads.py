@@ -8,7 +8,7 @@ it).  A contender that is not what it should be (another model's tokens, another
 import importlib
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,12 +82,12 @@ def seconds_of(function: Callable, device: str) -> tuple[object, float]:
     return result, time.perf_counter() - start
 
 
-def rows_of(workload: Workload, ceiling: dict | None, repeats: int, say: Callable[[str], None]) -> list[dict]:
-    """One row per contender; ceiling None: the gate of ours alone."""
+def rows_of(workload: Workload, ceiling: dict | None, repeats: int, say: Callable[[str], None], skip: Sequence[str] = ()) -> list[dict]:
+    """One row per contender that is not in `skip`; ceiling None: the gate of ours alone."""
     threads = torch.get_num_threads()
     rows, runners = [], {}
     for name, contender in workload.contenders.items():
-        if not contender.ours and (ceiling is None or not runners):
+        if name in skip or not contender.ours and (ceiling is None or not runners):
             continue
         row = {"kind": "backend" if contender.ours else "peer", "backend": name}
         reason = contender.why_not()
@@ -139,10 +139,12 @@ def timed(workload: Workload, runs: list[dict], rival_s: float | None, ceiling: 
     return row | ceiling
 
 
-def measure(workloads: list[Workload], device: str, ceiling: dict | None, repeats: int, say: Callable[[str], None]) -> Iterator[dict]:
+def measure(
+    workloads: list[Workload], device: str, ceiling: dict | None, repeats: int, say: Callable[[str], None], skip: Sequence[str] = ()
+) -> Iterator[dict]:
     common = environment(device, engine=True)
     for i, workload in enumerate(workloads, 1):
-        for row in rows_of(workload, ceiling, repeats, lambda text, i=i: say(f"[{i}/{len(workloads)}] {text}")):
+        for row in rows_of(workload, ceiling, repeats, lambda text, i=i: say(f"[{i}/{len(workloads)}] {text}"), skip):
             yield row | common
         if device == "cuda":
             torch.cuda.empty_cache()  # the next one may need most of the card

@@ -7,7 +7,10 @@ The public functions bear the names of their files, so `from athanor.kernels.rms
 from ._dispatch import is_strict, strict_mode, use_backend
 from ._philox import philox_uniform
 from .attention import attention
+from .fp8_grouped_gemm import fp8_grouped_gemm, fp8_grouped_matmul, fp8_grouped_wgrad
+from .fp8_quantize import Quantized, fp8_quantize, fp8_quantize_dual
 from .group_advantage import group_advantage
+from .grouped_gemm import grouped_gemm, grouped_wgrad
 from .grpo_loss import grpo_loss
 from .kv_append import kv_append, qkv_append
 from .linear import linear
@@ -24,7 +27,8 @@ from .sample import Sampled, sample
 from .swiglu import swiglu
 
 __all__ = [
-    "LogProbs", "LossVariant", "Sampled", "Support", "attention", "empty_kv_cache", "group_advantage", "grpo_loss", "is_strict", "kv_append",
-    "linear", "linear_grpo", "linear_logprob", "linear_sample", "logits_grpo", "logprob", "paged_attention", "philox_uniform", "policy_loss",
-    "qkv_append", "rmsnorm", "rope", "sample", "strict_mode", "swiglu", "use_backend",
+    "LogProbs", "LossVariant", "Quantized", "Sampled", "Support", "attention", "empty_kv_cache", "fp8_grouped_gemm", "fp8_grouped_matmul",
+    "fp8_grouped_wgrad", "fp8_quantize", "fp8_quantize_dual", "group_advantage", "grouped_gemm", "grouped_wgrad", "grpo_loss", "is_strict",
+    "kv_append", "linear", "linear_grpo", "linear_logprob", "linear_sample", "logits_grpo", "logprob", "paged_attention", "philox_uniform",
+    "policy_loss", "qkv_append", "rmsnorm", "rope", "sample", "strict_mode", "swiglu", "use_backend",
 ]  # fmt: skip

@@ -62,6 +62,7 @@ class AheadOfTime:
     registers: int = 96  # allowed per thread
     matrix: bool = False  # tl.dot on tensor cores: wgmma on sm_90, mma on sm_80
     capabilities: tuple[int, ...] = (80, 90, 100)  # that these tiles are for
+    stack: int = 16  # bytes per thread: the few that some ptxas versions reserve are a called slow path's frame
     contract: bool = True  # a product and a sum into one rounding, where the compiler likes: enable_fp_fusion of a launch
 
     def compile(self, capability: int):
@@ -69,6 +70,9 @@ class AheadOfTime:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
+
+        if self.kernel.is_gluon():
+            from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
 
         names = self.kernel.arg_names
         signature = {name: self.signature.get(name, "constexpr").removesuffix(":16") for name in names}
@@ -117,8 +121,8 @@ def limits_broken(case: AheadOfTime, capability: int, compiled, used: dict[str, 
         broken.append(f"no {MATRIX[capability]}")
     if compiled.metadata.shared > SHARED[capability]:
         broken.append(f"{compiled.metadata.shared} bytes of shared memory; at most {SHARED[capability]}")
-    # Far from the limit of 255 registers nothing needs to spill; the few bytes that some ptxas versions reserve are a called slow path's frame.
-    if used["local"] or used["stack"] > 16:
+    # Far from the limit of 255 registers nothing needs to spill.
+    if used["local"] or used["stack"] > case.stack:
         broken.append(f"spills: stack {used['stack']}, local {used['local']} bytes")
     if not 0 < used["reg"] <= case.registers:
         broken.append(f"{used['reg']} registers; at most {case.registers}")

@@ -10,6 +10,8 @@ padded rows, so packing and unpacking are each other's gradient and both are pla
 """
 
 import importlib.util
+import inspect
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 
@@ -22,11 +24,13 @@ from ._dispatch import Backend, check, late, register
 from ._triton import why_not_triton
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float | None = None, max_seqlen: int | None = None,
+              backend: str | None = None) -> Tensor:  # fmt: skip
     """Attend causally within each sequence of a packed batch.
 
     q: (T, H, d).  k, v: (T, Hkv, d), query head h reads head h // (H / Hkv).  cu_seqlens: (S+1,) int32, from 0 to T, zero-length allowed.
-    scale: default 1/sqrt(d).  Returns (T, H, d) in q's dtype, differentiable in q, k, v.  Raises ValueError on a shape mismatch and, where the
+    scale: default 1/sqrt(d).  max_seqlen: at least the longest sequence, which flash attention must know; without it each call waits for the device.
+    Returns (T, H, d) in q's dtype, differentiable in q, k, v.  Raises ValueError on a shape mismatch and, where the
     reference serves, on cu_seqlens that break these rules.
     """
     T, H, d = q.shape
@@ -34,7 +38,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: flo
           lambda: f"attention: q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; wanted k and v (T, Hkv, d)")  # fmt: skip
     check(k.shape[1] > 0 and H % k.shape[1] == 0, lambda: f"attention: {H} query heads are not a multiple of {k.shape[1]} key heads")
     check(cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 1, lambda: f"attention: cu_seqlens is {tuple(cu_seqlens.shape)}; wanted (S+1,)")
-    return op(backend, q=q, k=k, v=v, cu_seqlens=cu_seqlens, scale=d**-0.5 if scale is None else float(scale))
+    return op(backend, q=q, k=k, v=v, cu_seqlens=cu_seqlens, scale=d**-0.5 if scale is None else float(scale), max_seqlen=max_seqlen)
+
+
+def longest_of(cu_seqlens: Tensor) -> int:
+    """Tokens of the longest sequence; waits for the device."""
+    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
 
 # Padded lengths are whole vectors of 16 floats: then a row's sums do not depend on its neighbours, nor on how far it is padded.
@@ -113,7 +122,7 @@ def known_offsets(cu_seqlens: Tensor, T: int) -> tuple[int, ...]:
     return offsets
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int | None = None) -> Tensor:
     offsets = known_offsets(cu_seqlens, q.shape[0])
     if q.shape[0] == 0:
         return q * 1
@@ -147,9 +156,9 @@ def _flash_attn_there() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def attention_cuda(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if cu_seqlens.numel() > 1 else 0
-    if longest == 0:
+def attention_cuda(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int | None = None) -> Tensor:
+    longest = longest_of(cu_seqlens) if max_seqlen is None else max_seqlen
+    if longest == 0 or q.shape[0] == 0:
         return q * 1
     cu_seqlens = cu_seqlens.to(torch.int32)
     if _flash_attn_there():
@@ -158,21 +167,18 @@ def attention_cuda(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: f
         return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True)
     from torch.nn.attention.varlen import varlen_attn
 
+    options, known = {"window_size": (-1, 0)}, _parameters(varlen_attn)
     repeat = q.shape[1] // k.shape[1]
-    if repeat > 1:
+    if repeat > 1 and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    elif repeat > 1:
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    default = q.shape[2] ** -0.5
-    if scale != default:
-        q = q * (scale / default)  # varlen_attn has no scale argument in every release we support
-    return _varlen(varlen_attn, q, k, v, cu_seqlens, longest)
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, **options)
 
 
-def _varlen(varlen_attn, q, k, v, cu_seqlens, longest):
-    # torch 2.11 spells causality as window_size=(-1, 0), 2.10 as is_causal=True
-    import inspect
-
-    causal = {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **causal)
+@lru_cache(maxsize=1)
+def _parameters(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)  # torch 2.12 brought enable_gqa
 
 
 def why_not_attention(call: dict) -> str | None:
@@ -184,7 +190,7 @@ def why_not_attention(call: dict) -> str | None:
     return why_not_triton(call)
 
 
-def _cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+def _cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int | None = None) -> Tensor:
     from .attention_cpu import attention_cpu
 
     known_offsets(cu_seqlens, q.shape[0])

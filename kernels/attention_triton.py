@@ -28,19 +28,20 @@ from ._triton import AheadOfTime, on_device_of
 from .paged_attention import CHUNK
 from .paged_attention_triton import LN2, TILES, TILES_FP32, Tiles, finished, joined, step, tiles_of
 
-# Tiles of the backward: BM query rows x BN keys.  Not measured on a GPU yet; the warps are those with which nothing spills.
-TILES_BWD = {80: Tiles(64, 64, 8, 2), 90: Tiles(64, 64, 8, 2), 100: Tiles(64, 64, 8, 2)}
+# Tiles of the backward: BM query rows x BN keys, with the warps with which nothing spills.
+TILES_DQ = {80: Tiles(64, 64, 8, 2), 90: Tiles(64, 64, 4, 2), 100: Tiles(64, 64, 8, 2)}
+TILES_DKV = {80: Tiles(64, 64, 8, 2), 90: Tiles(64, 64, 8, 2), 100: Tiles(64, 64, 8, 2)}
 
 
-def backward_tiles(q: Tensor, repeat: int) -> Tiles:
+def backward_tiles(q: Tensor, repeat: int, table: dict[int, Tiles]) -> Tiles:
     if not q.is_cuda or q.dtype == torch.float32:
-        return tiles_of(q, repeat)
+        return tiles_of(q, repeat, TILES)
     capability = 10 * torch.cuda.get_device_capability(q.device)[0]
-    tiles = TILES_BWD[max((c for c in TILES_BWD if c <= capability), default=80)]
+    tiles = table[max((c for c in table if c <= capability), default=80)]
     return tiles._replace(BM=max(tiles.BM, triton.next_power_of_2(repeat)))
 
 
-def attention_triton(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int | None = None) -> Tensor:
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     return AttentionFunction.apply(q, k, v, cu_seqlens.to(torch.int32).contiguous(), scale)
 
@@ -51,7 +52,7 @@ class AttentionFunction(torch.autograd.Function):
         T, H, _ = q.shape
         out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(T, H, dtype=torch.float32, device=q.device)
         if T:
-            call, tiles = shared_arguments(q, k, v, cu_seqlens, scale, tiles_of(q, H // k.shape[1]))
+            call, tiles = shared_arguments(q, k, v, cu_seqlens, scale, tiles_of(q, H // k.shape[1], TILES))
             with on_device_of(q):
                 attention_fwd_kernel[(tiles * k.shape[1],)](out_ptr=out, lse_ptr=lse, tiles=tiles, CHUNK=CHUNK, enable_fp_fusion=False, **call)
         ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
@@ -65,10 +66,11 @@ class AttentionFunction(torch.autograd.Function):
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         if T:
             dout, delta = dout.contiguous(), torch.empty_like(lse)
-            call, tiles = shared_arguments(q, k, v, cu_seqlens, ctx.scale, backward_tiles(q, H // Hkv))
-            key_tiles = T // call["BN"] + len(cu_seqlens) - 1
+            call, tiles = shared_arguments(q, k, v, cu_seqlens, ctx.scale, backward_tiles(q, H // Hkv, TILES_DQ))
             with on_device_of(q):
                 attention_dq_kernel[(tiles * Hkv,)](out_ptr=out, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta, dq_ptr=dq, tiles=tiles, **call)
+                call, _ = shared_arguments(q, k, v, cu_seqlens, ctx.scale, backward_tiles(q, H // Hkv, TILES_DKV))
+                key_tiles = T // call["BN"] + len(cu_seqlens) - 1
                 attention_dkv_kernel[(key_tiles * Hkv,)](dout_ptr=dout, lse_ptr=lse, delta_ptr=delta, dk_ptr=dk, dv_ptr=dv, **call)
         return dq, dk, dv, None, None
 
@@ -241,9 +243,9 @@ def ahead_of_time() -> list[AheadOfTime]:
                                  tiles.num_stages, registers=255, matrix=dtype != "fp32", capabilities=capabilities,
                                  contract=not forward))  # fmt: skip
 
+    tables = {attention_fwd_kernel: TILES, attention_dq_kernel: TILES_DQ, attention_dkv_kernel: TILES_DKV}
     for kernel in names:
-        forward = kernel is attention_fwd_kernel
-        for capability, tiles in (TILES if forward else TILES_BWD).items():
+        for capability, tiles in tables[kernel].items():
             add(kernel, "bf16", 128, 4, tiles, (capability,))
             add(kernel, "bf16", 128, 7, tiles, (capability,))
             add(kernel, "fp16", 64, 8, tiles, (capability,))

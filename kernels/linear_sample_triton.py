@@ -21,7 +21,8 @@ from ._triton import AheadOfTime, on_device_of
 from .linear_logprob_triton import Tiles, _logits, operands
 from .linear_sample import TILE
 from .logprob_triton import LOWEST, exponentials
-from .sample_triton import load_tiles, merged, per_row, pick, tile_masses, uniform
+from .sample_tiles_triton import merged, part_masses, pick, uniform
+from .sample_triton import per_row
 
 # BN is the tile of the draw.  Not measured on a GPU yet; two programs of 4 x (64 + 128) x 64 x 2 = 96 KiB fit on an SM of sm_90.
 TILES = {80: Tiles(64, TILE, 32, 4, 4, TILE), 90: Tiles(64, TILE, 64, 4, 4, TILE), 100: Tiles(64, TILE, 64, 8, 4, TILE)}
@@ -98,7 +99,7 @@ def linear_sample_tiles_kernel(
     x_drawn = tl.sum(tl.where(lanes[None, :] == drawn[:, None], x, 0.0), 1)
     count = tl.cdiv(V, BN)
     at = rows.to(tl.int64) * count + tile
-    plane = count.to(tl.int64) * B
+    plane = B.to(tl.int64) * count
     tl.store(partials_ptr + at, m, mask=inside)
     tl.store(partials_ptr + plane + at, S, mask=inside)
     tl.store(partials_ptr + 2 * plane + at, U, mask=inside)
@@ -117,14 +118,16 @@ def linear_sample_draw_kernel(
     greedy = temperature == 0
     inv_temperature = 1.0 / tl.where(greedy, 1.0, temperature)
     count = tl.cdiv(V, TILE)
-    plane = count.to(tl.int64) * B
+    plane = B.to(tl.int64) * count
     tile = tl.arange(0, BLOCK)
     at = partials_ptr + row * count
-    ms, Ss, Us = load_tiles(at + tile, plane, tile < count)
+    there = tile < count
+    ms, Ss = tl.load(at + tile, mask=there, other=LOWEST), tl.load(at + plane + tile, mask=there, other=0.0)
+    Us = tl.load(at + 2 * plane + tile, mask=there, other=0.0)
     m, S, U = merged(ms, Ss, Us, inv_temperature)
     bad = (S != S) | (S == 0)
     u = uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), 0, 2)
-    picked, _ = pick(tile_masses(ms, Ss, m, inv_temperature), tile, u)
+    picked, _ = pick(part_masses(ms, Ss, m, inv_temperature), tile, u)
     largest = tl.min(tl.where((ms == m) & (tile < count), tile, count - 1), 0)
     j = tl.minimum(tl.where(greedy, largest, picked), count - 1)
     x = tl.load(at + 3 * plane + j)
@@ -137,7 +140,7 @@ def linear_sample_draw_kernel(
     tl.store(full_logps_ptr + row + one, full)
     tl.store(entropy_ptr + row + one, tl.log(S) - U / S * inv_temperature + nan)
     tl.store(thresholds_ptr + row + one, tl.where(greedy, x, float("-inf")) + nan)
-    tl.store(last_kept_ptr + row + one, tl.where(greedy & (bad == 0), token, (V - 1).to(tl.int64)))
+    tl.store(last_kept_ptr + row + one, tl.where(greedy & (bad == 0), token, V - 1))
 
 
 def ahead_of_time() -> list[AheadOfTime]:

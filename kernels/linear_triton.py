@@ -26,17 +26,22 @@ from .linear_logprob_triton import Tiles, _logits, operands
 
 # BM = 64 is the least that Hopper's wgmma takes.  Not measured on a GPU yet; two programs of 4 x (64 + 128) x 64 x 2 = 96 KiB fit on an SM of sm_90.
 # There is no slice of a vocabulary.
-TILES = {80: Tiles(64, 128, 32, 4, 4, 0), 90: Tiles(64, 128, 64, 4, 4, 0), 100: Tiles(64, 128, 64, 4, 4, 0)}
+TILES = {80: Tiles(64, 128, 32, 4, 4, 0), 100: Tiles(64, 128, 64, 4, 4, 0)}
+# sm_90.  narrow: one program for each of 132 processors where N = 4096.  tall: a prefill or a training batch.
+HOPPER = {"narrow": Tiles(64, 32, 128, 4, 5, 0), "low": Tiles(64, 64, 128, 4, 4, 0), "tall": Tiles(128, 128, 64, 8, 4, 0)}
 TILES_FP32 = Tiles(64, 64, 16, 8, 3, 0)  # exact fp32 products, no tensor cores
 TILES_INTERPRETER = Tiles(16, 16, 16, 4, 1, 0, 2)
 
 
-def tiles_of(x: Tensor) -> Tiles:
+def tiles_of(x: Tensor, N: int) -> Tiles:
+    """The tile for x (T, K) and N outputs; on sm_90 one of three, all of the same bits."""
     if not x.is_cuda:
         return TILES_INTERPRETER
     if x.dtype == torch.float32:
         return TILES_FP32
     capability = 10 * torch.cuda.get_device_capability(x.device)[0]
+    if capability == 90:
+        return HOPPER["tall" if x.shape[0] > 128 else "narrow" if N <= 132 * 32 else "low"]
     return TILES[max((c for c in TILES if c <= capability), default=80)]
 
 
@@ -51,7 +56,7 @@ class LinearFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         y = torch.empty(T, N, dtype=out_dtype, device=x.device)
         if y.numel():
-            tiles = tiles_of(x)
+            tiles = tiles_of(x, N)
             with on_device_of(x):
                 linear_fwd_kernel[(triton.cdiv(T, tiles.BM) * triton.cdiv(N, tiles.BN),)](
                     bias_ptr=y if bias is None else bias.contiguous(), y_ptr=y, T=T, N=N, BIAS=bias is not None,
@@ -96,9 +101,9 @@ def ahead_of_time() -> list[AheadOfTime]:
             cases.append(AheadOfTime(f"linear_fwd {name} bias {bias} out {out}", linear_fwd_kernel, signature, constants, tiles.num_warps,
                                      tiles.num_stages, registers=168, matrix=dtype != "fp32", capabilities=capabilities))  # fmt: skip
 
-    for capability, tiles in TILES.items():
+    for name, capability, tiles in [*(("", *item) for item in TILES.items()), *((f" {name}", 90, tiles) for name, tiles in HOPPER.items())]:
         for descriptors in (False, True) if capability >= 90 else (False,):
             for dtype in ("bf16", "fp16"):
-                add(f"sm_{capability} {dtype} {'descriptors' if descriptors else 'pointers'}", tiles, (capability,), dtype, descriptors)
+                add(f"sm_{capability}{name} {dtype} {'descriptors' if descriptors else 'pointers'}", tiles, (capability,), dtype, descriptors)
     add("fp32", TILES_FP32, (80, 90, 100), "fp32", False)
     return cases

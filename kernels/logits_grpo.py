@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ._dispatch import Backend, accumulation_dtype, check, register
+from ._cuda import why_not_cuda
+from ._dispatch import Backend, accumulation_dtype, check, late, register
 from .group_advantage import check_advantage_options, group_advantage_reference
 from .logprob import check_targets, why_not_rows
 from .policy_loss import (
@@ -291,10 +292,19 @@ def logits_grpo_reference(**call) -> tuple[Tensor, dict[str, Tensor]]:
     return logits_loss(REFERENCE, **call)
 
 
+def why_not_rows_cuda(call: dict) -> str | None:
+    if reason := why_not_cuda(call) or why_not_rows(call):
+        return reason
+    from .logits_grpo_cuda import why_not_on_chip
+
+    return why_not_on_chip(call["logits"])
+
+
 def _triton(**call) -> tuple[Tensor, dict[str, Tensor]]:
     from .logits_grpo_triton import TRITON
 
     return logits_loss(TRITON, **call)
 
 
-op = register("logits_grpo", triton=Backend(_triton, why_not_rows), reference=Backend(logits_grpo_reference))
+op = register("logits_grpo", cuda=Backend(late("logits_grpo_cuda.logits_grpo_cuda"), why_not_rows_cuda), triton=Backend(_triton, why_not_rows),
+              reference=Backend(logits_grpo_reference))  # fmt: skip

@@ -16,8 +16,8 @@ from .group_advantage_triton import group_advantage_triton
 from .linear_grpo_triton import block_of, dlogits_triton, write_gradient
 from .logits_grpo import Rows, Steps, Tokens
 from .logprob_triton import LOWEST, exponentials, finished, rescaled
-from .policy_loss import LossVariant
-from .policy_loss_triton import KLS, SURROGATES, WEIGHTS, policy_loss_triton, run_time_numbers
+from .policy_loss import LossVariant, run_time_numbers
+from .policy_loss_triton import KLS, SURROGATES, WEIGHTS, policy_loss_triton
 
 # Logits per step and warps: with the gradient written by the same program (few rows in flight, see above), and without.  Not measured on a GPU yet
 BLOCK, WARPS = {True: 8192, False: 4096}, {True: 32, False: 8}

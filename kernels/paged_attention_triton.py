@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._dispatch import is_strict
 from ._triton import AheadOfTime, on_device_of
 from .paged_attention import CHUNK
 
@@ -34,17 +35,18 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# Not measured on a GPU yet; the warps are those with which nothing spills.  64 query rows are the least that Hopper's wgmma takes: a group of 16
-# with 4 query heads per key head is one tile.  With one row most of the tile is filler; by count of instructions its products and exponentials then
-# take about half of the time in which its keys and values arrive.  attention_triton.py takes the same tiles for heads of at most 128 and keeps two
-# sums of values: with 64 keys per step it spilled on sm_90 under triton 3.9.
+# Those of sm_90 are measured (LOG.md), the others are not.  64 query rows are the least that Hopper's wgmma takes: a group of 16 with 4 query heads
+# per key head is one tile.  With one row most of the tile is filler.  attention_triton.py takes the same tiles for heads of at most 128 and keeps
+# two sums of values: with 64 keys per step it spilled on sm_90 under triton 3.9.
 TILES = {80: Tiles(32, 64, 4, 3), 90: Tiles(64, 32, 4, 5), 100: Tiles(64, 64, 8, 3)}
+# Outside of strict mode decode need not have the bits of packed attention: its tiles then hold less filler.
+TILES_DECODE = TILES | {90: Tiles(16, 64, 4, 4)}
 TILES_WIDE = Tiles(64, 64, 8, 2)  # heads of more than 128
 TILES_FP32 = Tiles(16, 16, 4, 2)  # exact fp32 products, no tensor cores
 TILES_INTERPRETER = Tiles(16, 64, 4, 1)
 
 
-def tiles_of(q: Tensor, repeat: int) -> Tiles:
+def tiles_of(q: Tensor, repeat: int, table: dict[int, Tiles]) -> Tiles:
     if not q.is_cuda:
         tiles = TILES_INTERPRETER
     elif q.dtype == torch.float32:
@@ -53,7 +55,7 @@ def tiles_of(q: Tensor, repeat: int) -> Tiles:
         tiles = TILES_WIDE
     else:
         capability = 10 * torch.cuda.get_device_capability(q.device)[0]
-        tiles = TILES[max((c for c in TILES if c <= capability), default=80)]
+        tiles = table[max((c for c in table if c <= capability), default=80)]
     return tiles._replace(BM=max(tiles.BM, triton.next_power_of_2(repeat)))
 
 
@@ -71,7 +73,7 @@ def paged_attention_triton(q: Tensor, key_cache: Tensor, value_cache: Tensor, bl
     o = torch.empty(R, H, C, d, dtype=torch.float32, device=device)
     seq_lens, grouped = seq_lens.contiguous(), group_offsets is not None and prefix_lens.numel() > 0
     offsets, prefixes = (group_offsets.contiguous(), prefix_lens.contiguous()) if grouped else (seq_lens, seq_lens)
-    tiles, BD = tiles_of(q, H // Hkv), max(16, triton.next_power_of_2(d))
+    tiles, BD = tiles_of(q, H // Hkv, TILES if is_strict() else TILES_DECODE), max(16, triton.next_power_of_2(d))
     with on_device_of(q):
         if C:
             paged_attention_split_kernel[(C * R * Hkv,)](
@@ -207,21 +209,23 @@ def paged_attention_merge_kernel(m_ptr, l_ptr, o_ptr, lens_ptr, out_ptr, lse_ptr
 def ahead_of_time() -> list[AheadOfTime]:
     cases = []
 
-    def add(dtype, D, repeat, block, tiles, capabilities, groups=True):
+    def add(dtype, D, repeat, block, tiles, capabilities, groups=True, matrix=True):
         pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}:16") | dict.fromkeys(("m_ptr", "l_ptr", "o_ptr"), "*fp32:16")
         strides = [f"{x}_{axis}_stride" for x in "kv" for axis in ("block", "head", "token")] + ["q_row_stride", "q_head_stride"]
         numbers = dict.fromkeys(("R", "P", "C", "limit", "table_stride"), "i32") | dict.fromkeys(strides, "i32:16")
         constants = dict(HKV=8, REPEAT=repeat, D=D, BLOCK=block, CHUNK=CHUNK, GROUPS=groups, BM=tiles.BM, BN=tiles.BN, BD=D)
         cases.append(AheadOfTime(f"paged_attention_split {dtype} {D} {repeat} {block} {capabilities}", paged_attention_split_kernel,
                                  pointers | dict.fromkeys(SMALL, "*i32") | numbers | {"factor": "fp32"}, constants, tiles.num_warps, tiles.num_stages,
-                                 registers=255, matrix=dtype != "fp32", capabilities=capabilities, contract=False))  # fmt: skip
+                                 registers=255, matrix=matrix, capabilities=capabilities, contract=False))  # fmt: skip
 
     for capability, tiles in TILES.items():  # blocks that hold a step's keys, and shorter ones
         add("bf16", 128, 4, 64, tiles, (capability,))
         add("bf16", 128, 7, 16, tiles, (capability,))
         add("fp16", 64, 8, 32, tiles, (capability,), groups=False)
+    add("bf16", 128, 4, 64, TILES_DECODE[90], (90,), matrix=False)  # too low for wgmma
+    add("bf16", 128, 7, 16, TILES_DECODE[90], (90,), matrix=False)
     add("bf16", 256, 2, 64, TILES_WIDE, tuple(TILES))
-    add("fp32", 128, 4, 16, TILES_FP32, tuple(TILES))
+    add("fp32", 128, 4, 16, TILES_FP32, tuple(TILES), matrix=False)
     merge = dict.fromkeys(("m_ptr", "l_ptr", "o_ptr", "lse_ptr"), "*fp32:16")
     merge |= {"lens_ptr": "*i32", "out_ptr": "*bf16:16", "C": "i32", "limit": "i32"}
     constants = dict(H=32, D=128, CHUNK=CHUNK, BD=128)

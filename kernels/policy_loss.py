@@ -199,6 +199,13 @@ def policy_loss_reference(logps, old_logps, advantages, cu_seqlens, ref_logps, r
     return loss, stats
 
 
+def run_time_numbers(v: LossVariant) -> tuple[tuple[float, ...], tuple[float, float]]:
+    """(lo, hi, cap, tau_positive, tau_negative, beta) and (weight_low, weight_high), the GPU kernels' scalar arguments."""
+    # float() because an integer 3 would be compiled as one
+    bounds = (1 - v.clip_low, 1 + v.clip_high, v.dual_clip or v.delta or float("inf"), v.tau_positive, v.tau_negative, v.beta)
+    return tuple(map(float, bounds)), (float(v.correction_low), float(v.correction_high or 0))
+
+
 def correction_weight(v: LossVariant, log_rho: Tensor) -> Tensor:
     """The weight of tis, token_mask or sequence_mask; log_rho is a token's, for sequence_mask the sum over its sequence."""
     rho = log_rho.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()

@@ -15,8 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton import AheadOfTime, on_device_of
+from .policy_loss import run_time_numbers
 
 BLOCK = 512  # tokens per program, 4 warps: 1024 took 140 registers, mostly for the search in int64.  Not measured on a GPU yet
+ROWS = 512  # of partial sums that one step of the last kernel adds
 COLUMNS = 16  # of the partial sums, the last is ratio_max
 SUMS = ("loss", "num_tokens", "ratio_sum", "clip_low", "clip_high", "old_kl_sum", "ref_kl_sum", "rollout_kl_sum", "weight_sum", "weight_sq_sum")
 
@@ -57,7 +59,7 @@ class PolicyLossFunction(torch.autograd.Function):
                 *bounds, *weight_bounds,
                 SURROGATE=SURROGATES[v.surrogate], KL=KLS[v.kl], **flags, HAS_REF=ref_logps is not None, RATIO=v.ratio,
                 SEQUENCE_MEAN=v.aggregation == "sequence_mean", COLUMNS=COLUMNS, BLOCK=BLOCK, num_warps=4)  # fmt: skip
-            finish_kernel[(1,)](partials, sums, blocks, COLUMNS=COLUMNS, ROWS=64, num_warps=4)
+            finish_kernel[(1,)](partials, sums, blocks, COLUMNS=COLUMNS, ROWS=ROWS, num_warps=8)
         ctx.save_for_backward(dlogps)
         ctx.dtype = logps.dtype
         count = sequence[0]
@@ -68,13 +70,6 @@ class PolicyLossFunction(torch.autograd.Function):
     def backward(ctx, dloss, _sums, _count):
         (dlogps,) = ctx.saved_tensors
         return (dlogps * dloss).to(ctx.dtype), *[None] * 9
-
-
-def run_time_numbers(v) -> tuple[tuple[float, ...], tuple[float, float]]:
-    """(lo, hi, cap, tau_positive, tau_negative, beta) and (weight_low, weight_high), the kernels' scalar arguments."""
-    # float() because an integer 3 would be compiled as one
-    bounds = (1 - v.clip_low, 1 + v.clip_high, v.dual_clip or v.delta or float("inf"), v.tau_positive, v.tau_negative, v.beta)
-    return tuple(map(float, bounds)), (float(v.correction_low), float(v.correction_high or 0))
 
 
 def _denominator(v, count: Tensor, num_tokens, num_sequences) -> Tensor:

@@ -239,17 +239,21 @@ def test_compile_reports_every_kernel_and_fails_over_a_limit(modules, monkeypatc
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["over"] == 1
 
 
-def test_cuda_sources_are_compiled_with_warnings_as_errors(modules, monkeypatch, tmp_path):
+def test_cuda_kernels_are_compiled_with_warnings_as_errors(modules, monkeypatch, tmp_path):
     import compile_report
 
-    monkeypatch.setattr(compile_report, "CUDA", tmp_path)
-    assert compile_report.why_no_cuda() == "no CUDA sources (csrc/cuda holds no .cu file)" and list(compile_report.cuda_rows()) == []
-    (tmp_path / "good.cu").write_text('extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2.0f; }')
-    (tmp_path / "warns.cu").write_text('extern "C" __global__ void unused(float* x) { int y; x[threadIdx.x] *= 2.0f; }')
+    from athanor.kernels import _cuda
+
     if compile_report.why_no_cuda():
         pytest.skip(compile_report.why_no_cuda())
-    good, warns = compile_report.cuda_rows()
-    assert good["broken"] == [] and good["op"] == "good" and '"y" was declared but never referenced' in warns["broken"][0]
+    (tmp_path / "good.cu").write_text('extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= BY; }')
+    (tmp_path / "warns.cu").write_text('extern "C" __global__ void unused(float* x) { int y; x[threadIdx.x] *= BY; }')
+    monkeypatch.setattr(_cuda, "FOLDER", tmp_path)
+    stems = [_cuda.AheadOfTime(stem, stem, {"BY": "2.0f"}, 1, registers, 0, ("90a",)) for stem, registers in (("good", 9), ("warns", 9), ("good", 1))]
+    monkeypatch.setattr(compile_report, "cases_of", lambda kind, op: [(kind, case) for case in stems])
+    good, warns, greedy = compile_report.cuda_rows()
+    assert good["broken"] == [] and good["op"] == "cuda" and '"y" was declared but never referenced' in warns["broken"][0]
+    assert greedy["broken"] == [f"{good['registers']} registers; at most 1"]
 
 
 @pytest.mark.parametrize("arguments, message", [

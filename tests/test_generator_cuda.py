@@ -1,5 +1,7 @@
 """The generator on a GPU: captured graphs, windows of steps, and the bits of strict mode.  None of it has run where there is no GPU."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -38,11 +40,7 @@ def test_captured_steps_draw_what_eager_steps_draw(fused, monkeypatch):
     model, sampling = make_model(torch.float32), SamplingConfig(max_tokens=60)
     captured = Generator(model, {EOS}, max_rows=32, fused_sampling=fused).generate(requests(), sampling)
 
-    class Eager:
-        def __init__(self, rows, n, limit):
-            self.replay = lambda: rows._step(n, limit)
-
-    monkeypatch.setattr(DecodeRows, "_graph", Eager)
+    monkeypatch.setattr(DecodeRows, "_graph", lambda rows, n, limit: SimpleNamespace(replay=lambda: rows._step(n, limit)))
     eager = Generator(model, {EOS}, max_rows=32, fused_sampling=fused).generate(requests(), sampling)
     assert tokens_of(captured) == tokens_of(eager)
 

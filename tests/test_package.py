@@ -22,7 +22,7 @@ BUILT = {".so", ".pyc"}  # everything else in engine/ and kernels/ is source, re
 # Run with the installed package in an empty folder; prints where it lies and which files it has.
 PROBE = """
 import json, numpy
-import athanor, athanor.kernels, athanor._host
+import athanor, athanor.kernels, athanor._host, athanor.kernels._cuda
 from importlib.resources import files
 from pathlib import Path
 bins, num_bins = athanor._host.best_fit_pack(numpy.array([3, 5, 8]), 8)
@@ -30,7 +30,8 @@ assert (bins.tolist(), num_bins) == ([1, 1, 0], 2)
 def names(module):
     top = Path(str(files(module)))
     return sorted(str(path.relative_to(top)) for path in top.rglob("*") if path.is_file() and path.suffix not in {built!r})
-print(json.dumps({{"at": athanor._host.__file__, "athanor": names("athanor"), "athanor.kernels": names("athanor.kernels")}}))
+print(json.dumps({{"at": athanor._host.__file__, "athanor": names("athanor"), "athanor.kernels": names("athanor.kernels"),
+                  "cuda": sorted(path.name for path in athanor.kernels._cuda.FOLDER.iterdir())}}))
 """
 
 
@@ -81,7 +82,9 @@ def installed_at(python: Path, cwd: Path) -> Path:
     empty.mkdir()
     found = json.loads(run([python, "-c", PROBE.format(built=BUILT)], empty))
     assert [name for name in found["athanor"] if not name.startswith("kernels/")] == source_files("engine")
-    assert found["athanor.kernels"] == source_files("kernels")
+    # the CUDA sources come as a folder of the package, except where it is the tree itself that is imported
+    assert [name for name in found["athanor.kernels"] if not name.startswith("csrc/")] == source_files("kernels")
+    assert found["cuda"] == source_files("csrc/cuda")
     return Path(found["at"]).parent
 
 
@@ -113,7 +116,8 @@ def test_editable_install_reads_the_tree(source, python, tmp_path):
 @pytest.mark.slow
 def test_sdist_holds_what_its_tests_need(sdist, source):
     names = {str(Path(*Path(name).parts[1:])) for name in tarfile.open(sdist).getnames()}
-    for needed in ["LICENSE", "constraints.txt", "csrc/host/packing.hpp", "tests/conftest.py", "tests/test_packing.cpp", "pyproject.toml"]:
+    for needed in ["LICENSE", "constraints.txt", "csrc/host/packing.hpp", "csrc/cuda/ptx.cuh", "tests/conftest.py", "tests/test_packing.cpp",
+                   "pyproject.toml"]:  # fmt: skip
         assert needed in names
     assert {f"tests/{path.relative_to(source / 'tests')}" for path in (source / "tests").rglob("*") if path.is_file()} <= names
 

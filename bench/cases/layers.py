@@ -30,7 +30,7 @@ def cases(device: str) -> list[Case]:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w
 
     def qk_normed(q, k, q_weight, k_weight, cos, sin):
-        return torch.cat((rotate(normed(q, q_weight), cos, sin), rotate(normed(k, k_weight), cos, sin)), 1)
+        return rotate(normed(q, q_weight), cos, sin), rotate(normed(k, k_weight), cos, sin)
 
     def causal(q, k, v):
         parts, repeat = [], H // Hkv
@@ -51,16 +51,17 @@ def cases(device: str) -> list[Case]:
              "forward alone: reads x and residual, writes y and their sum", bytes=4 * N * D * b, rows=("x", "residual"),
              rivals={"F.rms_norm": lambda x, residual, w: (F.rms_norm(s := x + residual, (D,), w, 1e-6), s)}),
         Case("rope", {"T": T, "H": H, "Hkv": Hkv, "d": d}, dtype,
-             lambda g: {"q": rn(g, T, H, d), "k": rn(g, T, Hkv, d), "cos": rn(g, T, d // 2), "sin": rn(g, T, d // 2)},
-             lambda q, k, cos, sin, backend: differentiated(lambda q, k: torch.cat(K.rope(q, k, cos, sin, backend=backend), 1), q, k),
-             lambda q, k, cos, sin: differentiated(lambda q, k: torch.cat((rotate(q, cos, sin), rotate(k, cos, sin)), 1), q, k),
+             lambda g: {"q": rn(g, T, H, d), "k": rn(g, T, Hkv, d), "cos": rn(g, T, d // 2), "sin": rn(g, T, d // 2), "dq": rn(g, T, H, d),
+                        "dk": rn(g, T, Hkv, d)},
+             lambda q, k, cos, sin, dq, dk, backend: differentiated(lambda q, k: K.rope(q, k, cos, sin, backend=backend), q, k, upstream=(dq, dk)),
+             lambda q, k, cos, sin, dq, dk: differentiated(lambda q, k: (rotate(q, cos, sin), rotate(k, cos, sin)), q, k, upstream=(dq, dk)),
              "forward and backward each read and write q and k", bytes=4 * T * (H + Hkv) * d * b),
         Case("rope", {"T": T, "H": H, "Hkv": Hkv, "d": d, "norm": 1}, dtype,
              lambda g: {"q": rn(g, T, H, d), "k": rn(g, T, Hkv, d), "qw": rn(g, d), "kw": rn(g, d), "cos": rn(g, T, d // 2), "sin": rn(g, T, d // 2),
-                        "dy": rn(g, T, H + Hkv, d)},
-             lambda q, k, qw, kw, cos, sin, dy, backend: differentiated(
-                 lambda q, k, qw, kw: torch.cat(K.rope(q, k, cos, sin, q_weight=qw, k_weight=kw, backend=backend), 1), q, k, qw, kw, upstream=dy),
-             lambda q, k, qw, kw, cos, sin, dy: differentiated(lambda *leaves: qk_normed(*leaves, cos, sin), q, k, qw, kw, upstream=dy),
+                        "dq": rn(g, T, H, d), "dk": rn(g, T, Hkv, d)},
+             lambda q, k, qw, kw, cos, sin, dq, dk, backend: differentiated(
+                 lambda q, k, qw, kw: K.rope(q, k, cos, sin, q_weight=qw, k_weight=kw, backend=backend), q, k, qw, kw, upstream=(dq, dk)),
+             lambda q, k, qw, kw, cos, sin, dq, dk: differentiated(lambda *leaves: qk_normed(*leaves, cos, sin), q, k, qw, kw, upstream=(dq, dk)),
              "forward reads and writes q and k; backward reads them and their gradients, writes gradients", bytes=5 * T * (H + Hkv) * d * b),
         Case("swiglu", {"T": N, "F": W}, dtype, lambda g: {"x": rn(g, N, 2 * W), "dy": rn(g, N, W)},
              lambda x, dy, backend: differentiated(lambda x: K.swiglu(x, backend=backend), x, upstream=dy),

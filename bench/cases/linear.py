@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from athanor import kernels as K
 
-# T, K, N, bias, backward.  GPU: output and qkv projection of an 8B model; CPU: gate and up of the default recipe
+# T, K, N, bias, backward.  GPU: output, qkv and gate and up projection of an 8B model; CPU: gate and up of the default recipe
 SIZES = {
-    "cuda": [(64, 4096, 4096, 0, 0), (64, 4096, 6144, 1, 0), (8192, 4096, 4096, 0, 0), (8192, 4096, 4096, 0, 1)],
+    "cuda": [(64, 4096, 4096, 0, 0), (64, 4096, 6144, 1, 0), (64, 4096, 24576, 0, 0), (256, 4096, 4096, 0, 0), (256, 4096, 24576, 0, 0),
+             (8192, 4096, 4096, 0, 0), (8192, 4096, 4096, 0, 1)],
     "cpu": [(64, 96, 512, 1, 0), (2048, 96, 512, 0, 1)],
 }
 

@@ -22,7 +22,7 @@ MODELS = {
 }  # fmt: skip
 SMALL = {"model": "0.8M", "prompts": 8, "G": 8, "prompt": 32, "new": 128}
 PREFILL = {"model": "0.8M", "prompts": 1, "G": 16, "prompt": 1000, "new": 1}
-LARGE = [{"model": name, "prompts": prompts, "G": 8, "prompt": 1024, "new": 256} for name in ("Qwen3-0.6B", "Qwen2.5-7B") for prompts in (8, 32)]
+LARGE = [{"model": name, "prompts": prompts, "G": 8, "prompt": 1024, "new": 128} for name, prompts in (("Qwen3-0.6B", 8), ("Qwen2.5-7B", 32))]
 HUGGINGFACE = {"transformers": "transformers"}
 TRL = HUGGINGFACE | {"trl": "trl==1.16.0", "datasets": "datasets", "accelerate": "accelerate"}
 

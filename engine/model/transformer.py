@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from athanor.config import ModelConfig
 from athanor.kernels import attention, linear, rmsnorm, rope, swiglu
+from athanor.kernels.attention import longest_of
 
 # Products of few rows, or of an odd number of rows per CPU thread, take other paths in BLAS and round differently (seen with 5-27 rows on AMD and
 # 1-7 on Intel).  Rollout and trainer therefore run the model on multiples of this many rows, the last ones filler that nobody reads.
@@ -58,9 +59,10 @@ class PackedAttention:
 
     def __init__(self, cu_seqlens: Tensor):
         self.cu_seqlens = cu_seqlens
+        self.max_seqlen = longest_of(cu_seqlens) if cu_seqlens.is_cuda else None  # once, and not in each layer
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        return attention(*rotation(q, k), v, self.cu_seqlens)
+        return attention(*rotation(q, k), v, self.cu_seqlens, max_seqlen=self.max_seqlen)
 
 
 class RMSNorm(nn.Module):

@@ -1,10 +1,21 @@
 """What the kernel tests share: the tolerance rule of the design, as a fixture because tests/ is no package."""
 
+import ctypes
 import os
+import shutil
+import subprocess
+import tempfile
 from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from athanor.kernels import _cuda
+
+_emulators = tempfile.TemporaryDirectory()
 
 
 def _within_rule(got, plain, oracle, what=""):
@@ -105,6 +116,42 @@ def triton_device(request):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs TRITON_INTERPRET=1 before triton is imported: test_interpreter.py runs it in a process of its own")
     return torch.device("cpu")
+
+
+@cache
+def _emulator(stem, kernel, options):
+    """The kernel in host C++; the folder goes with the process."""
+    folder = Path(_emulators.name, str(len(os.listdir(_emulators.name))))
+    folder.mkdir()
+    (folder / "kernel.cpp").write_text(f'#include "cuda_emulation.hpp"\n#include "{stem}.cu"\nEMULATE({kernel})\n')
+    command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-shared", "-fPIC", *options,
+               f"-I{Path(__file__).parent}", f"-I{_cuda.FOLDER}", "kernel.cpp", "-o", "kernel.so"]  # fmt: skip
+    built = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return ctypes.CDLL(str(folder / "kernel.so")).emulate
+
+
+@pytest.fixture
+def emulated_cuda(monkeypatch):
+    """Call it, and CUDA kernels run on CPU tensors, as host C++ (cuda_emulation.hpp), their copies as early or as late as they can be."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+
+    def emulate(late: bool, multiprocessors: int, shared: int) -> None:
+        monkeypatch.setattr(_cuda, "load", partial(load, late))
+        monkeypatch.setattr(_cuda, "limits", lambda device: (multiprocessors, shared))
+
+    def load(late, stem, kernel, options, shared, device):
+        emulate = _emulator(stem, kernel, options)
+
+        def launch(blocks, threads, arguments):
+            places = [np.array(x) for x in arguments]
+            pointers = (ctypes.c_void_p * len(places))(*(x.ctypes.data for x in places))
+            assert emulate(blocks, threads, shared, int(late), pointers) == 0, "the threads wait for each other"
+
+        return launch
+
+    return emulate
 
 
 @pytest.fixture

@@ -63,12 +63,12 @@ def order_of_sums(compiled):
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_packed_and_decode_attention_add_in_the_same_order(capability):
-    """For every dtype, head and number of query heads that both have cases of: they promise equal bits."""
+    """For every dtype, head, number of query heads and tile that both have cases of: they promise equal bits."""
     decode, packed = {}, {}
     for module, kernel, found in ((paged_attention_triton, "paged_attention_split", decode), (attention_triton, "attention_fwd", packed)):
         for case in module.ahead_of_time():
             if case.kernel.__name__ == f"{kernel}_kernel" and capability in case.capabilities:
-                found[case.signature["q_ptr"], case.constants["D"], case.constants["REPEAT"]] = case
+                found[case.signature["q_ptr"], *(case.constants[name] for name in ("D", "REPEAT", "BM", "BN"))] = case
     both = sorted(decode.keys() & packed.keys())
     assert len(both) >= 4
     for key in both:

@@ -109,7 +109,7 @@ def test_bad_shapes_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [[1], [128, 128], [3, 1, 70, 17, 200]])
+@pytest.mark.parametrize("lengths", [[2], [128, 128], [3, 1, 70, 17, 200]])  # of one token alone dq and dk are 0, and twice no error is no error
 def test_flash_on_the_gpu_errs_no_more_than_the_textbook(lengths, within_rule, generator):
     q, k, v = (x.detach().cuda().requires_grad_() for x in inputs(lengths, 4, 2, 64, generator, torch.bfloat16))
     out = attention(q, k, v, offsets(lengths).cuda(), backend="cuda")

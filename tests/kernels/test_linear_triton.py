@@ -10,7 +10,8 @@ import torch
 from athanor.kernels import linear, strict_mode
 
 pytest.importorskip("triton")
-from athanor.kernels.linear_triton import linear_triton, operands, tiles_of  # noqa: E402
+from athanor.kernels import linear_triton as module  # noqa: E402
+from athanor.kernels.linear_triton import HOPPER, linear_triton, operands, tiles_of  # noqa: E402
 
 inf, nan = torch.inf, torch.nan
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
@@ -86,9 +87,9 @@ def test_what_lies_around_the_operands_has_no_influence(K, triton_device, rowwis
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
 def test_descriptors_and_pointers_give_equal_bits(dtype, triton_device, rowwise_products, generator):
     x, weight, bias = inputs(35, 40, 37, generator, dtype, triton_device)
-    assert operands(x, weight, tiles_of(x))["DESCRIPTORS"] == (triton_device.type == "cpu" or torch.cuda.get_device_capability() >= (9, 0))
+    assert operands(x, weight, tiles_of(x, 37))["DESCRIPTORS"] == (triton_device.type == "cpu" or torch.cuda.get_device_capability() >= (9, 0))
     odd = torch.full((35, 43), nan, dtype=dtype, device=triton_device)[:, 1:41].copy_(x)
-    assert not operands(odd, weight, tiles_of(x))["DESCRIPTORS"]
+    assert not operands(odd, weight, tiles_of(x, 37))["DESCRIPTORS"]
     assert torch.equal(linear(odd, weight, bias, backend="triton"), linear(x, weight, bias, backend="triton"))
 
 
@@ -111,6 +112,20 @@ def test_neither_batches_nor_where_they_lie_compile_anew(launches):
     assert [name for name, *_ in launches.keys] == ["linear_fwd_kernel"]
     linear_triton(flat[: 32 * 5].view(5, 32), weight, None, flat.dtype)
     assert len(launches.keys) == 2  # a layer without bias is another kernel
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 64, 65, 300])
+@pytest.mark.parametrize("K, N", [(40, 37), (4096, 4096), (1000, 6144)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_all_tiles_give_the_same_bits(T, K, N, dtype, generator, monkeypatch):
+    """One of them serves a decode step, another the training batch."""
+    x, weight, bias = (t.cuda() for t in inputs(T, K, N, generator, dtype))
+    results = []
+    for tiles in HOPPER.values():
+        monkeypatch.setattr(module, "HOPPER", dict.fromkeys(HOPPER, tiles))
+        results.append(linear(x, weight, bias, backend="triton"))
+    assert all(torch.equal(y, results[0]) for y in results)
 
 
 @pytest.mark.gpu

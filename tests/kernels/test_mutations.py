@@ -34,6 +34,7 @@ class Bug:
 
 GRPO, LINEAR = "test_grpo_loss_triton.py", "test_linear_logprob_triton.py"
 PAGED, PACKED, PRODUCT = "test_paged_attention_triton.py", "test_attention_triton.py", "test_linear_triton.py"
+FP8, GROUPED, FP8_GROUPED = "test_fp8_quantize_triton.py", "test_grouped_gemm_triton.py", "test_fp8_grouped_gemm_triton.py"
 BUGS = [
     # policy_loss, grpo_loss
     Bug("dropped mask", "policy_loss.py", "loss = loss * m\n", "loss = loss * 1\n", "test_policy_loss.py"),
@@ -149,6 +150,24 @@ BUGS = [
     Bug("off-by-one segment", "attention_triton.py", "// ROWS + s <= index", "// ROWS + s < index + (s == 0)", PACKED),
     Bug("gradient without its projection", "attention_triton.py", " - delta[None, :])", ")", PACKED),
     Bug("missing scale", "attention_triton.py", "dk * (factor * LN2)", "dk", PACKED),
+    # fp8_quantize, grouped_gemm, fp8_grouped_gemm
+    Bug("half way rounded away from even", "fp8_quantize_triton.py", "0x7FFFF + ((size >> 20) & 1)", "0x80000", FP8),
+    Bug("NaN dropped by the maximum", "fp8_quantize_triton.py", "finite = amax_bits < 0x7F800000", "finite = amax_bits < 0x7FFFFFFF", FP8),
+    Bug("scale of the rows for the columns", "fp8_quantize_triton.py", "scale, factor = scales_of(tl.max(size, 0), POWER_OF_TWO)",
+        "scale, factor = scales_of(tl.max(size, 1), POWER_OF_TWO)", FP8),
+    Bug("power of two rounded down", "fp8_quantize.py", "+ 0x7FFFFF) >> 23  # rounded up", ") >> 23", "test_fp8_quantize.py"),
+    Bug("tile of the next expert", "grouped_gemm_triton.py", "(last[None, :] <= t[:, None])", "(last[None, :] < t[:, None])", GROUPED),
+    Bug("rows behind the expert's last stored", "grouped_gemm_triton.py",
+        "acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (cols < N)[None, :])",
+        "acc.to(y_ptr.dtype.element_ty), mask=(rows < end + 1)[:, None] & (cols < N)[None, :])", GROUPED),
+    Bug("last, partial step left out of dw", "grouped_gemm_triton.py", "for t in range(whole, end, BK):", "for t in range(whole, end - 1, BK):",
+        GROUPED),
+    Bug("scales of the weight transposed", "fp8_grouped_gemm_triton.py", "col0 // 128 * ws_row", "col0 // 128 * ws_column", FP8_GROUPED),
+    Bug("one scale for the whole sum", "fp8_grouped_gemm_triton.py", "        xs_ptr += xs_column\n", "", FP8_GROUPED),
+    Bug("wrong scale of the columns in dw", "fp8_grouped_gemm_triton.py", "xs_ptr += (start // BK).to(tl.int64) * xs_stride + cols",
+        "xs_ptr += cols", FP8_GROUPED),
+    Bug("gradient without the transpose's scales", "fp8_grouped_gemm.py", "Quantized(qw.mT, sw.mT)", "Quantized(qw.mT, sw.mT.flip(1))",
+        "test_fp8_grouped_gemm.py"),
 ]  # fmt: skip
 
 
