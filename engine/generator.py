@@ -114,7 +114,8 @@ class Generator:
     def stream(self, requests: Sequence[Request], sampling: SamplingConfig = SamplingConfig(), *, full_logps: bool = False) -> "Stream":
         """Iterate over samples in the order in which they finish.
 
-        When the weights change between two steps, the KV of all running samples is dropped and computed again with the new ones; their tokens stay.
+        When the weights change between two steps, the KV of all running samples is dropped and computed again with the new ones; their tokens stay,
+        those of windows that were launched before the change included.
         Raises ValueError for an empty prompt, a group larger than max_rows, a prompt that leaves no room below max_position_embeddings or in the KV
         pool, a parameter out of range, or while another stream of this generator is open.
         """

@@ -22,7 +22,7 @@ from athanor.prefill import Prefill, Stretch
 from athanor.samples import Completion, Finished, Request
 from athanor.stops import StopStrings
 
-FINISH = {STOP: "stop", REPETITION: "repetition", LENGTH: "length", ERROR: "error", RUNNING: "abort"}
+FINISH = {STOP: "stop", REPETITION: "repetition", LENGTH: "length", ERROR: "error", RUNNING: "abort", HELD: "abort"}
 INTEGERS = {"tokens": np.int64, "last_kept": np.int64, "versions": np.int32}  # columns; the others are float32
 WAITING, FINISHED = -1, -2  # in place of a slot
 NOWHERE = -1  # in place of a row
@@ -37,7 +37,7 @@ class Stream(Iterator[Finished]):
         for i, (request, own) in enumerate(zip(requests, self.sampling, strict=True)):
             generator.check(i, request, own)
         self._ready: deque[Finished] = deque()
-        self._unread: deque[tuple[int, Launched, np.ndarray]] = deque()  # (number of the launch, it, the slots of its rows)
+        self._unread: deque[tuple[Launched, int, np.ndarray]] = deque()  # (it, loads of the rows before it, slots of its rows)
         counts = [len(request.seeds) for request in requests]
         self._base = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
         self._request_of = np.repeat(np.arange(len(requests)), counts)
@@ -78,8 +78,7 @@ class Stream(Iterator[Finished]):
         self._cut: dict[int, int] = {}  # slot -> tokens up to and including a stop string
         self._slots = self._requests = np.zeros(0, np.int64)  # of the scheduler's active rows, as the device has them
         self._row_of = np.full(slots, NOWHERE)  # row in which a slot decodes
-        self._loaded = np.zeros(slots, np.int64)  # launches before the slot's row got its state from the host
-        self._num_launches = 0
+        self._loaded, self._num_loads = np.zeros(slots, np.int64), 0  # the load that gave a slot's row the host's state, while something was unread
         # Of the one request whose prompt, longer than a piece, is on its way into the cache.
         self._prefill: Prefill | None = None
         self._held: list[int] = []  # slots of its samples, by row
@@ -143,6 +142,7 @@ class Stream(Iterator[Finished]):
         """
         if not self._open:
             return
+        self._notice_new_weights()
         for id, start in enumerate(self._offset.tolist()):
             i = int(self._request_of[self._flat[start]])
             if request not in (None, i) or id not in self.scheduler:
@@ -171,7 +171,7 @@ class Stream(Iterator[Finished]):
         return self._ready.popleft()
 
     def step(self) -> list[Finished]:
-        """Decode one window and return what has finished by then, often nothing."""
+        """Launch one window and return what has finished in what the host has read by then, often nothing."""
         if not self._ready and not self.finished:
             self._advance()
         done = list(self._ready)
@@ -190,12 +190,11 @@ class Stream(Iterator[Finished]):
 
     @torch.inference_mode()
     def _advance(self) -> None:
-        if self.generator.version != self._version:
-            self._start_over()
+        self._notice_new_weights()
         self._admit()
         n = self.scheduler.num_active
         if n > len(self._held):
-            under_way = sum(launched.steps for _, launched, _ in self._unread)
+            under_way = sum(launched.steps for launched, _, _ in self._unread)
             self._launch(self.rows.decode(n, int(self.scheduler.lengths[:n].max()) + under_way))
 
     def _samples(self, requests: np.ndarray, members: np.ndarray) -> np.ndarray:
@@ -239,22 +238,23 @@ class Stream(Iterator[Finished]):
 
     def _launch(self, launched: Launched) -> None:
         """The device has been given work; read what it was given before, but for as many launches as may be unread."""
-        self._unread.append((self._num_launches, launched, self._slots[launched.rows]))
-        self._num_launches += 1
+        self._unread.append((launched, self._num_loads, self._slots[launched.rows]))
         while len(self._unread) > self.generator.ahead:
             self._account()
 
     def _account(self) -> None:
         """Store what the oldest launch drew, look for stop strings, tell the scheduler, and take its decisions to the device."""
-        number, launched, slots = self._unread.popleft()
+        launched, load, slots = self._unread.popleft()
         drawn, s = launched.read(), self.scheduler
         start = perf_counter()
-        rows = self._row_of[slots]
-        known = (rows >= 0) & (self._loaded[slots] <= number)
-        if not known.all():
+        rows = launched.rows
+        in_place = load == self._num_loads and rows.stop == s.num_active
+        if not in_place:  # look up where the rows are now, and leave out those that the host has ended, paused or loaded anew since the launch
+            rows = self._row_of[slots]
+            known = (rows >= 0) & (self._loaded[slots] <= load)
             slots, rows, drawn = slots[known], rows[known], drawn.of(known)
-        if not len(rows):
-            return
+            if not len(rows):
+                return
         before = s.lengths[rows] - s.prompt_lengths[rows]
         gained = drawn.generated - before
         for step in range(int(gained.max())):
@@ -268,19 +268,21 @@ class Stream(Iterator[Finished]):
             self._streak[slots] = drawn.streak
         ended = drawn.status >= STOP
         if self._stops:
-            self._stop(slots, before, gained, ended)
-        first = int(rows.min())
-        done, appended = np.zeros(s.num_active - first, bool), np.zeros(s.num_active - first, np.int64)
-        done[rows - first], appended[rows - first] = ended, gained
-        events = s.advance(done, first, appended)
+            self._stop(self._requests[rows], slots, before, gained, ended)
+        if in_place:
+            events = s.advance(ended, rows.start, gained)
+        else:
+            done, appended = np.zeros(s.num_active, bool), np.zeros(s.num_active, np.int64)
+            done[rows], appended[rows] = ended, gained
+            events = s.advance(done, 0, appended)
         if events:
             self._finish(events)
             self._load_rows()
         self.generator.timings["host_s"] += perf_counter() - start
 
-    def _stop(self, slots: np.ndarray, before: np.ndarray, gained: np.ndarray, ended: np.ndarray) -> None:
-        for j, slot in enumerate(slots.tolist()):
-            rule = self._stops.get(int(self._requests[self._row_of[slot]]))
+    def _stop(self, requests: np.ndarray, slots: np.ndarray, before: np.ndarray, gained: np.ndarray, ended: np.ndarray) -> None:
+        for j, (request, slot) in enumerate(zip(requests.tolist(), slots.tolist(), strict=True)):
+            rule = self._stops.get(request)
             if rule is None or self._status[slot] == ERROR:
                 continue
             cut = rule.find(self._columns["tokens"][slot, : before[j] + gained[j]], int(before[j]))
@@ -318,20 +320,28 @@ class Stream(Iterator[Finished]):
         s, n = self.scheduler, self.scheduler.num_active
         samples = self._samples(s.requests[:n], s.members[:n])
         self._slots, self._requests = self._slot_of[samples], self._request_of[samples]
-        held, source = np.isin(self._slots, self._held), self._row_of[self._slots]
+        self._num_loads += 1
+        source, status, rows = None, np.full(n, RUNNING), np.arange(n)
+        if self._unread:
+            source = self._row_of[self._slots]
+            self._loaded[self._slots[source < 0]] = self._num_loads
+        if self._held:
+            held = np.isin(self._slots, self._held)
+            status[held], rows[held] = HELD, NOWHERE
         self._row_of.fill(NOWHERE)
-        self._row_of[self._slots] = np.where(held, NOWHERE, np.arange(n))
-        self._loaded[self._slots[source < 0]] = self._num_launches
+        self._row_of[self._slots] = rows
         generated = s.lengths[:n] - s.prompt_lengths[:n]
         last = np.where(generated > 0, self._columns["tokens"][self._slots, np.maximum(generated - 1, 0)], 0)
         state = {"last": last, "generated": generated, "seeds": s.seeds[:n], "lengths": s.lengths[:n], "max_lengths": s.max_lengths[:n]}
-        state |= {"table": s.block_table[:n], "streak": self._streak[self._slots], "status": np.where(held, HELD, RUNNING)}
+        state |= {"table": s.block_table[:n], "streak": self._streak[self._slots], "status": status}
         state |= {name: values[self._requests] for name, values in self._of_request.items()}
-        self.rows.load(state, source if self._unread else None)
+        self.rows.load(state, source)
         self.rows.share(*s.groups())
 
-    def _start_over(self) -> None:
-        """The weights have changed: keys and values of the old ones are dropped, and every sample goes on from its tokens."""
+    def _notice_new_weights(self) -> None:
+        """Where the weights have changed, drop the keys and values of the old ones and let every sample go on from its tokens."""
+        if self.generator.version == self._version:
+            return
         while self._unread:
             self._account()
         self._version = self.generator.version
