@@ -110,7 +110,8 @@ class DecodeRows:
         self.status.fill_(LENGTH)
 
     def load(self, state: dict[str, np.ndarray], source: np.ndarray | None = None) -> None:
-        """Take all rows from the host: name -> (n, ...) of `last`, `lengths`, `table`, ...  What is behind row n-1 stands still.
+        """Take all rows from the host: name -> (n, ...) of `last`, `lengths`, `table`, ...  Rows 0..n-1 decode, unless there is a `status` that says
+        otherwise; the others stand still.
 
         source: (n,) where each row was so far, to keep what is drawn there and not read yet (`DRAWN`); -1, or None: the host has its last state.
         """
@@ -118,13 +119,14 @@ class DecodeRows:
         if source is not None:
             source = to_device(source, self.device)
             kept = {name: getattr(self, name)[source.clamp_min(0)] for name in DRAWN}
+        self.status[:n] = RUNNING
+        self.status[n:] = LENGTH
         for name, values in state.items():
             target = (self.per_row[name] if name in self.per_row else getattr(self, name))[:n]
             (target[:, : values.shape[1]] if values.ndim > 1 else target).copy_(to_device(values, self.device))
         for name, values in kept.items():
             target = getattr(self, name)[:n]
             target.copy_(torch.where(source < 0, target, values))
-        self.status[n:] = LENGTH
 
     def share(self, offsets: np.ndarray, order: np.ndarray, shared_blocks: np.ndarray) -> None:
         """Groups of rows with a common prompt, as the scheduler has them; dropped where no prompt fills a chunk of the attention."""

@@ -35,7 +35,8 @@ class Generator:
     and 85 % of it on CUDA.  policy: "reserve" admits a group when its worst case fits, "pause" by expected length; a row that finds no block then
     waits with its KV.  max_prefill_tokens: prompt tokens that run at a time; a longer prompt goes in pieces, with a window of the others between two.
     fused_sampling: draw with `linear_sample`, which needs no logits and takes no top_k, top_p or min_p; a seed then gives other tokens than without.
-    window: steps between two looks of the host, default 1 on a CPU and 8 on CUDA, where a sample that has ended idles for half of it on average.
+    window: steps between two looks of the host, default 1 on a CPU and 8 on CUDA, where a sample that has ended idles for half of it on average, and
+    for the windows ahead.
     ahead: windows that are launched before the host has read one, default 0 on a CPU and 1 on CUDA.  The device then does not wait for the host, and
     what the host decides (a stop string, a refill, an abort, new weights) takes effect so many windows later.  The samples are the same.
     tokenizer: needed for stop strings alone.

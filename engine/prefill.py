@@ -2,7 +2,7 @@
 
 A prompt that fits into a piece is run at once, packed with others.  What is longer goes on in the next piece, where its tokens attend to the keys and
 values that are in the cache already; so do the tokens that a resumed sample brings behind its prompt.  Between two pieces other samples decode.
-However it is cut, a token gets the same bits, and memory is that of a piece: see `ContinuedAttention`.
+However it is cut, memory is that of a piece, and a token gets the same bits on a CPU in fp32 and in strict mode on CUDA: see `ContinuedAttention`.
 """
 
 from collections import deque

@@ -218,6 +218,8 @@ class Stream(Iterator[Finished]):
     def _start_prefill(self) -> bool:
         """Give rows to the requests that are next, if they fit."""
         g, s, admission = self.generator, self.scheduler, self.scheduler.admit(self.generator.max_prefill_tokens)
+        if not len(admission):
+            return False
         samples = self._samples(np.repeat(admission.requests, np.diff(admission.row_offsets)), admission.members).tolist()
         prompts, resumed, ends = [], [], []
         for j, (first, end) in enumerate(zip(admission.row_offsets.tolist(), admission.row_offsets[1:].tolist(), strict=False)):
@@ -232,9 +234,8 @@ class Stream(Iterator[Finished]):
                 ends.append((1, len(resumed)) if generated else (0, j))
                 if generated:
                     resumed.append(Stretch(self._columns["tokens"][slot, :generated], len(prompt), s.block_table[row].copy()))
-        if samples:
-            self._prefill = Prefill(g.model, g.cache, prompts, admission.copies, resumed, ends, g.max_prefill_tokens)
-        return bool(samples)
+        self._prefill = Prefill(g.model, g.cache, prompts, admission.copies, resumed, ends, g.max_prefill_tokens)
+        return True
 
     def _launch(self, launched: Launched) -> None:
         """The device has been given work; read what it was given before, but for as many launches as may be unread."""
@@ -321,20 +322,20 @@ class Stream(Iterator[Finished]):
         samples = self._samples(s.requests[:n], s.members[:n])
         self._slots, self._requests = self._slot_of[samples], self._request_of[samples]
         self._num_loads += 1
-        source, status, rows = None, np.full(n, RUNNING), np.arange(n)
+        source = None
         if self._unread:
             source = self._row_of[self._slots]
             self._loaded[self._slots[source < 0]] = self._num_loads
-        if self._held:
-            held = np.isin(self._slots, self._held)
-            status[held], rows[held] = HELD, NOWHERE
         self._row_of.fill(NOWHERE)
-        self._row_of[self._slots] = rows
+        self._row_of[self._slots] = np.arange(n)
+        self._row_of[self._held] = NOWHERE
         generated = s.lengths[:n] - s.prompt_lengths[:n]
         last = np.where(generated > 0, self._columns["tokens"][self._slots, np.maximum(generated - 1, 0)], 0)
         state = {"last": last, "generated": generated, "seeds": s.seeds[:n], "lengths": s.lengths[:n], "max_lengths": s.max_lengths[:n]}
-        state |= {"table": s.block_table[:n], "streak": self._streak[self._slots], "status": status}
+        state |= {"table": s.block_table[:n], "streak": self._streak[self._slots]}
         state |= {name: values[self._requests] for name, values in self._of_request.items()}
+        if self._held:
+            state["status"] = np.where(self._row_of[self._slots] < 0, HELD, RUNNING)
         self.rows.load(state, source)
         self.rows.share(*s.groups())
 

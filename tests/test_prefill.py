@@ -16,8 +16,8 @@ WORDS = symbol_tokenizer(["alpha", "beta", "gamma", "delta", "one", "two", "thre
 SAMPLING = SamplingConfig(max_tokens=12)
 
 
-def make_model():
-    shape = ModelConfig(architecture="qwen3", vocab_size=19, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+def make_model(architecture="qwen3"):
+    shape = ModelConfig(architecture=architecture, vocab_size=19, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                         intermediate_size=48, initializer_range=0.3)  # fmt: skip
     return Decoder(shape).initialize_(0)
 
@@ -62,10 +62,10 @@ def test_pieces_are_full_and_in_order(lengths, most, wanted):
     assert pieces(lengths, most) == wanted
 
 
-# One token, odd, a whole row step, a chunk of the attention, one token short of all, all but the padding; 600 tokens see three chunks.
-@pytest.mark.parametrize("most", [1, 37, 64, 256, 599])
-def test_a_prompt_in_pieces_leaves_the_same_bytes_in_the_cache_and_draws_the_same(most):
-    request, model = long_request(70 if most == 1 else 600), make_model()
+# One token, odd, whole row steps, a chunk of the attention, one token short of all; 600 tokens see three chunks.
+@pytest.mark.parametrize("most, architecture", [(1, "qwen3"), (37, "llama"), (64, "qwen2"), (256, "qwen3"), (599, "llama")])
+def test_a_prompt_in_pieces_leaves_the_same_bytes_in_the_cache_and_draws_the_same(most, architecture):
+    request, model = long_request(70 if most == 1 else 600), make_model(architecture)
     whole, cut = Generator(model, {EOS}), Generator(model, {EOS}, max_prefill_tokens=most)
     for a, b in zip(whole.generate([request], SAMPLING)[0], cut.generate([request], SAMPLING)[0], strict=True):
         same(a, b)
