@@ -74,9 +74,10 @@ class Stream(Iterator[Finished]):
         self._columns = {name: np.empty((slots, width), INTEGERS.get(name, np.float32)) for name in ("tokens", "logps", "versions", *records)}
         self._free_slots = list(range(slots))[::-1]
         self._slot_of = np.full(len(self._request_of), WAITING)
-        self._status, self._streak = np.full(slots, RUNNING), np.zeros(slots, np.int64)
+        self._status = np.full(slots, RUNNING)
+        self._streak = np.zeros(len(self._request_of), np.int64)  # of each sample, kept while it waits
         self._cut: dict[int, int] = {}  # slot -> tokens up to and including a stop string
-        self._slots = self._requests = np.zeros(0, np.int64)  # of the scheduler's active rows, as the device has them
+        self._active = self._slots = self._requests = np.zeros(0, np.int64)  # sample, slot and request of each active row, as the device has them
         self._row_of = np.full(slots, NOWHERE)  # row in which a slot decodes
         self._loaded, self._num_loads = np.zeros(slots, np.int64), 0  # the load that gave a slot's row the host's state, while something was unread
         # Of the one request whose prompt, longer than a piece, is on its way into the cache.
@@ -89,7 +90,7 @@ class Stream(Iterator[Finished]):
         for i in active:
             for sample, partial in zip(range(self._base[i], self._base[i + 1]), requests[i].partial or (), strict=False):
                 if partial is not None:
-                    self._carried[sample] = _columns_of(partial, tuple(self._columns))
+                    self._carried[sample], self._streak[sample] = _columns_of(partial, tuple(self._columns)), partial.streak
             self._submit(i, np.arange(self._base[i], self._base[i + 1]))
 
     def _blocks_wanted(self, active: list[int], num_rows: int) -> int:
@@ -228,7 +229,7 @@ class Stream(Iterator[Finished]):
             for row, sample, generated in zip(admission.rows[first:end], samples[first:end], admission.generated[first:end].tolist(), strict=True):
                 slot = self._slot_of[sample] = self._free_slots.pop()
                 self._held.append(slot)
-                self._status[slot], self._streak[slot] = RUNNING, 0
+                self._status[slot] = RUNNING
                 for name, values in self._carried.pop(sample, {}).items():
                     self._columns[name][slot, : len(values)] = values
                 ends.append((1, len(resumed)) if generated else (0, j))
@@ -266,7 +267,7 @@ class Stream(Iterator[Finished]):
             self._columns["versions"][to] = self._version
         self._status[slots] = drawn.status
         if drawn.streak is not None:
-            self._streak[slots] = drawn.streak
+            self._streak[self._active[rows]] = drawn.streak
         ended = drawn.status >= STOP
         if self._stops:
             self._stop(self._requests[rows], slots, before, gained, ended)
@@ -305,7 +306,8 @@ class Stream(Iterator[Finished]):
             self._slot_of[sample] = FINISHED
             i = int(self._request_of[sample])
             support = (values["thresholds"], values["last_kept"]) if self.sampling[i].truncated else None
-            done = Completion(values["tokens"], values["logps"], FINISH[status], values["versions"], values.get("full_logps"), support)
+            streak = int(self._streak[sample])
+            done = Completion(values["tokens"], values["logps"], FINISH[status], values["versions"], values.get("full_logps"), support, streak)
             self._ready.append(Finished(i, sample - int(self._base[i]), done))
             if status in (STOP, LENGTH) and id in self.scheduler and self.scheduler.waiting_members(id):
                 self.scheduler.set_expected(id, generated)  # siblings tend to be as long as the first of them
@@ -319,8 +321,8 @@ class Stream(Iterator[Finished]):
     def _load_rows(self) -> None:
         """Give the device the rows as the scheduler has them now."""
         s, n = self.scheduler, self.scheduler.num_active
-        samples = self._samples(s.requests[:n], s.members[:n])
-        self._slots, self._requests = self._slot_of[samples], self._request_of[samples]
+        self._active = self._samples(s.requests[:n], s.members[:n])
+        self._slots, self._requests = self._slot_of[self._active], self._request_of[self._active]
         self._num_loads += 1
         source = None
         if self._unread:
@@ -332,7 +334,7 @@ class Stream(Iterator[Finished]):
         generated = s.lengths[:n] - s.prompt_lengths[:n]
         last = np.where(generated > 0, self._columns["tokens"][self._slots, np.maximum(generated - 1, 0)], 0)
         state = {"last": last, "generated": generated, "seeds": s.seeds[:n], "lengths": s.lengths[:n], "max_lengths": s.max_lengths[:n]}
-        state |= {"table": s.block_table[:n], "streak": self._streak[self._slots]}
+        state |= {"table": s.block_table[:n], "streak": self._streak[self._active]}
         state |= {name: values[self._requests] for name, values in self._of_request.items()}
         if self._held:
             state["status"] = np.where(self._row_of[self._slots] < 0, HELD, RUNNING)

@@ -117,14 +117,15 @@ def test_a_window_is_launched_before_the_last_one_is_read(monkeypatch):
 @pytest.mark.parametrize("window, ahead", [(1, 0), (3, 1)])
 def test_aborted_samples_go_on_where_they_were_with_the_same_bits(window, ahead):
     asked, model = requests(8, samples=4), make_model()
-    whole = Generator(model, {EOS}).generate(asked, SAMPLING)
+    sampling = SamplingConfig(max_tokens=50, temperature=0.7, repetition_tokens=7, repetition_probability=0.5)
+    whole = Generator(model, {EOS}).generate(asked, sampling)
     results = [[None] * 4 for _ in asked]
     generator = Generator(model, {EOS}, max_rows=16, window=window, ahead=ahead)
     rounds = 0
     while any(c is None or c.finish == "abort" for group in results for c in group):
         todo = [[m for m in range(4) if group[m] is None or group[m].finish == "abort"] for group in results]
         partial = [Request(r.prompt_ids, r.seeds[m], partial=[results[i][k] for k in m]) for i, (r, m) in enumerate(zip(asked, todo, strict=True))]
-        with generator.stream(partial, SAMPLING) as stream:
+        with generator.stream(partial, sampling) as stream:
             for _ in range(6 // window + 2 * ahead):
                 for i, member, completion in stream.step():
                     results[i][todo[i][member]] = completion
@@ -135,6 +136,7 @@ def test_aborted_samples_go_on_where_they_were_with_the_same_bits(window, ahead)
     assert rounds > 5
     for a, b in zip(sum(whole, []), sum(results, []), strict=True):
         same(a, b)
+    assert sum(c.finish == "repetition" for c in sum(whole, [])) >= 3
 
 
 def test_one_sample_or_one_request_can_be_aborted():
