@@ -50,7 +50,7 @@ BUGS = [
     Bug("dropped mask", "policy_loss_triton.py", "keep = keep & (tl.load(keep_ptr + t, mask=inside, other=0) != 0)", "keep = inside", GRPO),
     Bug("wrong clip side", "policy_loss_triton.py", "    below, above = (A < 0) & (r < lo), (A > 0) & (r > hi)\n",
         "    below, above = (A > 0) & (r < lo), (A < 0) & (r > hi)\n", GRPO),
-    Bug("off-by-one segment", "policy_loss_triton.py", "after = inside & (ends <= t)", "after = inside & (ends < t)", GRPO, fast=True),
+    Bug("off-by-one segment", "policy_loss_triton.py", "s += (t >= end)", "s += (t > end)", GRPO, fast=True),
     Bug("missing grad scale", "policy_loss_triton.py", "return (dlogps * dloss).to(ctx.dtype)", "return dlogps.to(ctx.dtype)", GRPO),
     Bug("missing 1/n of the sequence ratio", "policy_loss_triton.py", "tl.load(sequence_ptr + 3 * S + s, mask=keep, other=0.0) / n",
         "tl.load(sequence_ptr + 3 * S + s, mask=keep, other=0.0)", GRPO),
