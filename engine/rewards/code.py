@@ -26,6 +26,7 @@ from athanor.rewards.code_tests import Tests, complete_stub, parse_tests, progra
 from athanor.rewards.response import parse_response
 from athanor.samples import Problem, Sample
 from athanor.sandbox import Limits, Result, Sandbox
+from athanor.sandbox.values import pack
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n`]*$")
 _CPP = {"cpp", "c++", "cc", "cxx", "g++"}
@@ -173,7 +174,7 @@ class Code(Reward):
         if tests.kind == "stdio":
             return "" if same_output(result.stdout, wanted, tolerance=self.tolerance) else f"wrong output {result.stdout[:100]!r}"
         try:
-            outcome = dict(json.loads(result.stdout)["d"])
+            outcome = dict(json.loads(result.stdout)["d"][:2])  # no more: keys that all collide would take minutes
             if "raise" in outcome:
                 return f"raised {str(outcome['raise'])[:60]}"
             good = same_value(outcome["return"], wanted, tolerance=self.tolerance, wrapped=tests.wrapped)
@@ -185,8 +186,6 @@ class Code(Reward):
 def _stdin(tests: Tests, given) -> str:
     if tests.kind == "stdio":
         return given
-    from athanor.sandbox.values import pack
-
     return pack((tuple(given), {}))
 
 

@@ -17,6 +17,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from itertools import chain
 
 from athanor.errors import UserError
 
@@ -125,7 +126,8 @@ def same_output(got: str, wanted: str, *, tolerance: float) -> bool:
         return True
     if [len(line) for line in got_lines] != [len(line) for line in wanted_lines]:
         return False
-    return all(_same_token(a, b, tolerance) for a_line, b_line in zip(got_lines, wanted_lines, strict=True) for a, b in zip(a_line, b_line, strict=True))
+    pairs = zip(chain.from_iterable(got_lines), chain.from_iterable(wanted_lines), strict=True)
+    return all(_same_token(a, b, tolerance) for a, b in pairs)
 
 
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?")

@@ -12,6 +12,7 @@ from athanor.errors import UserError
 from athanor.sandbox.isolation import PROGRAM_USER, Process, SandboxError, resident_mb
 
 LANGUAGES = ("python", "cpp")
+COMPILER = "/usr/bin/g++"
 _HERE = Path(__file__).parent
 # The interpreter inside is this one's base, so code travels compiled: that saves 10 ms of the 30 that a short program takes.
 _BOOTSTRAP = """
@@ -110,6 +111,7 @@ class Box:
                 "user": PROGRAM_USER if isolated and os.geteuid() == 0 else None,
                 "unset": ["LD_LIBRARY_PATH"],
                 "limits": self._plain(limits),
+                "compiler": COMPILER,
                 "compile_limits": self._plain(replace(COMPILE_LIMITS, disk_mb=limits.disk_mb)),
             }
             deadline = time.monotonic() + _START_S

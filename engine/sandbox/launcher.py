@@ -1,13 +1,16 @@
 """Process 1 of a sandbox: runs one program again and again, each time in a fresh child, on inputs that come from outside.  Never imported.
 
-box.py sends it, compiled, to the interpreter inside the sandbox, after values.py where values travel.  Frames are a 4-byte little-endian length and a body; descriptor 0
-brings marshalled jobs (from us, so they can be trusted), descriptor 1 takes raw answers (which nobody outside trusts beyond their length).
+box.py sends it, compiled, to the interpreter inside the sandbox, after values.py where values travel.  Frames are a 4-byte little-endian length and a
+body; descriptor 0 brings marshalled jobs (from us, so they can be trusted), descriptor 1 takes raw answers (which nobody outside trusts beyond their
+length).
 
-Once the program has run here, nothing in this sandbox is trusted: no expected output, no other program's data and no verdict is ever in it.  What
-protects this process nevertheless, so that a program cannot end it and look like a defect of the machine: it is process 1 of its namespace (signals
-from inside do not reach it), it is not dumpable (/proc/1/mem and ptrace are closed), and started by root it runs under another user than its programs.
+Once the program has run, nothing in this sandbox is trusted: no expected output, no other program's data and no verdict is ever in it.  What protects
+this process nevertheless, so that a program cannot end it and look like a defect of the machine: it is process 1 of its namespace (signals from
+inside do not reach it), it is not dumpable (/proc/1/mem and ptrace are closed), and started by root it runs under another user than its programs.
 """
 
+import _ctypes
+import _signal
 import builtins
 import marshal
 import os
@@ -16,11 +19,8 @@ import select
 import sys
 import time
 
-import _ctypes
-import _signal
-
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
-_SIGKILL, _SIGPIPE, _SIGXFSZ = 9, 13, 25
+_SIGINT, _SIGKILL, _SIGPIPE, _SIGXFSZ = 2, 9, 13, 25
 
 
 def _prctl(option, value):
@@ -76,8 +76,8 @@ def become(user):
         os.setresuid(user, user, user)
 
 
-def _scratch_file():
-    return os.open(os.getcwd(), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
+def _scratch_file(flags=0):
+    return os.open(os.getcwd(), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC | flags, 0o666)
 
 
 def _in_child(job, limits, files, body):
@@ -114,7 +114,8 @@ def _end_all(pid):
 
 def _run_child(job, limits, data, body):
     """Run `body` in a child on `data`.  Returns the frame: status, timed out, wall and CPU time in us, peak memory in kB, sizes; stdout; stderr."""
-    files = [_scratch_file() for _ in range(3)]
+    # outputs are files, so their size is limited; appended to, so that /dev/stdout opened anew writes behind what is there, as into a pipe
+    files = [_scratch_file(), _scratch_file(os.O_APPEND), _scratch_file(os.O_APPEND)]
     try:
         written = 0
         while written < len(data):
@@ -222,7 +223,7 @@ def _compile_cpp(job):
     """Compile the program.  Returns the frame of the compiler's run; the binary is ./program."""
 
     def body():
-        os.execv("/usr/bin/g++", ["g++", "-O2", "-std=gnu++17", "-x", "c++", "-o", "program", "-"])
+        os.execv(job["compiler"], ["g++", "-O2", "-std=gnu++17", "-x", "c++", "-o", "program", "-"])
 
     return _run_child(job, job["compile_limits"], job["source"].encode(), body)
 
@@ -266,6 +267,7 @@ def main():
     for fd in range(3):
         os.dup2(quiet, fd)
     _prctl(_PR_SET_DUMPABLE, 0)
+    _signal.signal(_SIGINT, _signal.SIG_DFL)  # the only one that Python handles; unhandled signals from inside do not reach process 1
     job = marshal.loads(receive(channel_in))
     for name in job["unset"]:
         os.environ.pop(name, None)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from athanor.errors import UserError
-from athanor.sandbox.box import LANGUAGES, Box, Limits, Result
+from athanor.sandbox.box import COMPILER, LANGUAGES, Box, Limits, Result
 from athanor.sandbox.isolation import SandboxError, why_unavailable
 
 # Run once per process before anything else: a sandbox that does not hold what it promises is not used.
@@ -52,8 +52,8 @@ def _why_not() -> str | None:
             result = box.run()
     except SandboxError as error:
         return (
-            f"{error}; the kernel has to allow user namespaces to bubblewrap (sysctl kernel.unprivileged_userns_clone=1, "
-            "kernel.apparmor_restrict_unprivileged_userns=0 or an AppArmor profile for bwrap, a container started with --security-opt seccomp=unconfined)"
+            f"{error}; the kernel has to allow user namespaces to bubblewrap: sysctl kernel.unprivileged_userns_clone=1, "
+            "kernel.apparmor_restrict_unprivileged_userns=0 or an AppArmor profile for bwrap; in a container, --security-opt seccomp=unconfined"
         )
     if result.status != "ok":
         return f"the trial program ended with {result.status}: {(result.stderr or result.stdout)[-300:]}"
@@ -98,7 +98,7 @@ class Sandbox:
         reason = why_not()
         if reason and not unsafe:
             raise UserError(
-                f"sandbox: cannot isolate programs here: {reason}.  To run them all the same, with the rights of this user and resource limits alone, "
+                f"sandbox: cannot isolate programs here: {reason}.  To run them all the same, with this user's rights and resource limits alone, "
                 "pass unsafe=True (reward code: unsafe = true)"
             )
         if reason:
@@ -124,6 +124,8 @@ class Sandbox:
         """
         if language not in LANGUAGES:
             raise UserError(f"sandbox: language is {language!r}, wanted one of {', '.join(LANGUAGES)}")
+        if language == "cpp" and not os.path.exists(COMPILER):
+            raise UserError(f"sandbox: {COMPILER} is missing, so no C++ can be run: apt-get install g++")
         if entry is not None and language != "python":
             raise UserError(f"sandbox: entry calls a Python function, the language is {language!r}")
         with self._slots, self._box(program, language, limits, entry=entry, preload=preload) as box:
@@ -143,7 +145,6 @@ class Sandbox:
         setup: code before the test, such as the stub with its helper functions.  limits: per call.  total_s: wall-clock seconds of the whole test.
         """
         limits = limits or self.limits
-        deadline = time.monotonic()
         parts = {"setup": setup, "test": test, "entry": entry}
         num_calls, last = 0, None
         with (

@@ -19,7 +19,7 @@ def unpack(text: str):
     """The value of a text that `pack` made.  Raises ValueError on any other text; never builds anything but plain types."""
     try:
         return _decode(json.loads(text))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a packed value: {type(error).__name__}: {error}") from None
 
 
