@@ -3,10 +3,12 @@
 import gzip
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from athanor.sandbox.values import pack
 
 isolated = pytest.mark.skipif(why_not() is not None, reason=f"programs cannot be isolated here: {why_not()}")
 needs_gxx = pytest.mark.skipif(not os.path.exists("/usr/bin/g++"), reason="needs /usr/bin/g++")
-HUMAN_EVAL = [folder / "shared" / "data" / "HumanEval.jsonl.gz" for folder in Path(__file__).parents]  # the first that is there
+DATA = Path(os.environ.get("ATHANOR_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))  # HumanEval as published
 STDIO = {"tests": [{"input": "3 4\n", "output": "7\n"}, {"input": "1 1\n", "output": "2\n"}, {"input": "-5 5\n", "output": "0\n"}]}
 CALL = {"fn_name": "f", "inputs": [[1, 2], [5, 5]], "outputs": [3, 10]}
 CHECK = {
@@ -281,6 +283,7 @@ def test_no_verdict_can_be_forged(reward, name):
 def test_trl_and_the_reward_table_call_it(reward):
     texts = [f"```python\n{program}\n```" for program in (ADD, "print(1)")]
     assert reward(prompts=["q"] * 2, completions=texts, tests=[STDIO["tests"]] * 2, difficulty=["easy", "hard"]) == [1.0, 0.0]
+    assert judge(pickle.loads(pickle.dumps(reward)), ADD, STDIO).score == 1.0
     table = make_table([{"name": "code", "timeout_s": 2.0}, {"name": "format"}])
     assert table.score([sample(ADD, STDIO)]).parts["code"] == [1.0]
 
@@ -302,16 +305,18 @@ def test_it_refuses_to_start_without_isolation():
 
 
 def human_eval() -> list[dict]:
-    found = [path for path in HUMAN_EVAL if path.exists()]
-    if not found:
-        pytest.skip(f"needs {HUMAN_EVAL[1]}, or in a folder above")
-    with gzip.open(found[0], "rt") as file:
+    path = DATA / "HumanEval.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"needs {path}; set ATHANOR_TEST_DATA to a folder that has it")
+    with gzip.open(path, "rt") as file:
         return [json.loads(line) for line in file]
 
 
 def scores(reward, rows: list[dict], bodies: list[str]) -> list[float]:
     keys = ("prompt", "test", "entry_point")
-    return reward([sample(row["prompt"] + body, {k: row[k] for k in keys}) for row, body in zip(rows, bodies, strict=True)])
+    samples = [sample(row["prompt"] + body, {k: row[k] for k in keys}) for row, body in zip(rows, bodies, strict=True)]
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(lambda one: reward.score(one, one.problem), samples))
 
 
 def off_by_one(body: str) -> str:

@@ -193,6 +193,13 @@ def test_python_programs_run_as_they_would_outside(sandbox, program, stdin, stat
 
 
 @isolated
+def test_long_inputs_and_outputs_come_through_whole(sandbox):
+    text = "".join(f"{i}\n" for i in range(500_000))  # 3.4 MB, many times what a pipe holds
+    result = sandbox.run("import sys\nsys.stdout.write(sys.stdin.read())", stdin=text, limits=Limits(output_kb=8192))
+    assert result.status == "ok" and result.stdout == text
+
+
+@isolated
 def test_an_error_shows_where_it_was(sandbox):
     result = sandbox.run("def f():\n    return 1 / 0\nf()")
     assert "program.py" in result.stderr and "line 2, in f" in result.stderr and "ZeroDivisionError" in result.stderr
@@ -259,14 +266,15 @@ def sandbox_alone(program: str) -> str:
 
 @isolated
 def test_many_threads_get_their_own_results_and_leave_nothing_behind(sandbox):
+    def children():
+        return {pid for task in os.listdir("/proc/self/task") for pid in Path(f"/proc/self/task/{task}/children").read_text().split()}
+
     sandbox.run("")
-    descriptors = len(os.listdir("/proc/self/fd"))
+    before = len(os.listdir("/proc/self/fd")), children()
     with ThreadPoolExecutor(8) as threads:
         results = list(threads.map(lambda i: sandbox.run("print(int(input()) ** 2)", stdin=str(i)), range(40)))
     assert [result.stdout for result in results] == [f"{i * i}\n" for i in range(40)]
-    assert len(os.listdir("/proc/self/fd")) == descriptors
-    children = [Path(f"/proc/self/task/{task}/children").read_text() for task in os.listdir("/proc/self/task")]
-    assert not "".join(children).strip()
+    assert (len(os.listdir("/proc/self/fd")), children()) == before
 
 
 @isolated

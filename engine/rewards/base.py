@@ -67,7 +67,4 @@ class Reward:
             problems = [sample.problem for sample in samples]
         if len(problems) != len(samples):
             raise ValueError(f"reward {self.__name__}: {len(samples)} samples but {len(problems)} problems")
-        return self._score_all(samples, problems)
-
-    def _score_all(self, samples: list[Sample], problems: list[Problem]) -> list[float | None]:
         return [self.score(sample, problem) for sample, problem in zip(samples, problems, strict=True)]

@@ -17,7 +17,6 @@ problem's tests are unusable (UserError); these raise and are never a 0.
 import json
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from athanor.errors import UserError
@@ -73,6 +72,7 @@ class Code(Reward):
     """1.0 for a program that passes all tests, 0.0 for one that does not and for an answer without one, None without tests."""
 
     __name__ = "code"
+    runs_in = "thread"  # it waits for processes of its own, each under a deadline
     fraction: bool = False
     """Share of passed tests instead of all or nothing.  A check(candidate) is all or nothing in any case."""
     timeout_s: float = 5.0
@@ -104,10 +104,6 @@ class Code(Reward):
     def score(self, sample: Sample, problem: Problem) -> float | None:
         verdict = self.judge(sample, problem)
         return None if verdict is None else verdict.score
-
-    def _score_all(self, samples: list[Sample], problems: list[Problem]) -> list[float | None]:
-        with ThreadPoolExecutor(self.sandbox.workers) as pool:
-            return list(pool.map(self.score, samples, problems))
 
     def judge(self, sample: Sample, problem: Problem) -> Verdict | None:
         """Run the answer's program against the problem's tests.  None without tests.  Raises SandboxError and UserError (see the module)."""

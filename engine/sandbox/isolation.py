@@ -39,6 +39,8 @@ def why_unavailable() -> str | None:
         return f"isolation needs Linux namespaces, this is {platform.system()}"
     if os.uname().machine not in MACHINES:
         return f"no system-call filter for {os.uname().machine}, only for {', '.join(MACHINES)}"
+    if not os.path.exists("/proc/thread-self/children"):
+        return "the kernel tells no children of a process (CONFIG_PROC_CHILDREN), so the memory of a whole program cannot be limited"
     if shutil.which("bwrap") is None:
         return "bubblewrap is not installed: apt-get install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora)"
     version = _bwrap_version()
