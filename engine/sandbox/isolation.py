@@ -4,6 +4,10 @@ Fresh user, pid, mount, network, ipc, uts and cgroup namespaces for every progra
 the interpreter's own folder as /python and nothing else of the host - no /etc but the linker's cache, no /home, no /sys, five device nodes; a /tmp
 and a /dev/shm of limited size; no capability; no_new_privs; the filter of seccomp.py.
 
+Memory is bounded by an address-space limit per process and by watching the sum of all ten times a second; no cgroup is used, so what the kernel keeps
+for a program (inodes, pipe buffers) is bounded only by time.  What a program can learn: the machine's CPU, memory and kernel figures in /proc, what
+is installed in /usr, and in /proc/self/mountinfo the host paths that /usr and /python were bound from.
+
 Started by root, the sandbox maps two users: the launcher's (root outside, with three capabilities inside its own namespace) and the programs', 65534,
 because the kernel exempts root from its limit on processes.  Started by anyone else, it maps that user alone.
 """
