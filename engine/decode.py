@@ -3,6 +3,9 @@
 A row is one running sample.  Its last token, length, random counter, sampling parameters and block table live on the device; a window of steps runs
 without the host, which then reads what was drawn (`Drawn`) and what became of the rows (`status`).  A row that has ended inside a window stands
 still: it writes nothing and reads nothing.  The step is a captured graph, one per bucket of rows (and, on CUDA, of lengths).
+
+A window may be launched before the host has read the one before it (`Launched`).  What the host then has of a running row is behind what the device
+has, and `load` leaves the row's own state (`DRAWN`) to the device.
 """
 
 from dataclasses import dataclass
@@ -17,10 +20,11 @@ from athanor.cpu_graph import CpuGraph
 from athanor.kernels import Sampled, is_strict, linear, linear_logprob, linear_sample, sample
 from athanor.kernels._dispatch import requested_backend
 from athanor.kernels.paged_attention import CHUNK
-from athanor.kv_cache import DecodeAttention, PagedKVCache, SharedPrefix
+from athanor.kv_cache import DecodeAttention, PagedKVCache, SharedPrefix, to_device
 from athanor.model.transformer import ROW_STEP, Decoder, fill_rows
 
-RUNNING, STOP, REPETITION, LENGTH, ERROR = range(5)  # of `status`
+RUNNING, HELD, LENGTH, STOP, REPETITION, ERROR = range(6)  # of `status`.  HELD: its prompt is not in the cache yet.  From STOP on: by what it drew
+DRAWN = ("last", "generated", "lengths", "streak", "status")  # what a step changes
 PARAMETERS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
 CAPTURED_BYTES = 1 << 27  # of captured steps on a CPU, which keep every intermediate: what is larger has arithmetic enough to hide the calls
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -28,12 +32,37 @@ NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a window drew, on the host; on a CPU these are views that the next window overwrites."""
+    """What a window drew, on the host; on a CPU without windows ahead these are views that the next window overwrites."""
 
     generated: np.ndarray  # (n,) int64 tokens of each row now: its last ones are the first entries of its columns
     status: np.ndarray  # (n,) int64
     streak: np.ndarray | None  # (n,) int64 tokens in a row above the repetition stop's probability
     columns: dict[str, np.ndarray]  # (steps, n) each: tokens int64, logps float32, and what else is recorded
+
+    def of(self, rows: np.ndarray) -> "Drawn":
+        """Of some of the rows."""
+        columns = {name: values[:, rows] for name, values in self.columns.items()}
+        return Drawn(self.generated[rows], self.status[rows], None if self.streak is None else self.streak[rows], columns)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A window, or a first draw, whose results are on their way to the host."""
+
+    rows: slice
+    steps: int
+    tensors: dict[str, Tensor]  # on the host, filled once `copied` has happened
+    copied: torch.cuda.Event | None  # None on a CPU
+    seconds: dict[str, float]
+
+    def read(self) -> Drawn:
+        """Wait for the device and return what it drew."""
+        if self.copied is not None:
+            start = perf_counter()
+            self.copied.synchronize()
+            self.seconds["forward_s"] += perf_counter() - start
+        arrays = {name: t.numpy() for name, t in self.tensors.items()}
+        return Drawn(arrays.pop("generated"), arrays.pop("status"), arrays.pop("streak", None), arrays)
 
 
 class DecodeRows:
@@ -41,13 +70,13 @@ class DecodeRows:
 
     def __init__(
         self, model: Decoder, cache: PagedKVCache, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...], *, window: int,
-        fused: bool, seconds: dict[str, float],
+        ahead: int, fused: bool, seconds: dict[str, float],
     ):  # fmt: skip
-        """records: fields of `Sampled` that are kept for every token besides tokens and logps.  window: steps without the host.
-        fused: draw with `linear_sample`, which takes no filters.  seconds: where times are added up.
+        """records: fields of `Sampled` that are kept for every token besides tokens and logps.  window: steps without the host.  ahead: windows that
+        may be launched before one is read.  fused: draw with `linear_sample`, which takes no filters.  seconds: where times are added up.
         """
         self.model, self.cache, self.device, self.on_cpu = model, cache, cache.device, cache.device.type == "cpu"
-        self.records, self.window, self.fused, self.seconds = records, window, fused, seconds
+        self.records, self.window, self.ahead, self.fused, self.seconds = records, window, ahead, fused, seconds
         self.capacity = -(-num_rows // ROW_STEP) * ROW_STEP  # products of few rows round differently on a CPU, see ROW_STEP
         R, W = self.capacity, self.window
 
@@ -80,14 +109,24 @@ class DecodeRows:
         self.uniform, self.repeats, self.shared = uniform, repeats, None
         self.status.fill_(LENGTH)
 
-    def load(self, state: dict[str, np.ndarray]) -> None:
-        """Take all rows from the host: name -> (n, ...) of `last`, `lengths`, `table`, ...  Rows 0..n-1 decode, the others stand still."""
-        n = len(state["lengths"])
-        for name, values in state.items():
-            target = (self.per_row[name] if name in self.per_row else getattr(self, name))[:n]
-            (target[:, : values.shape[1]] if values.ndim > 1 else target).copy_(torch.from_numpy(np.ascontiguousarray(values)))
+    def load(self, state: dict[str, np.ndarray], source: np.ndarray | None = None) -> None:
+        """Take all rows from the host: name -> (n, ...) of `last`, `lengths`, `table`, ...  Rows 0..n-1 decode, unless there is a `status` that says
+        otherwise; the others stand still.
+
+        source: (n,) where each row was so far, to keep what is drawn there and not read yet (`DRAWN`); -1, or None: the host has its last state.
+        """
+        n, kept = len(state["lengths"]), {}
+        if source is not None:
+            source = to_device(source, self.device)
+            kept = {name: getattr(self, name)[source.clamp_min(0)] for name in DRAWN}
         self.status[:n] = RUNNING
         self.status[n:] = LENGTH
+        for name, values in state.items():
+            target = (self.per_row[name] if name in self.per_row else getattr(self, name))[:n]
+            (target[:, : values.shape[1]] if values.ndim > 1 else target).copy_(to_device(values, self.device))
+        for name, values in kept.items():
+            target = getattr(self, name)[:n]
+            target.copy_(torch.where(source < 0, target, values))
 
     def share(self, offsets: np.ndarray, order: np.ndarray, shared_blocks: np.ndarray) -> None:
         """Groups of rows with a common prompt, as the scheduler has them; dropped where no prompt fills a chunk of the attention."""
@@ -96,14 +135,14 @@ class DecodeRows:
             return
         R, n, P, b = self.capacity, len(order), len(prefix_lens), self.buffers
         whole = np.concatenate((order, np.arange(n, R)))
-        b.order.copy_(torch.from_numpy(whole.astype(np.int64)))
-        b.inverse.copy_(torch.from_numpy(np.argsort(whole)))
-        b.group_offsets.copy_(torch.from_numpy(np.concatenate((offsets, np.full(R - P, n))).astype(np.int32)))
-        b.prefix_lens.copy_(torch.from_numpy(np.concatenate((prefix_lens, np.zeros(R - P))).astype(np.int32)))
+        b.order.copy_(to_device(whole.astype(np.int64), self.device))
+        b.inverse.copy_(to_device(np.argsort(whole), self.device))
+        b.group_offsets.copy_(to_device(np.concatenate((offsets, np.full(R - P, n))).astype(np.int32), self.device))
+        b.prefix_lens.copy_(to_device(np.concatenate((prefix_lens, np.zeros(R - P))).astype(np.int32), self.device))
         self.shared = b
 
-    def decode(self, n: int, longest: int) -> Drawn:
-        """Run a window over rows 0..n-1, none of which is longer than `longest` before it."""
+    def decode(self, n: int, longest: int) -> Launched:
+        """Launch a window over rows 0..n-1, none of which is longer than `longest` before it."""
         start = perf_counter()
         self.slot.zero_()
         n_run = min(row_bucket(n, self.on_cpu), self.capacity)
@@ -111,16 +150,21 @@ class DecodeRows:
         step = partial(self._cpu_step, n_run, holds) if self.on_cpu else self._graph(n_run, length_bucket(longest + self.window, holds)).replay
         for _ in range(self.window):
             step()
-        drawn = self._read(0, n, self.window)
+        launched = self._launched(0, n, self.window)
         if not self.on_cpu:  # a captured step does not tell its parts apart
             self.seconds["forward_s"] += perf_counter() - start
-        return drawn
+        return launched
 
-    def draw(self, hidden: Tensor, first: int) -> Drawn:
-        """Draw the first token of rows first.. from hidden (m, D), the last one of each prompt."""
+    def draw(self, hidden: Tensor, rows: np.ndarray) -> Launched:
+        """Draw the first token of `rows` (m,) from hidden (m, D), the last one of each prompt."""
+        first, end, drawing = int(rows.min()), int(rows.max()) + 1, None
+        if not np.array_equal(rows, np.arange(first, end)):  # what lies between them stands still
+            at = to_device(rows - first, self.device)
+            drawing = at.new_zeros(end - first, dtype=torch.bool).index_fill_(0, at, True)
+            hidden = hidden.new_zeros(end - first, hidden.shape[1]).index_copy_(0, at, hidden)
         self.slot.zero_()
-        self._append(hidden, first)
-        return self._read(first, first + len(hidden), 1)
+        self._append(hidden, first, drawing)
+        return self._launched(first, end, 1)
 
     def _forward(self, n: int, limit: int) -> Tensor:
         positions = torch.where(self.status[:n] == RUNNING, self.lengths[:n] - 1, -1)
@@ -179,15 +223,15 @@ class DecodeRows:
             drawn = drawn._replace(logps=linear_logprob(hidden, weight, drawn.tokens, temperature=parameters["temperature"], support=support).logps)
         return drawn
 
-    def _append(self, hidden: Tensor, first: int) -> None:
-        """Draw one token for rows first.. from hidden (m, D) and account for it."""
+    def _append(self, hidden: Tensor, first: int, drawing: Tensor | None = None) -> None:
+        """Draw one token for rows first.. from hidden (m, D), or for those of them that are `drawing` (m,), and account for it."""
         rows = slice(first, first + len(hidden))
         generated, status, lengths = self.generated[rows], self.status[rows], self.lengths[rows]
         drawn = self._draw(hidden, rows)
         for name, ring in self.ring.items():
             ring[:, rows].index_copy_(0, self.slot, getattr(drawn, name)[None])
         self.slot += 1
-        live = status == RUNNING
+        live = status == RUNNING if drawing is None else (status == RUNNING) & drawing
         generated += live
         lengths += live
         self.last[rows].copy_(torch.where(live, drawn.tokens, self.last[rows]))
@@ -200,18 +244,21 @@ class DecodeRows:
         became = torch.where(drawn.logps.isnan(), ERROR, became)
         status.copy_(torch.where(live, became, status))
 
-    def _read(self, first: int, end: int, steps: int) -> Drawn:
-        """Wait for the device and take what it drew for rows first..end."""
-        columns = {name: ring[:steps, first:end] for name, ring in self.ring.items()}
-        tensors = {"status": self.status[first:end], "generated": self.generated[first:end], **columns}
+    def _launched(self, first: int, end: int, steps: int) -> Launched:
+        """Send what was drawn for rows first..end to the host, before the next window overwrites it."""
+        tensors = {name: ring[:steps, first:end] for name, ring in self.ring.items()}
+        tensors |= {"status": self.status[first:end], "generated": self.generated[first:end]}
         if self.repeats:
             tensors["streak"] = self.streak[first:end]
+        copied = None
         if not self.on_cpu:
-            host = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for name, t in tensors.items()}
-            torch.cuda.current_stream(self.device).synchronize()
-            tensors = host
-        arrays = {name: t.numpy() for name, t in tensors.items()}
-        return Drawn(arrays.pop("generated"), arrays.pop("status"), arrays.pop("streak", None), arrays)
+            # Pinned memory comes from PyTorch's cache, which gives it out again only after the copies: as many buffers as there are windows ahead.
+            tensors = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for name, t in tensors.items()}
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(self.device))
+        elif self.ahead:
+            tensors = {name: t.clone() for name, t in tensors.items()}
+        return Launched(slice(first, end), steps, tensors, copied, self.seconds)
 
     def _graph(self, n: int, limit: int) -> torch.cuda.CUDAGraph:
         key = self._key(n, limit)

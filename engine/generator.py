@@ -33,9 +33,12 @@ class Generator:
 
     max_rows: samples that decode at once.  kv_tokens: size of the KV pool; default what the requests need, within half of the free memory on a CPU
     and 85 % of it on CUDA.  policy: "reserve" admits a group when its worst case fits, "pause" by expected length; a row that finds no block then
-    waits with its KV.  Nothing is ever computed twice.  max_prefill_tokens: prompt tokens of one prefill.
+    waits with its KV.  max_prefill_tokens: prompt tokens that run at a time; a longer prompt goes in pieces, with a window of the others between two.
     fused_sampling: draw with `linear_sample`, which needs no logits and takes no top_k, top_p or min_p; a seed then gives other tokens than without.
-    window: steps between two looks of the host, default 1 on a CPU and 8 on CUDA, where a sample that has ended idles for half of it on average.
+    window: steps between two looks of the host, default 1 on a CPU and 8 on CUDA, where a sample that has ended idles for half of it on average, and
+    for the windows ahead.
+    ahead: windows that are launched before the host has read one, default 0 on a CPU and 1 on CUDA.  The device then does not wait for the host, and
+    what the host decides (a stop string, a refill, an abort, new weights) takes effect so many windows later.  The samples are the same.
     tokenizer: needed for stop strings alone.
     `timings` adds up seconds: prefill_s, forward_s (on CUDA the whole step), sample_s, host_s; `num_prefill_tokens` counts what prefills ran over.
     """
@@ -53,19 +56,22 @@ class Generator:
         max_prefill_tokens: int = 16384,
         fused_sampling: bool = False,
         window: int | None = None,
+        ahead: int | None = None,
     ):
         if not eos_ids:
             raise ValueError("Generator: eos_ids is empty, wanted at least one token id that ends a sample")
         on_cpu = model.embed.weight.device.type == "cpu"
         window = (1 if on_cpu else 8) if window is None else window
-        for name, value in (("max_rows", max_rows), ("max_prefill_tokens", max_prefill_tokens), ("window", window)):
-            if value < 1:
-                raise ValueError(f"Generator: {name} is {value}, wanted at least 1")
+        ahead = (0 if on_cpu else 1) if ahead is None else ahead
+        numbers = {"max_rows": (max_rows, 1), "max_prefill_tokens": (max_prefill_tokens, 1), "window": (window, 1), "ahead": (ahead, 0)}
+        for name, (value, least) in numbers.items():
+            if value < least:
+                raise ValueError(f"Generator: {name} is {value}, wanted at least {least}")
         self.model, self.eos_ids, self.tokenizer = model, frozenset(eos_ids), tokenizer
         self.device, self.dtype = model.embed.weight.device, model.embed.weight.dtype
         self.fused_sampling = fused_sampling
         self.max_rows, self.kv_tokens, self.policy, self.max_prefill_tokens = max_rows, kv_tokens, policy, max_prefill_tokens
-        self.block_size, self.window = block_size or (16 if on_cpu else 64), window
+        self.block_size, self.window, self.ahead = block_size or (16 if on_cpu else 64), window, ahead
         self.timings = dict.fromkeys(("prefill_s", "forward_s", "sample_s", "host_s"), 0.0)
         self.num_prefill_tokens = 0
         self.cache: PagedKVCache | None = None
@@ -109,7 +115,8 @@ class Generator:
     def stream(self, requests: Sequence[Request], sampling: SamplingConfig = SamplingConfig(), *, full_logps: bool = False) -> "Stream":
         """Iterate over samples in the order in which they finish.
 
-        When the weights change between two steps, the KV of all running samples is dropped and computed again with the new ones; their tokens stay.
+        When the weights change between two steps, the KV of all running samples is dropped and computed again with the new ones; their tokens stay,
+        those of windows that were launched before the change included.
         Raises ValueError for an empty prompt, a group larger than max_rows, a prompt that leaves no room below max_position_embeddings or in the KV
         pool, a parameter out of range, or while another stream of this generator is open.
         """
@@ -163,7 +170,7 @@ class Generator:
             self.rows, self._addresses = None, addresses
         if self.rows is None or not self.rows.holds(num_rows, max_blocks, num_eos, records):
             self.rows = None
-            options = {"window": self.window, "fused": self.fused_sampling, "seconds": self.timings}
+            options = {"window": self.window, "ahead": self.ahead, "fused": self.fused_sampling, "seconds": self.timings}
             self.rows = DecodeRows(self.model, self.cache, num_rows, max_blocks, num_eos, records, **options)
         return self.rows
 

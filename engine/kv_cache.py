@@ -1,4 +1,4 @@
-"""Keys and values in blocks that rows share, and the two attentions that fill and read them.
+"""Keys and values in blocks that rows share, and the three attentions that fill and read them.
 
 The host (`athanor._host.Scheduler`) decides which blocks a row has; the bytes live here.  R rows, n of them decoding, H query heads, K key/value
 heads, d head width, T packed tokens.
@@ -12,8 +12,16 @@ from torch import Tensor
 
 from athanor.config import ModelConfig
 from athanor.kernels import attention, kv_append, paged_attention, qkv_append
-from athanor.kernels.paged_attention import empty_kv_cache
+from athanor.kernels.paged_attention import CHUNK, empty_kv_cache
 from athanor.model.transformer import Rotation
+
+SLAB_BYTES = 1 << 28  # of partial results of the paged attention over the rows of a prefill
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on the device.  The host does not wait: it is read from pinned memory, which PyTorch keeps until then.  On a CPU, a view."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class PagedKVCache:
@@ -35,9 +43,8 @@ class PagedKVCache:
         """Copy the first `tokens` slots of block `source` to block `target`, for rows (source, target, tokens) of copies (c, 3)."""
         if not len(copies):
             return
-        slots = np.concatenate([np.arange(n) for n in copies[:, 2]])
-        source, target = (torch.from_numpy(copies[:, i].astype(np.int64).repeat(copies[:, 2])).to(self.device) for i in (0, 1))
-        slots = torch.from_numpy(slots).to(self.device)
+        slots = to_device(np.concatenate([np.arange(n) for n in copies[:, 2]]), self.device)
+        source, target = (to_device(copies[:, i].astype(np.int64).repeat(copies[:, 2]), self.device) for i in (0, 1))
         for cache in (*self.keys, *self.values):
             cache[target, :, slots] = cache[source, :, slots]
 
@@ -53,6 +60,41 @@ class PrefillAttention:
         q, k = rotation(q, k)
         kv_append(k, v, self.cache.keys[layer], self.cache.values[layer], self.blocks, self.slots)
         return attention(q, k, v, self.cu_seqlens)
+
+
+class ContinuedAttention:
+    """Causal attention of tokens that continue what is in the cache: each token is a row of the paged attention, one slot longer than the last.
+
+    A token gets the bits of a decode step, which are those of `PrefillAttention` on a CPU in fp32 and in strict mode on CUDA.  Tokens of one chunk of
+    a sequence read the chunks before it together.  Rows go in slabs, so that the partial results take SLAB_BYTES and not (tokens x length).
+    """
+
+    def __init__(self, cache: PagedKVCache, num_heads: int, tables: np.ndarray, sequences: np.ndarray, positions: np.ndarray):
+        """tables (S, columns) int32; sequences (T,), ascending, positions (T,): where each token is; position -1 = a filler, only at the end."""
+        self.cache, device = cache, cache.device
+        self.block_table = to_device(tables, device)[to_device(sequences, device)]
+        self.positions = to_device(positions.astype(np.int32), device)
+        num_tokens = int((positions >= 0).sum())
+        chunks = positions[:num_tokens] // CHUNK
+        starts = np.concatenate(([0], 1 + np.flatnonzero((np.diff(chunks) != 0) | (np.diff(sequences[:num_tokens]) != 0))))
+        row_bytes = 4 * num_heads * (cache.keys[0].shape[3] + 2) * (int(chunks.max()) + 1)
+        rows = max(1, SLAB_BYTES // row_bytes)
+        self.slabs = []  # rows, their lengths, the longest, groups of rows, and what the groups share
+        for first in range(0, num_tokens, rows):
+            end = min(first + rows, num_tokens)
+            begun = np.concatenate(([first], starts[(starts > first) & (starts < end)]))
+            groups = to_device(np.append(begun - first, end - first).astype(np.int32), device)
+            prefixes = to_device((chunks[begun] * CHUNK).astype(np.int32), device)
+            slab = slice(first, end if end < num_tokens else len(positions))
+            self.slabs.append((slab, self.positions[slab] + 1, int(positions[slab].max()) + 1, groups, prefixes))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        q = qkv_append(q, k, v, rotation.cos, rotation.sin, keys, values, self.block_table, self.positions, **rotation.norm)
+        return torch.cat([
+            paged_attention(q[rows], keys, values, self.block_table[rows], lengths, max_seq_len=longest, group_offsets=groups, prefix_lens=prefixes)
+            for rows, lengths, longest, groups, prefixes in self.slabs
+        ])  # fmt: skip
 
 
 @dataclass(frozen=True)

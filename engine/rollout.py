@@ -73,7 +73,7 @@ def sample_groups(
 ) -> list[list[Sample]]:
     """Draw `group_size` samples for this rank's share of `problems`; seeds follow (key, task, split, problem id, sample)."""
     mine = ranks.share(problems)
-    groups = dict(stream_groups(generator, tokenizer, mine, group_size, sampling, *key, progress=progress))
+    groups = dict(stream_groups(generator, tokenizer, mine, group_size, sampling, *key, progress=progress, on_sample=on_sample))
     return [groups[i] for i in range(len(mine))]
 
 
@@ -85,27 +85,26 @@ def stream_groups(
     sampling: SamplingConfig,
     *key: int | str,
     progress: Callable[[int, int], None] | None = None,
+    on_sample: Callable[[Sample], None] | None = None,
 ) -> Iterator[tuple[int, list[Sample]]]:
     """Yield (index into `problems`, its samples) as groups are complete; `progress(done, total)` counts samples.  Seeds as in `sample_groups`."""
     problems = [as_asked(problem, tokenizer) for problem in problems]
     prompts = [np.array(tokenizer.encode_prompt(problem.prompt), np.int64) for problem in problems]
     requests = [Request(ids, sample_seeds(group_size, *key, p.task, p.split, p.id)) for ids, p in zip(prompts, problems, strict=True)]
-    groups: list[list[Completion | None]] = [[None] * group_size for _ in problems]
+    groups: list[list] = [[None] * group_size for _ in problems]
     missing, done = [group_size] * len(problems), 0
-
-    def sample(problem: Problem, ids: np.ndarray, c: Completion) -> Sample:
-        text = tokenizer.decode([t for t in c.token_ids.tolist() if t not in tokenizer.eos_ids])
-        return Sample(problem, text, c.token_ids, c.logps, c.finish, ids, c.support)
-
     with generator.stream(requests, sampling) as stream:
-        for i, member, completion in stream:
-            groups[i][member] = completion
+        for i, member, c in stream:
+            text = tokenizer.decode([t for t in c.token_ids.tolist() if t not in tokenizer.eos_ids])
+            groups[i][member] = Sample(problems[i], text, c.token_ids, c.logps, c.finish, prompts[i], c.support)
+            if on_sample:
+                on_sample(groups[i][member])
             missing[i] -= 1
             done += 1
             if progress:
                 progress(done, len(problems) * group_size)
             if not missing[i]:
-                yield i, [sample(problems[i], prompts[i], c) for c in groups[i]]
+                yield i, groups[i]
                 groups[i] = []
 
 

@@ -34,6 +34,7 @@ class Completion:
     versions: np.ndarray  # (c,) int32: how often the weights had changed when the token was drawn, by the generator's count
     full_logps: np.ndarray | None = None  # (c,) float32 without truncation; where asked for
     support: tuple[np.ndarray, np.ndarray] | None = None  # (c,) float32, (c,) int64: `Sampled.support` where sampling is truncated or greedy
+    streak: int = 0  # last tokens in a row above the repetition stop's probability: where it goes on when an aborted sample does
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,10 @@
 
 Samples are numbered through: sample b_i + m is member m of request i.  A sample in flight has a slot, where its columns (tokens, log-probs, ...)
 collect on the host; its row, where it decodes, changes as others finish.
+
+Up to `ahead` windows are launched before one is read, so that the device has work while the host decides.  A decision then finds the device ahead of
+it and takes effect behind the windows that are under way: rows that go on keep what they draw there, and what these windows drew for a row that the
+host has ended, paused or loaded anew in between is dropped.  A paused row draws it again, the same.
 """
 
 from collections import deque
@@ -10,19 +14,18 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from athanor._host import Admission, Events, Scheduler
+from athanor._host import Events, Scheduler
 from athanor.config import SamplingConfig
-from athanor.decode import ERROR, LENGTH, NEUTRAL, PARAMETERS, REPETITION, RUNNING, STOP, Drawn
-from athanor.kv_cache import PrefillAttention
-from athanor.model.transformer import fill_tokens
+from athanor.decode import ERROR, HELD, LENGTH, NEUTRAL, PARAMETERS, REPETITION, RUNNING, STOP, Launched
+from athanor.prefill import Prefill, Stretch
 from athanor.samples import Completion, Finished, Request
 from athanor.stops import StopStrings
 
-FINISH = {STOP: "stop", REPETITION: "repetition", LENGTH: "length", ERROR: "error", RUNNING: "abort"}
+FINISH = {STOP: "stop", REPETITION: "repetition", LENGTH: "length", ERROR: "error", RUNNING: "abort", HELD: "abort"}
 INTEGERS = {"tokens": np.int64, "last_kept": np.int64, "versions": np.int32}  # columns; the others are float32
 WAITING, FINISHED = -1, -2  # in place of a slot
+NOWHERE = -1  # in place of a row
 
 
 class Stream(Iterator[Finished]):
@@ -34,6 +37,7 @@ class Stream(Iterator[Finished]):
         for i, (request, own) in enumerate(zip(requests, self.sampling, strict=True)):
             generator.check(i, request, own)
         self._ready: deque[Finished] = deque()
+        self._unread: deque[tuple[Launched, int, np.ndarray]] = deque()  # (it, loads of the rows before it, slots of its rows)
         counts = [len(request.seeds) for request in requests]
         self._base = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
         self._request_of = np.repeat(np.arange(len(requests)), counts)
@@ -47,8 +51,9 @@ class Stream(Iterator[Finished]):
         longest = max(len(requests[i].prompt_ids) + all_sampling[i].max_tokens for i in active)
         num_rows = min(g.max_rows, len(self._request_of))
         num_blocks = g.pool_blocks(self._blocks_wanted(active, num_rows))
+        lookahead = g.window * (1 + g.ahead)
         self.scheduler = Scheduler(
-            num_rows, longest, num_blocks, g.block_size, policy=g.policy, lookahead=g.window, refill_rows=max(1, num_rows // 4)
+            num_rows, longest, num_blocks, g.block_size, policy=g.policy, lookahead=lookahead, refill_rows=max(1, num_rows // 4)
         )
         records = (("full_logps",) if full_logps else ()) + (("thresholds", "last_kept") if any(s.truncated for s in all_sampling) else ())
         eos = [sorted(request.eos_ids or g.eos_ids) for request in requests]
@@ -69,9 +74,15 @@ class Stream(Iterator[Finished]):
         self._columns = {name: np.empty((slots, width), INTEGERS.get(name, np.float32)) for name in ("tokens", "logps", "versions", *records)}
         self._free_slots = list(range(slots))[::-1]
         self._slot_of = np.full(len(self._request_of), WAITING)
-        self._status, self._streak = np.full(slots, RUNNING), np.zeros(slots, np.int64)
+        self._status = np.full(slots, RUNNING)
+        self._streak = np.zeros(len(self._request_of), np.int64)  # of each sample, kept while it waits
         self._cut: dict[int, int] = {}  # slot -> tokens up to and including a stop string
-        self._hidden: dict[int, Tensor] = {}  # last hidden state of prompts that members still wait for, by the scheduler's request
+        self._active = self._slots = self._requests = np.zeros(0, np.int64)  # sample, slot and request of each active row, as the device has them
+        self._row_of = np.full(slots, NOWHERE)  # row in which a slot decodes
+        self._loaded, self._num_loads = np.zeros(slots, np.int64), 0  # the load that gave a slot's row the host's state, while something was unread
+        # Of the one request whose prompt, longer than a piece, is on its way into the cache.
+        self._prefill: Prefill | None = None
+        self._held: list[int] = []  # slots of its samples, by row
         self._carried: dict[int, dict[str, np.ndarray]] = {}  # columns of waiting samples that were under way before
         # The scheduler's (request, member) is sample _flat[_offset[request] + member].
         self._flat, self._offset = np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -79,7 +90,7 @@ class Stream(Iterator[Finished]):
         for i in active:
             for sample, partial in zip(range(self._base[i], self._base[i + 1]), requests[i].partial or (), strict=False):
                 if partial is not None:
-                    self._carried[sample] = _columns_of(partial, tuple(self._columns))
+                    self._carried[sample], self._streak[sample] = _columns_of(partial, tuple(self._columns)), partial.streak
             self._submit(i, np.arange(self._base[i], self._base[i + 1]))
 
     def _blocks_wanted(self, active: list[int], num_rows: int) -> int:
@@ -114,21 +125,25 @@ class Stream(Iterator[Finished]):
         """Drop what has not been read."""
         self._open = False
         self._ready.clear()
+        self._unread.clear()
         if self.generator.running() is self:
             self.generator.running = lambda: None
 
     @property
     def num_decoding(self) -> int:
         """Samples that decode now."""
-        return self.scheduler.num_active if self._open else 0
+        return self.scheduler.num_active - len(self._held) if self._open else 0
 
+    @torch.inference_mode()
     def abort(self, request: int | None = None, member: int | None = None) -> None:
         """End a request, one of its samples, or everything; what they have is yielded with finish "abort".  What has finished stays as it is.
 
-        Such completions go into `Request.partial` to go on later, here or elsewhere.
+        Such completions go into `Request.partial` to go on later, here or elsewhere.  A prompt that has run in part is dropped with its request; for
+        one of its samples it runs to the end first.
         """
         if not self._open:
             return
+        self._notice_new_weights()
         for id, start in enumerate(self._offset.tolist()):
             i = int(self._request_of[self._flat[start]])
             if request not in (None, i) or id not in self.scheduler:
@@ -137,6 +152,8 @@ class Stream(Iterator[Finished]):
                 self._finish(self.scheduler.abort(id))
                 continue
             at = np.flatnonzero(self._flat[start:] == self._base[i] + member)
+            while len(at) and self._slot_of[self._base[i] + member] in self._held:
+                self._admit()
             if len(at) and self._slot_of[self._base[i] + member] != FINISHED:
                 self._finish(self.scheduler.abort(id, int(at[0])))
         self._load_rows()
@@ -155,7 +172,7 @@ class Stream(Iterator[Finished]):
         return self._ready.popleft()
 
     def step(self) -> list[Finished]:
-        """Decode one window and return what has finished by then, often nothing."""
+        """Launch one window and return what has finished in what the host has read by then, often nothing."""
         if not self._ready and not self.finished:
             self._advance()
         done = list(self._ready)
@@ -174,115 +191,105 @@ class Stream(Iterator[Finished]):
 
     @torch.inference_mode()
     def _advance(self) -> None:
-        if self.generator.version != self._version:
-            self._start_over()
+        self._notice_new_weights()
         self._admit()
         n = self.scheduler.num_active
-        if n:
-            self._account(self.rows.decode(n, int(self.scheduler.lengths[:n].max())), 0)
+        if n > len(self._held):
+            under_way = sum(launched.steps for launched, _, _ in self._unread)
+            self._launch(self.rows.decode(n, int(self.scheduler.lengths[:n].max()) + under_way))
 
     def _samples(self, requests: np.ndarray, members: np.ndarray) -> np.ndarray:
         return self._flat[self._offset[requests] + members]
 
     def _admit(self) -> None:
-        """Prefill the requests that are next, and draw the first token of their samples."""
-        admission = self.scheduler.admit(self.generator.max_prefill_tokens)
-        if not len(admission):
+        """Prefill the requests that are next, or one more piece of a long one, and draw the first token of their samples."""
+        start, under_way = perf_counter(), self._prefill is not None
+        if not under_way and not self._start_prefill():
             return
-        start = perf_counter()
-        samples = self._samples(np.repeat(admission.requests, np.diff(admission.row_offsets)), admission.members)
-        for sample in samples.tolist():
-            slot = self._slot_of[sample] = self._free_slots.pop()
-            self._status[slot], self._streak[slot] = RUNNING, 0
-            for name, values in self._carried.pop(sample, {}).items():
-                self._columns[name][slot, : len(values)] = values
-        self._load_rows()
-        hidden = self._prefill(admission)
+        prefill, held = self._prefill, self._held
+        self.generator.num_prefill_tokens += prefill.step()
+        if prefill.finished:
+            self._prefill, self._held = None, []
+        if prefill.finished or not under_way:
+            self._load_rows()
         self.generator.timings["prefill_s"] += perf_counter() - start
-        self._account(self.rows.draw(hidden, admission.first_row), admission.first_row)
+        if prefill.finished:
+            self._launch(self.rows.draw(prefill.states(), self._row_of[held]))
 
-    def _prefill(self, admission: Admission) -> Tensor:
-        """Run the prompts that are not in the pool yet and the resumed samples behind theirs; return (m, D), the last hidden state of each row."""
-        g, size = self.generator, self.generator.block_size
-        sequences, blocks, slots = [], [], []
-        end_of: dict[tuple[str, int], int] = {}  # ("prompt", request) or ("row", row) -> its sequence
-
-        def add(key: tuple[str, int], tokens: np.ndarray, table: np.ndarray, first: int) -> None:
-            """Run these tokens; keys and values from token `first` on go to the slots of `table`."""
-            at = np.arange(len(tokens))
-            end_of[key] = len(sequences)
-            sequences.append(tokens)
-            blocks.append(np.where(at < first, 0, table[at // size]))
-            slots.append(np.where(at < first, -1, at % size))
-
-        rows_of = list(zip(admission.requests.tolist(), admission.row_offsets.tolist(), admission.row_offsets[1:].tolist(), strict=False))
-        for j, (request, first, end) in enumerate(rows_of):
-            prompt = np.asarray(self.requests[self._request_of[self._flat[self._offset[request]]]].prompt_ids, np.int64)
-            if admission.needs_prefill[j]:
-                add(("prompt", request), prompt, admission.prompt_blocks[slice(*admission.block_offsets[j : j + 2])], 0)
-            for row, generated in zip(admission.rows[first:end].tolist(), admission.generated[first:end].tolist(), strict=True):
+    def _start_prefill(self) -> bool:
+        """Give rows to the requests that are next, if they fit."""
+        g, s, admission = self.generator, self.scheduler, self.scheduler.admit(self.generator.max_prefill_tokens)
+        if not len(admission):
+            return False
+        samples = self._samples(np.repeat(admission.requests, np.diff(admission.row_offsets)), admission.members).tolist()
+        prompts, resumed, ends = [], [], []
+        for j, (first, end) in enumerate(zip(admission.row_offsets.tolist(), admission.row_offsets[1:].tolist(), strict=False)):
+            prompt = np.asarray(self.requests[self._request_of[samples[first]]].prompt_ids, np.int64)
+            prompts.append(Stretch(prompt, 0, admission.prompt_blocks[slice(*admission.block_offsets[j : j + 2])]))
+            for row, sample, generated in zip(admission.rows[first:end], samples[first:end], admission.generated[first:end].tolist(), strict=True):
+                slot = self._slot_of[sample] = self._free_slots.pop()
+                self._held.append(slot)
+                self._status[slot] = RUNNING
+                for name, values in self._carried.pop(sample, {}).items():
+                    self._columns[name][slot, : len(values)] = values
+                ends.append((1, len(resumed)) if generated else (0, j))
                 if generated:
-                    tokens = np.concatenate((prompt, self._columns["tokens"][self._slots[row], :generated]))
-                    add(("row", row), tokens, self.scheduler.block_table[row], len(prompt))
-        last = self._run_packed(sequences, blocks, slots) if sequences else None
-        g.cache.copy_(admission.copies)
-        states = []
-        for j, (request, first, end) in enumerate(rows_of):
-            if admission.needs_prefill[j]:
-                self._hidden[request] = last[end_of["prompt", request]]
-            states += [last[end_of["row", row]] if ("row", row) in end_of else self._hidden[request] for row in admission.rows[first:end].tolist()]
-            if not self.scheduler.waiting_members(request):
-                del self._hidden[request]
-        return torch.stack(states)
+                    resumed.append(Stretch(self._columns["tokens"][slot, :generated], len(prompt), s.block_table[row].copy()))
+        self._prefill = Prefill(g.model, g.cache, prompts, admission.copies, resumed, ends, g.max_prefill_tokens)
+        return True
 
-    def _run_packed(self, sequences: list[np.ndarray], blocks: list[np.ndarray], slots: list[np.ndarray]) -> Tensor:
-        """Last hidden state of each sequence; keys and values go to their slots."""
-        g, lengths = self.generator, np.array([len(s) for s in sequences])
-        g.num_prefill_tokens += int(lengths.sum())
+    def _launch(self, launched: Launched) -> None:
+        """The device has been given work; read what it was given before, but for as many launches as may be unread."""
+        self._unread.append((launched, self._num_loads, self._slots[launched.rows]))
+        while len(self._unread) > self.generator.ahead:
+            self._account()
 
-        def tensor(parts: list[np.ndarray], dtype: type) -> Tensor:
-            return torch.from_numpy(np.concatenate(parts).astype(dtype)).to(g.device)
-
-        cu_seqlens = tensor([np.zeros(1), np.cumsum(lengths)], np.int32)
-        input_ids, positions, bounds = fill_tokens(tensor(sequences, np.int64), tensor([np.arange(n) for n in lengths], np.int64), cu_seqlens)
-        filler = len(input_ids) - int(lengths.sum())
-        blocks_of, slots_of = (torch.nn.functional.pad(tensor(x, np.int32), (0, filler), value=-1) for x in (blocks, slots))
-        hidden = g.model(input_ids, positions, PrefillAttention(g.cache, bounds, blocks_of[:, None], slots_of))
-        return hidden[cu_seqlens[1:].long() - 1]
-
-    def _account(self, drawn: Drawn, first: int) -> None:
-        """Store what was drawn for rows first.., look for stop strings, tell the scheduler, and take its decisions to the device."""
+    def _account(self) -> None:
+        """Store what the oldest launch drew, look for stop strings, tell the scheduler, and take its decisions to the device."""
+        launched, load, slots = self._unread.popleft()
+        drawn, s = launched.read(), self.scheduler
         start = perf_counter()
-        n = self.scheduler.num_active
-        slots = self._slots[first:n]
-        before = self.scheduler.lengths[first:n] - self.scheduler.prompt_lengths[first:n]
-        appended = drawn.generated - before
-        for step in range(int(appended.max(initial=0))):
-            counted = np.flatnonzero(appended > step)
+        rows = launched.rows
+        in_place = load == self._num_loads and rows.stop == s.num_active
+        if not in_place:  # look up where the rows are now, and leave out those that the host has ended, paused or loaded anew since the launch
+            rows = self._row_of[slots]
+            known = (rows >= 0) & (self._loaded[slots] <= load)
+            slots, rows, drawn = slots[known], rows[known], drawn.of(known)
+            if not len(rows):
+                return
+        before = s.lengths[rows] - s.prompt_lengths[rows]
+        gained = drawn.generated - before
+        for step in range(int(gained.max())):
+            counted = np.flatnonzero(gained > step)
             to = slots[counted], before[counted] + step
             for name, values in drawn.columns.items():
                 self._columns[name][to] = values[step, counted]
             self._columns["versions"][to] = self._version
         self._status[slots] = drawn.status
         if drawn.streak is not None:
-            self._streak[slots] = drawn.streak
-        done = (drawn.status != RUNNING) & (drawn.status != LENGTH)
+            self._streak[self._active[rows]] = drawn.streak
+        ended = drawn.status >= STOP
         if self._stops:
-            self._stop(slots, before, appended, done, first)
-        events = self.scheduler.advance(done, first, appended)
+            self._stop(self._requests[rows], slots, before, gained, ended)
+        if in_place:
+            events = s.advance(ended, rows.start, gained)
+        else:
+            done, appended = np.zeros(s.num_active, bool), np.zeros(s.num_active, np.int64)
+            done[rows], appended[rows] = ended, gained
+            events = s.advance(done, 0, appended)
         if events:
             self._finish(events)
             self._load_rows()
         self.generator.timings["host_s"] += perf_counter() - start
 
-    def _stop(self, slots: np.ndarray, before: np.ndarray, appended: np.ndarray, done: np.ndarray, first: int) -> None:
-        for j, slot in enumerate(slots.tolist()):
-            rule = self._stops.get(int(self._requests[first + j]))
+    def _stop(self, requests: np.ndarray, slots: np.ndarray, before: np.ndarray, gained: np.ndarray, ended: np.ndarray) -> None:
+        for j, (request, slot) in enumerate(zip(requests.tolist(), slots.tolist(), strict=True)):
+            rule = self._stops.get(request)
             if rule is None or self._status[slot] == ERROR:
                 continue
-            cut = rule.find(self._columns["tokens"][slot, : before[j] + appended[j]], int(before[j]))
+            cut = rule.find(self._columns["tokens"][slot, : before[j] + gained[j]], int(before[j]))
             if cut is not None:
-                self._cut[slot], self._status[slot], done[j] = cut, STOP, True
+                self._cut[slot], self._status[slot], ended[j] = cut, STOP, True
 
     def _finish(self, events: Events) -> None:
         """Turn finished samples into completions."""
@@ -295,34 +302,52 @@ class Stream(Iterator[Finished]):
                 status = int(self._status[slot])
                 length = self._cut.pop(slot, generated - (status == ERROR))  # an error's token means nothing
                 values = {name: column[slot, :length].copy() for name, column in self._columns.items()}
-                self._free_slots.append(slot)
+                self._free(slot)
             self._slot_of[sample] = FINISHED
             i = int(self._request_of[sample])
             support = (values["thresholds"], values["last_kept"]) if self.sampling[i].truncated else None
-            done = Completion(values["tokens"], values["logps"], FINISH[status], values["versions"], values.get("full_logps"), support)
+            streak = int(self._streak[sample])
+            done = Completion(values["tokens"], values["logps"], FINISH[status], values["versions"], values.get("full_logps"), support, streak)
             self._ready.append(Finished(i, sample - int(self._base[i]), done))
             if status in (STOP, LENGTH) and id in self.scheduler and self.scheduler.waiting_members(id):
                 self.scheduler.set_expected(id, generated)  # siblings tend to be as long as the first of them
-        for id in events.completed_requests.tolist():
-            self._hidden.pop(id, None)
+
+    def _free(self, slot: int) -> None:
+        self._free_slots.append(slot)
+        self._row_of[slot] = NOWHERE
+        if slot in self._held:  # and with it all samples of the one request whose prompt is under way
+            self._prefill, self._held = None, []
 
     def _load_rows(self) -> None:
         """Give the device the rows as the scheduler has them now."""
         s, n = self.scheduler, self.scheduler.num_active
-        samples = self._samples(s.requests[:n], s.members[:n])
-        self._slots, self._requests = self._slot_of[samples], self._request_of[samples]
+        self._active = self._samples(s.requests[:n], s.members[:n])
+        self._slots, self._requests = self._slot_of[self._active], self._request_of[self._active]
+        self._num_loads += 1
+        source = None
+        if self._unread:
+            source = self._row_of[self._slots]
+            self._loaded[self._slots[source < 0]] = self._num_loads
+        self._row_of.fill(NOWHERE)
+        self._row_of[self._slots] = np.arange(n)
+        self._row_of[self._held] = NOWHERE
         generated = s.lengths[:n] - s.prompt_lengths[:n]
         last = np.where(generated > 0, self._columns["tokens"][self._slots, np.maximum(generated - 1, 0)], 0)
         state = {"last": last, "generated": generated, "seeds": s.seeds[:n], "lengths": s.lengths[:n], "max_lengths": s.max_lengths[:n]}
-        state |= {"table": s.block_table[:n], "streak": self._streak[self._slots]}
+        state |= {"table": s.block_table[:n], "streak": self._streak[self._active]}
         state |= {name: values[self._requests] for name, values in self._of_request.items()}
-        self.rows.load(state)
+        if self._held:
+            state["status"] = np.where(self._row_of[self._slots] < 0, HELD, RUNNING)
+        self.rows.load(state, source)
         self.rows.share(*s.groups())
 
-    def _start_over(self) -> None:
-        """The weights have changed: keys and values of the old ones are dropped, and every sample goes on from its tokens."""
+    def _notice_new_weights(self) -> None:
+        """Where the weights have changed, drop the keys and values of the old ones and let every sample go on from its tokens."""
+        if self.generator.version == self._version:
+            return
+        while self._unread:
+            self._account()
         self._version = self.generator.version
-        self._hidden.clear()
         events = self.scheduler.abort_all()
         samples = self._samples(events.finished_requests, events.finished_members)
         for sample, generated in zip(samples.tolist(), events.finished_generated.tolist(), strict=True):
@@ -330,7 +355,7 @@ class Stream(Iterator[Finished]):
             if slot != WAITING:
                 if generated:
                     self._carried[sample] = {name: column[slot, :generated].copy() for name, column in self._columns.items()}
-                self._free_slots.append(slot)
+                self._free(slot)
                 self._slot_of[sample] = WAITING
         for i in np.unique(self._request_of[samples]).tolist():
             self._submit(i, np.sort(samples[self._request_of[samples] == i]))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ._triton import AheadOfTime, on_device_of
 from .policy_loss import run_time_numbers
 
-BLOCK = 512  # tokens per program, 4 warps: 1024 took 140 registers, mostly for the search in int64.  Not measured on a GPU yet
+BLOCK = 512  # tokens per program, 4 warps
 ROWS = 512  # of partial sums that one step of the last kernel adds
 COLUMNS = 16  # of the partial sums, the last is ratio_max
 SUMS = ("loss", "num_tokens", "ratio_sum", "clip_low", "clip_high", "old_kl_sum", "ref_kl_sum", "rollout_kl_sum", "weight_sum", "weight_sq_sum")
@@ -128,13 +128,19 @@ def policy_loss_fwd_kernel(
     block = tl.program_id(0).to(tl.int64)
     t = block * BLOCK + tl.arange(0, BLOCK)
     inside = t < N
-    first, last = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64) + S
-    for _ in range(steps):  # the sequence of token t is the first whose end lies beyond t
+    # the sequence of a token is the first whose end lies beyond it: a search for the block's first token, then a walk over the ends inside the block
+    begin, stop = block * BLOCK, tl.minimum(block * BLOCK + BLOCK, N)
+    first, last = begin * 0, begin * 0 + S
+    for _ in range(steps):
         middle = (first + last) // 2
-        ends = tl.load(cu_ptr + middle + 1, mask=inside & (middle < S), other=2147483647).to(tl.int64)
-        after = inside & (ends <= t)
+        after = tl.load(cu_ptr + middle + 1, mask=middle < S, other=2147483647) <= begin
         first, last = tl.where(after, middle + 1, first), tl.where(after, last, middle)
-    s = first
+    s = tl.zeros([BLOCK], tl.int64) + first
+    end = tl.load(cu_ptr + first + 1, mask=first < S, other=2147483647)
+    while end < stop:
+        s += (t >= end).to(tl.int64)
+        first += 1
+        end = tl.load(cu_ptr + first + 1, mask=first < S, other=2147483647)
     keep = inside
     if HAS_MASK:
         keep = keep & (tl.load(keep_ptr + t, mask=inside, other=0) != 0)

@@ -93,3 +93,46 @@ def test_no_step_of_a_window_waits_for_the_device():
         rows._step(32, 512)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def same(a, b):
+    assert tokens_of(a) == tokens_of(b)
+    for x, y in zip(sum(a, []), sum(b, []), strict=True):
+        assert x.finish == y.finish and np.array_equal(x.logps, y.logps)
+
+
+@pytest.mark.parametrize("most", [64, 300])
+def test_strict_prompts_in_pieces_have_the_bits_of_one_piece(most):
+    """Prompts of up to 900 tokens see four chunks of the attention; the cache of a lone request holds the same bytes."""
+    model, asked = make_model(), requests(num=6, samples=4, longest=900)
+    with strict_mode():
+        whole, cut = (Generator(model, {EOS}, max_rows=24, max_prefill_tokens=n) for n in (16384, most))
+        same(whole.generate(asked, SamplingConfig(max_tokens=30)), cut.generate(asked, SamplingConfig(max_tokens=30)))
+        whole, cut = (Generator(model, {EOS}, max_prefill_tokens=n) for n in (16384, most))
+        same(whole.generate(asked[:1], SamplingConfig(max_tokens=30)), cut.generate(asked[:1], SamplingConfig(max_tokens=30)))
+    for a, b in zip(whole.cache.keys + whole.cache.values, cut.cache.keys + cut.cache.values, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("policy, kv_tokens", [("reserve", None), ("pause", 4096)])
+def test_windows_launched_ahead_of_the_host_change_no_bit(policy, kv_tokens):
+    """In strict mode, where a sample does not depend on its company: refills, pauses and ends that come some windows later draw the same."""
+    model, sampling = make_model(), SamplingConfig(max_tokens=70, repetition_tokens=5, repetition_probability=0.6)
+    asked = [Request(r.prompt_ids, r.seeds, expected_tokens=5) for r in requests(num=10, samples=6, longest=80)]
+    with strict_mode():
+        waiting = Generator(model, {EOS}, max_rows=16, ahead=0).generate(asked, sampling)
+        for ahead in (1, 2):
+            same(waiting, Generator(model, {EOS}, max_rows=16, ahead=ahead, policy=policy, kv_tokens=kv_tokens).generate(asked, sampling))
+
+
+def test_the_host_waits_for_the_device_only_to_read_what_was_drawn():
+    """Rows go up, blocks grow, prompts run: all of it is enqueued.  In strict mode: flash attention asks for the longest prompt."""
+    model, asked, sampling = make_model(), requests(), SamplingConfig(max_tokens=40)
+    with strict_mode():
+        generator = Generator(model, {EOS}, max_rows=32, max_prefill_tokens=500)
+        wanted = generator.generate(asked, sampling)  # captures
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            same(wanted, generator.generate(asked, sampling))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from athanor.config import ModelConfig, SamplingConfig
+from athanor.decode import DecodeRows
 from athanor.generator import Generator
 from athanor.model.transformer import Decoder
 from athanor.samples import Request
+from athanor.stream import Stream
 from athanor.tokenizer import symbol_tokenizer
 
 EOS = 2
@@ -75,17 +77,56 @@ def test_steps_without_the_host_change_no_bit(window):
     assert {c.finish for c in sum(whole, [])} == {"stop", "length", "repetition"}
 
 
-def test_aborted_samples_go_on_where_they_were_with_the_same_bits():
+@pytest.mark.parametrize(
+    "policy, kv_tokens, window, ahead",
+    [("reserve", 2000, 1, 1), ("reserve", 2000, 64, 1), ("pause", 160, 1, 1), ("pause", 200, 4, 1), ("pause", 200, 3, 2)],
+)
+def test_windows_launched_before_the_last_one_is_read_change_no_bit(policy, kv_tokens, window, ahead):
+    """Rows end, move, grow, pause and go on while the device is ahead of what the host knows."""
+    asked = [Request(r.prompt_ids, r.seeds, expected_tokens=3) for r in requests(12, samples=4)]
+    sampling = SamplingConfig(max_tokens=40, temperature=0.7, stop=["one two", "done"], repetition_tokens=7, repetition_probability=0.6, top_k=15)
+    model = make_model()
+    whole = Generator(model, {EOS}, tokenizer=WORDS).generate(asked, sampling, full_logps=True)
+    options = {"max_rows": 16, "kv_tokens": kv_tokens, "policy": policy, "window": window, "ahead": ahead}
+    generator, done, paused = Generator(model, {EOS}, tokenizer=WORDS, **options), {}, 0
+    with generator.stream(asked, sampling, full_logps=True) as stream:
+        while not stream.finished:
+            done.update({(i, m): c for i, m, c in stream.step()})
+            paused += stream.scheduler.num_paused
+            stream.scheduler.audit()
+        assert stream.scheduler.num_free_blocks == stream.scheduler.num_blocks
+    for i, group in enumerate(whole):
+        for m, a in enumerate(group):
+            same(a, done[i, m])
+            for x, y in zip((a.full_logps, *a.support), (done[i, m].full_logps, *done[i, m].support), strict=True):
+                assert np.array_equal(x, y)
+    assert {c.finish for c in done.values()} == {"stop", "length", "repetition"} and (paused > 0) == (policy == "pause")
+
+
+def test_a_window_is_launched_before_the_last_one_is_read(monkeypatch):
+    order = []
+    decode, account = DecodeRows.decode, Stream._account
+    monkeypatch.setattr(DecodeRows, "decode", lambda *a: order.append("launch") or decode(*a))
+    monkeypatch.setattr(Stream, "_account", lambda *a: order.append("read") or account(*a))
+    generator = Generator(make_model(), {19}, window=4, ahead=1)
+    generator.generate(requests(2), SamplingConfig(max_tokens=17))
+    # The first read is that of the first tokens; one window too many has run when the host finds that all have ended.
+    assert order == ["launch", "read"] * 5
+
+
+@pytest.mark.parametrize("window, ahead", [(1, 0), (3, 1)])
+def test_aborted_samples_go_on_where_they_were_with_the_same_bits(window, ahead):
     asked, model = requests(8, samples=4), make_model()
-    whole = Generator(model, {EOS}).generate(asked, SAMPLING)
+    sampling = SamplingConfig(max_tokens=50, temperature=0.7, repetition_tokens=7, repetition_probability=0.5)
+    whole = Generator(model, {EOS}).generate(asked, sampling)
     results = [[None] * 4 for _ in asked]
-    generator = Generator(model, {EOS}, max_rows=16)
+    generator = Generator(model, {EOS}, max_rows=16, window=window, ahead=ahead)
     rounds = 0
     while any(c is None or c.finish == "abort" for group in results for c in group):
         todo = [[m for m in range(4) if group[m] is None or group[m].finish == "abort"] for group in results]
         partial = [Request(r.prompt_ids, r.seeds[m], partial=[results[i][k] for k in m]) for i, (r, m) in enumerate(zip(asked, todo, strict=True))]
-        with generator.stream(partial, SAMPLING) as stream:
-            for _ in range(6):
+        with generator.stream(partial, sampling) as stream:
+            for _ in range(6 // window + 2 * ahead):
                 for i, member, completion in stream.step():
                     results[i][todo[i][member]] = completion
             stream.abort()
@@ -95,6 +136,7 @@ def test_aborted_samples_go_on_where_they_were_with_the_same_bits():
     assert rounds > 5
     for a, b in zip(sum(whole, []), sum(results, []), strict=True):
         same(a, b)
+    assert sum(c.finish == "repetition" for c in sum(whole, [])) >= 3
 
 
 def test_one_sample_or_one_request_can_be_aborted():
@@ -118,11 +160,12 @@ def test_one_sample_or_one_request_can_be_aborted():
     assert sum(c.finish == "abort" for c in done.values()) >= 2
 
 
-def test_new_weights_drop_the_keys_and_values_of_the_old_ones():
+@pytest.mark.parametrize("window, ahead", [(1, 0), (2, 1)])
+def test_new_weights_drop_the_keys_and_values_of_the_old_ones(window, ahead):
     """After a change the rest of a sample is what a new generator gives behind the tokens that were there."""
     asked, model = requests(5, samples=3), make_model()
     sampling = SamplingConfig(max_tokens=30)
-    generator, done = Generator(model, {EOS}, max_rows=9), {}
+    generator, done = Generator(model, {EOS}, max_rows=9, window=window, ahead=ahead), {}
     with generator.stream(asked, sampling) as stream:
         for _ in range(5):
             done.update({(i, m): c for i, m, c in stream.step()})

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 from athanor.errors import UserError
 from athanor.rewards import make_reward
 from athanor.samples import Sample
-from athanor.tasks import R1_ZERO, SPLITS, Task, available_tasks, make_task, require_answers
+from athanor.sandbox import why_not
+from athanor.tasks import R1_ZERO, SPLITS, Task, _sandboxed, available_tasks, make_task, require_answers
 from athanor.tasks.gym import EXECUTING, families
 
 DATA = Path(os.environ.get("ATHANOR_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))  # GSM8K and MATH-500 as published
@@ -262,10 +264,36 @@ def test_gym_family_without_a_single_answer_is_scored(gym):
 
 
 @pytest.mark.parametrize("family", sorted(EXECUTING))
-def test_gym_families_that_execute_the_answer_are_refused(gym, family):
-    with pytest.raises(UserError, match="executes the model's answer as Python, so it needs the sandbox"):
+def test_gym_families_that_execute_the_answer_are_refused_without_a_sandbox(gym, family, monkeypatch):
+    monkeypatch.setattr("athanor.tasks.gym.why_not", lambda: "bubblewrap is not installed")
+    with pytest.raises(UserError, match="executes the model's answer as Python, so it needs the sandbox: bubblewrap is not installed"):
         make_task(f"gym:{family}")
     assert family not in families()
+
+
+@pytest.mark.skipif(why_not() is not None, reason=f"programs cannot be isolated here: {why_not()}")
+@pytest.mark.parametrize("family", sorted(EXECUTING))
+def test_gym_families_that_execute_the_answer_are_scored_in_the_sandbox(gym, family):
+    task = make_task(f"gym:{family}")
+    problem = task.problem("train", 0)
+    assert family in families() and task.score(problem.answer, problem) == 1.0
+    for answer in ("junk", "__import__('os').system('id')", "[oracle_answer]", "valid_solutions[0]", "entry['answer']", "x.__class__", "f(1)(2)"):
+        assert task.score(answer, problem) == 0.0
+    assert task.num_scorer_errors == 0
+
+
+@pytest.mark.skipif(why_not() is not None, reason=f"programs cannot be isolated here: {why_not()}")
+def test_gym_answers_in_another_form_are_evaluated_in_the_sandbox(gym, monkeypatch):
+    monkeypatch.setattr(_sandboxed, "_LIMITS", replace(_sandboxed._LIMITS, cpu_s=1, wall_s=4))
+    game = make_task("gym:countdown")
+    problem = game.problem("train", 0)
+    assert game.score(f" 0 + ({problem.answer})", problem) == 0.0  # a number that was not given
+    assert game.score(f" ( {problem.answer} ) ", problem) == 1.0
+    assert game.score("9**9**9**9", problem) == 0.0 and game.num_scorer_errors == 1
+    assert game.score(f"+({problem.answer})", problem) == 1.0  # in a new sandbox where the last answer has ended the old one
+    letters = make_task("gym:string_insertion", junk_threshold=0.1)
+    problem = letters.problem("train", 0)
+    assert letters.score(str(list(problem.answer)), problem) == pytest.approx(0.1)
 
 
 def test_gym_other_refusals(gym):

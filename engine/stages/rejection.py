@@ -7,7 +7,6 @@ samples there were, how many stayed and how long they are, as the report's Table
 """
 
 import json
-import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,12 +15,11 @@ import numpy as np
 
 from athanor.atomic import write_file
 from athanor.config import RejectionConfig
-from athanor.contamination import ReferenceNgrams, evaluation_ngrams, question_of, words_of
+from athanor.contamination import ReferenceNgrams, evaluation_ngrams, question_of
 from athanor.errors import UserError
 from athanor.judging import judge_of, score_groups
 from athanor.rewards import Response, parse_response
-from athanor.rewards.language import language_consistency
-from athanor.rewards.repetition import repetition_ratio
+from athanor.rewards.readability import objection, readability
 from athanor.rollout import ProblemStream, rollout_generator
 from athanor.sample_store import resumable_groups
 from athanor.samples import Problem, Sample
@@ -67,7 +65,7 @@ def _sampled(context: StageContext, config: RejectionConfig, progress) -> tuple[
     if config.decontaminate:
         problems = [problem for problem in problems if not _contaminated(ngrams, removed["prompts"], question_of(problem))]
 
-    for judge in dict.fromkeys(judge_of(problem) for problem in problems):  # a missing verifier or answer is found before anything is sampled
+    for judge in dict.fromkeys(judge_of(problem, config.verifier) for problem in problems):
         if judge:
             judge.build()
     saved = time.monotonic()
@@ -85,7 +83,7 @@ def _sampled(context: StageContext, config: RejectionConfig, progress) -> tuple[
         folder=context.state_dir, progress=advance,
     )  # fmt: skip
     reasons, rows, lengths, seen = Counter(), [], [], set()
-    for group, scores in zip(groups, score_groups(groups), strict=True):
+    for group, scores in zip(groups, score_groups(groups, config.verifier), strict=True):
         taken = 0
         for sample, score in zip(group, scores, strict=True):
             reason = _verdict(sample, score, config)
@@ -139,19 +137,15 @@ def _verdict(sample: Sample, score: float | None, config: RejectionConfig) -> st
         return "truncated" if sample.finish == "length" else sample.finish
     if not _well_formed(response, sample.problem):
         return "format"
-    if score is None and judge_of(sample.problem):
+    if score is None and judge_of(sample.problem, config.verifier):
         return "unjudged"
     if score is not None and score < 1:
         return "incorrect"
-    if language_consistency(sample.text, sample.problem.language, prompt=sample.problem.prompt) < config.min_language_consistency:
-        return "language"
-    if repetition_ratio(sample.token_ids.tolist(), 8) > config.max_repetition:
-        return "repetition"
-    if "```" in response.think and sample.problem.domain != "code" and not config.code_blocks:
-        return "code"
-    if config.max_paragraph_words and any(len(words_of(part)) > config.max_paragraph_words for part in re.split(r"\n\s*\n", response.think)):
-        return "paragraph"
-    return "kept"
+    quality = readability(sample.text, sample.problem.language, prompt=sample.problem.prompt, token_ids=sample.token_ids.tolist())
+    return objection(
+        quality, min_language=config.min_language_consistency, max_repetition=config.max_repetition,
+        max_paragraph_words=config.max_paragraph_words, code_blocks=config.code_blocks or sample.problem.domain == "code",
+    ) or "kept"  # fmt: skip
 
 
 def _well_formed(response: Response, problem: Problem) -> bool:

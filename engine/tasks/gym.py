@@ -2,7 +2,7 @@
 
 Settings that are not ours go to the family's configuration.  Answers are judged by the family's own scorer, which `make` registers for the accuracy
 reward under the task's name.  What is guarded, because those scorers read what a policy under training writes:
-- nine families execute the answer as Python: refused until a sandbox can run their scorers;
+- nine families execute the answer as Python: their scorers run in the sandbox (_sandboxed.py), refused where the machine has none;
 - game_of_life_halting gives 1.0 to any text: refused;  composite can contain any of these: refused;
 - any exception of a scorer (prime_factorization raises on junk) is a score of 0, counted in `num_scorer_errors`;
 - scores below `junk_threshold` are 0.  Its default of 1.0 makes accuracy 0 or 1, as R1's is; a lower one lets partial credit through, and with it
@@ -27,12 +27,11 @@ from athanor.registry import near_misses
 from athanor.rewards.accuracy import scorers
 from athanor.rewards.answers import same_answer
 from athanor.samples import Problem
+from athanor.sandbox import SandboxError, why_not
+from athanor.tasks._sandboxed import ALGEBRA, ARITHMETIC, LITERAL, SandboxedScorer
 from athanor.tasks._templates import check_template, render
 
-EXECUTING = frozenset(
-    "string_insertion binary_matrix spiral_matrix n_queens simple_integration intermediate_integration polynomial_multiplication "
-    "countdown puzzle24".split()
-)
+EXECUTING = LITERAL | ARITHMETIC | ALGEBRA
 _CHUNK = 256  # size of a dataset object: what the families that build all their problems at once build
 _MAX_DRAWS = 300  # a draw lands in the rarest split once in 8, so 300 misses mean that the family has next to no problems
 _MAX_ANSWER_CHARS = 8192
@@ -54,6 +53,7 @@ class GymTask:
         self._dataset = lru_cache(maxsize=64)(self._build_dataset)
         self._free_index = self._takes_any_index()
         self._exact = _has_default_scorer(family)
+        self._score_answer = SandboxedScorer(family, config).score if family in EXECUTING else self._score_here
         self._entry = lru_cache(maxsize=8192)(self._draw_entry)
 
     def size(self, split: str) -> None:
@@ -78,13 +78,18 @@ class GymTask:
         if self._exact:
             return float(same_answer(answer, entry["answer"]))
         try:
-            value = float(self._dataset(0).score_answer(answer, entry))
+            value = float(self._score_answer(answer, entry))
+        except SandboxError:
+            raise
         except Exception:  # third-party code on hostile text: whatever it raises, the answer was not recognised as right
             self.num_scorer_errors += 1
             return 0.0
         if not math.isfinite(value) or value < self.junk_threshold - 1e-9:
             return 0.0
         return min(value, 1.0)
+
+    def _score_here(self, answer: str, entry: dict) -> float:
+        return self._dataset(0).score_answer(answer, entry)
 
     def _harmless(self, answer: str) -> bool:
         if self.family == "complex_arithmetic":
@@ -149,7 +154,8 @@ def _has_default_scorer(family: str) -> bool:
 
 def families() -> list[str]:
     """Families that can be made, sorted.  Raises UserError when reasoning-gym is not installed."""
-    return sorted(set(_datasets()) - EXECUTING - {"game_of_life_halting", "composite"})
+    refused = {"game_of_life_halting", "composite"} | (EXECUTING if why_not() else frozenset())
+    return sorted(set(_datasets()) - refused)
 
 
 def _datasets() -> dict:
@@ -176,10 +182,8 @@ def make(
     """Build the task of one family and register its scorer under `name` (default "gym:<family>").  config: the family's own settings."""
     known = _datasets()
     full_name = f"gym:{family}"
-    if family in EXECUTING:
-        raise UserError(
-            f"task {full_name}: its scorer executes the model's answer as Python, so it needs the sandbox, which does not serve tasks yet"
-        )
+    if family in EXECUTING and (reason := why_not()):
+        raise UserError(f"task {full_name}: its scorer executes the model's answer as Python, so it needs the sandbox: {reason}")
     if family == "game_of_life_halting":
         raise UserError(f"task {full_name}: its scorer gives 1.0 to any text, so nothing can be learnt from it")
     if family == "composite":

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from athanor.errors import UserError
 from athanor.registry import near_misses
+from athanor.samples import DOMAINS
 from athanor.tasks._files import FileTask, Item, file_name, loader, number_text, shown
 
 _PROMPT_FIELDS = ("prompt", "question", "problem", "messages")
@@ -30,8 +31,8 @@ class JsonlTask(FileTask):
     domain: str = "reasoning"
 
     def __post_init__(self):
-        if self.domain not in ("reasoning", "general"):
-            raise UserError(f"task jsonl: domain is {self.domain!r}, wanted reasoning or general")
+        if self.domain not in DOMAINS:
+            raise UserError(f"task jsonl: domain is {self.domain!r}, wanted one of {', '.join(DOMAINS)}")
         super().__post_init__()
 
     def default_name(self, path: str) -> str:

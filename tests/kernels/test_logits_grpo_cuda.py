@@ -13,11 +13,11 @@ FULL = LossVariant(kl="k3", beta=0.1, correction="tis")
 
 @pytest.fixture(params=["early", "late", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
-    """Here 3 processors, blocks of 32 threads and 4 KiB of shared memory: 8 granules of 16 bytes per thread, and as many as ever in registers."""
+    """Here 3 processors, blocks of 64 threads and 8 KiB of shared memory: 8 granules of 16 bytes per thread, and as many as ever in registers."""
     if request.param == "cuda":
         return torch.device("cuda", 0)
-    monkeypatch.setattr(logits_grpo_cuda, "THREADS", 32)
-    request.getfixturevalue("emulated_cuda")(request.param == "late", 3, 1 << 12)
+    monkeypatch.setattr(logits_grpo_cuda, "THREADS", 64)
+    request.getfixturevalue("emulated_cuda")(request.param == "late", 3, 1 << 13)
     return torch.device("cpu")
 
 
@@ -49,10 +49,10 @@ def check(z, tokens, rows, grad, within_rule, variant=FULL, temperature=TEMPERAT
     assert not grad[~live].any() and not rows.logps[~live].any() and not rows.m[~live].any() and (rows.S[~live] == 1).all()
 
 
-# One logit; less than a granule; a granule and a bit; odd, so that every row begins elsewhere in a granule; with 128 granules to a group of threads:
+# One logit; less than a granule; a granule and a bit; odd, so that every row begins elsewhere in a granule; with 256 granules to a group of threads:
 # a group's edge in fp32, one less and one more; a row that is all of shared memory, and one that is in registers, too.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("V", [1, 3, 9, 37, 511, 512, 513, 1024, 1801, 2047])
+@pytest.mark.parametrize("V", [1, 3, 9, 37, 1023, 1024, 1025, 2048, 3999, 4999])
 def test_every_length_in_place_and_not(V, dtype, device, within_rule):
     z, tokens = batch(11, V, dtype, device)
     out = torch.full_like(z, torch.nan)
@@ -64,13 +64,13 @@ def test_every_length_in_place_and_not(V, dtype, device, within_rule):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gradient_may_begin_elsewhere_in_16_bytes_than_the_logits(dtype, device, within_rule):
-    z, tokens = batch(6, 1801, dtype, device)
+    z, tokens = batch(6, 4999, dtype, device)
     for shift in (1, 8):  # 8 bf16 are 16 bytes: the phase is the same, the stride is not
-        wide = torch.full((6, 1816), torch.nan, dtype=dtype, device=device)
-        out = wide[:, shift : shift + 1801]
+        wide = torch.full((6, 5016), torch.nan, dtype=dtype, device=device)
+        out = wide[:, shift : shift + 4999]
         rows = logits_grpo_cuda.rows_cuda(z, tokens, FULL, TEMPERATURE, out)
         check(z, tokens, rows, out, within_rule)
-        assert wide[:, :shift].isnan().all() and wide[:, shift + 1801 :].isnan().all()
+        assert wide[:, :shift].isnan().all() and wide[:, shift + 4999 :].isnan().all()
 
 
 @pytest.mark.parametrize("T, live", [(1, []), (1, [0]), (7, []), (7, [6]), (7, [0]), (9, [0, 1, 2, 6, 7, 8]), (4, [0, 1, 2, 3])])

@@ -1,6 +1,6 @@
 """The row kernels of logits_grpo, Triton's and CUDA's, against the formula in fp64 (fixture `grpo`).
 
-Triton's interpreter has blocks of 16, so that 37 logits are three, the last one ragged; CUDA's emulation has 32 threads.
+Triton's interpreter has blocks of 16, so that 37 logits are three, the last one ragged; CUDA's emulation has 64 threads.
 """
 
 import os
@@ -46,8 +46,8 @@ def place(request, monkeypatch):
     if request.param == "cuda-emulated":
         if interpreting:
             pytest.skip("needs no interpreter: runs without")
-        request.getfixturevalue("emulated_cuda")(late=True, multiprocessors=3, shared=1 << 12)
-        monkeypatch.setattr(logits_grpo_cuda, "THREADS", 32)
+        request.getfixturevalue("emulated_cuda")(late=True, multiprocessors=3, shared=1 << 13)
+        monkeypatch.setattr(logits_grpo_cuda, "THREADS", 64)
         emulated = Backend(lambda **call: logits_loss(REFERENCE._replace(rows=rows_emulated), **call))
         monkeypatch.setitem(OPS["logits_grpo"].backends, "cuda", emulated)
     backend, _, how = request.param.partition("-")
