@@ -8,7 +8,7 @@ from athanor.config import MixEntry, SamplingConfig
 from athanor.generator import Generator
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
-from athanor.samples import Completion, Problem, Request, Sample
+from athanor.samples import Problem, Request, Sample
 from athanor.seeds import derive_seed, sample_seeds
 from athanor.tokenizer import Tokenizer
 
@@ -69,15 +69,24 @@ def sample_groups(
     ranks: Ranks,
     *key: int | str,
     progress: Callable[[int, int], None] | None = None,
+    on_sample: Callable[[Sample], None] | None = None,
 ) -> list[list[Sample]]:
-    """Draw `group_size` samples for this rank's share of `problems`; seeds follow (key, task, split, problem id, sample)."""
+    """Draw `group_size` samples for this rank's share of `problems`; seeds follow (key, task, split, problem id, sample).
+
+    on_sample: called with each sample as it finishes, while the others decode (a reward service's `submit`).
+    """
     mine = ranks.share(problems)
     prompts = [np.array(tokenizer.encode_prompt(problem.prompt), np.int64) for problem in mine]
     requests = [Request(ids, sample_seeds(group_size, *key, p.task, p.split, p.id)) for ids, p in zip(prompts, mine, strict=True)]
-    groups = generator.generate(requests, sampling, progress)
-
-    def sample(problem: Problem, ids: np.ndarray, c: Completion) -> Sample:
-        text = tokenizer.decode([t for t in c.token_ids.tolist() if t not in tokenizer.eos_ids])
-        return Sample(problem, text, c.token_ids, c.logps, c.finish, ids, c.support)
-
-    return [[sample(problem, ids, c) for c in group] for problem, ids, group in zip(mine, prompts, groups, strict=True)]
+    groups: list[list] = [[None] * group_size for _ in mine]
+    done = 0
+    with generator.stream(requests, sampling) as stream:
+        for i, member, c in stream:
+            text = tokenizer.decode([t for t in c.token_ids.tolist() if t not in tokenizer.eos_ids])
+            groups[i][member] = Sample(mine[i], text, c.token_ids, c.logps, c.finish, prompts[i], c.support)
+            done += 1
+            if on_sample:
+                on_sample(groups[i][member])
+            if progress:
+                progress(done, len(mine) * group_size)
+    return groups

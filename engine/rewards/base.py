@@ -31,6 +31,11 @@ class Outcome:
     seconds: float = 0.0  # of a worker, sending and waiting for the answer included
 
 
+def group_key(problem: Problem) -> tuple:
+    """Equal for the samples of one problem, however they came (TRL gives every row a problem of its own)."""
+    return problem.task, problem.split, problem.prompt, problem.answer
+
+
 def judge(reward: "Reward", sample: Sample, problem: Problem) -> Outcome:
     """Judge one sample here: an exception is an error, a TimeoutError a timeout.  `score` may return an Outcome of its own."""
     start = time.perf_counter()

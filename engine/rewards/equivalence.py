@@ -22,15 +22,20 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from athanor.rewards.answers import parse_number, same_answer
-from athanor.rewards.notation import canonical, matching, split_unit
+from athanor.rewards.notation import canonical, split_unit
 
 _MAX_PARTS = 256
 _OPEN = {"(": ")", "[": "]", "\\langle": "\\rangle", "\\{": "\\}"}
-_MATRIX = re.compile(r"^\\begin\s*\{(p|b|B|small|)matrix\}(.*)\\end\s*\{\1matrix\}$|^\\begin\s*\{array\}\s*\{[^{}]*\}(.*)\\end\s*\{array\}$", re.DOTALL)
+_MATRIX = re.compile(
+    r"^\\begin\s*\{(p|b|B|small|)matrix\}(.*)\\end\s*\{\1matrix\}$"
+    r"|^\\begin\s*\{array\}\s*\{[^{}]*\}(.*)\\end\s*\{array\}$", re.DOTALL
+)
 _BASED = re.compile(r"^([0-9A-Fa-f]+)\s*_\s*(?:\{\s*([0-9]{1,2}|[a-z]+)\s*\}|([0-9]))$")
 _BASES = {name: str(i) for i, name in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)} | {"sixteen": "16"}
 _RELATION = re.compile(r"\\(?:le|ge|ne)(?![a-zA-Z])|[<>=]")
-_NAME = re.compile(r"^(?:\\?[a-zA-Z]+|[a-zA-Z]+\s*\([a-zA-Z, ]+\)|\\?[a-zA-Z]+_\{?[a-zA-Z0-9]+\}?|\\angle\s*[A-Z]+|[a-zA-Z ]+|\|\w+\||\([a-zA-Z, ]+\))$")
+_NAME = re.compile(  # x, \theta, f(x), a_1, \angle ABC, the area, |AB|, (x, y)
+    r"^(?:\\?[a-zA-Z]+|[a-zA-Z]+\s*\([a-zA-Z, ]+\)|\\?[a-zA-Z]+_\{?[a-zA-Z0-9]+\}?|\\angle\s*[A-Z]+|[a-zA-Z ]+|\|\w+\||\([a-zA-Z, ]+\))$"
+)
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '’-][^\W\d_]+)*")
 _DECIMAL = re.compile(r"^-?[0-9]*\.([0-9]{6,})$")
 _FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
@@ -162,7 +167,8 @@ def _as_interval(node: Node) -> Node:
         if relations[0] in (">", "\\ge") and relations[1] in (">", "\\ge"):
             sides, relations = sides[::-1], tuple(_FLIPPED[r] for r in relations[::-1])
         if relations[0] in ("<", "\\le") and relations[1] in ("<", "\\le"):
-            return Node("tuple", (structure(sides[0]), structure(sides[2])), ("[" if relations[0] == "\\le" else "(", "]" if relations[1] == "\\le" else ")"))
+            brackets = "[" if relations[0] == "\\le" else "(", "]" if relations[1] == "\\le" else ")"
+            return Node("tuple", (structure(sides[0]), structure(sides[2])), brackets)
     return node
 
 

@@ -47,6 +47,6 @@ def after_hash(text: str) -> str | None:
 def last_number(text: str) -> str | None:
     """The last number of a text as it is written there."""
     found = None
-    for found in _NUMBER.finditer(text):
-        pass
-    return found and found.group()
+    for match in _NUMBER.finditer(text):
+        found = match.group()
+    return found

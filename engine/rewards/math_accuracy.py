@@ -55,7 +55,7 @@ class Math(Reward):
     """auto, answer, boxed, hash or number; a problem may say its own (metadata "extract")."""
     require_format: bool = False
     """0 for whatever the format reward rejects."""
-    timeout_s: float = 1.0
+    timeout_s: float = 0.5
     """Processor time of one comparison; four times as long by the clock."""
 
     def __post_init__(self):

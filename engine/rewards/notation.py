@@ -11,15 +11,16 @@ from athanor.rewards.answers import normalize, parse_number
 _SIGNS = {
     "π": "\\pi ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm ", "∓": "\\mp ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "/",
     "∪": "\\cup ", "∩": "\\cap ", "∅": "\\emptyset ", "∈": "\\in ", "°": "^\\circ ", "√": "\\sqrt ", "½": "\\frac{1}{2}", "¼": "\\frac{1}{4}",
-    "¾": "\\frac{3}{4}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "ℝ": "\\mathbb{R}", "⟨": "\\langle ",
-    "⟩": "\\rangle ", "→": "\\to ", "−": "-", "–": "-", "—": "-", "×": "\\times ", "*": "\\cdot ",
+    "¾": "\\frac{3}{4}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "ℝ": "\\mathbb{R}",
+    "⟨": "\\langle ", "⟩": "\\rangle ", "→": "\\to ", "−": "-", "–": "-", "—": "-", "×": "\\times ", "*": "\\cdot ",
 }  # fmt: skip
 _ROW = "\ue000"
 _SUPERSCRIPTS = {ord(c): str(i) for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")} | {ord("⁻"): "-"}
 _SUBSCRIPTS = {ord(c): str(i) for i, c in enumerate("₀₁₂₃₄₅₆₇₈₉")}
 _COMMANDS = {
-    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne", "lt": "<", "gt": ">",
-    "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "degree": "^\\circ", "varnothing": "emptyset", "ast": "cdot", "lvert": "|",
+    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne", "lt": "<",
+    "gt": ">", "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]",
+    "degree": "^\\circ", "varnothing": "emptyset", "ast": "cdot", "lvert": "|",
     "rvert": "|", "mid": "|", "vert": "|", "infin": "infty",
 }  # fmt: skip
 _FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp"

@@ -182,7 +182,8 @@ class _Template:
         ours, theirs = socket.socketpair()
         with theirs:
             code = f"from athanor.rewards.worker import template_main; template_main({theirs.fileno()})"
-            environment = os.environ | _ONE_THREAD | {"PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            environment = os.environ | _ONE_THREAD | {"PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""}
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code], env=environment, pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -29,9 +29,10 @@ from athanor.rewards.base import judge
 
 _HEADER = struct.Struct(">I")
 _PR_SET_PDEATHSIG = 1
-_REFUSED = ("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.kill", "os.remove", "os.rename", "os.rmdir", "os.mkdir",
-            "os.truncate", "os.chmod", "os.chown", "os.link", "os.symlink", "subprocess.Popen", "socket.connect", "socket.bind", "socket.__new__",
-            "shutil.rmtree", "pty.spawn", "ctypes.dlopen")  # fmt: skip
+_REFUSED = frozenset(
+    "os.system os.exec os.fork os.forkpty os.posix_spawn os.spawn os.kill os.remove os.rename os.rmdir os.mkdir os.truncate os.chmod os.chown "
+    "os.link os.symlink subprocess.Popen socket.connect socket.bind socket.__new__ shutil.rmtree pty.spawn ctypes.dlopen".split()
+)
 
 
 def send_frame(connection: socket.socket, data: bytes) -> None:

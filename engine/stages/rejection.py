@@ -13,8 +13,7 @@ from athanor.atomic import write_file
 from athanor.config import RejectionConfig
 from athanor.errors import UserError
 from athanor.rewards import make_reward, parse_response
-from athanor.rewards.language import language_consistency
-from athanor.rewards.repetition import repetition_ratio
+from athanor.rewards.readability import objection, readability
 from athanor.rollout import ProblemStream, rollout_generator, sample_groups
 from athanor.samples import Problem, Sample
 from athanor.seeds import derive_seed
@@ -88,11 +87,11 @@ def _verdict(sample: Sample, config: RejectionConfig) -> str:
     correct = _ACCURACY([sample], [sample.problem])[0]
     if correct is not None and correct < 1:
         return "incorrect"
-    if language_consistency(sample.text, sample.problem.language, prompt=sample.problem.prompt) < config.min_language_consistency:
-        return "language"
-    if repetition_ratio(sample.token_ids.tolist(), 8) > config.max_repetition:
-        return "repetition"
-    return "kept"
+    quality = readability(sample.text, sample.problem.language, prompt=sample.problem.prompt, token_ids=sample.token_ids.tolist())
+    return objection(
+        quality, min_language=config.min_language_consistency, max_repetition=config.max_repetition,
+        max_paragraph_words=config.max_paragraph_words, code_blocks=config.code_blocks,
+    ) or "kept"  # fmt: skip
 
 
 def _written(context: StageContext, config: RejectionConfig) -> list[dict]:

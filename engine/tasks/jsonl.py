@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from athanor.errors import UserError
 from athanor.registry import near_misses
-from athanor.samples import Problem
+from athanor.samples import DOMAINS, Problem
 from athanor.tasks._templates import check_template, render
 
 _PROMPT_FIELDS = ("prompt", "question", "problem", "messages")
@@ -175,8 +175,8 @@ def make(
         raise UserError(f"task jsonl: test_share + validation_share is {sum(shares.values())}, wanted less than 1")
     shares = {split: share for split, share in shares.items() if split not in files}
     check_template(template)
-    if domain not in ("reasoning", "general"):
-        raise UserError(f"task jsonl: domain is {domain!r}, wanted reasoning or general")
+    if domain not in DOMAINS:
+        raise UserError(f"task jsonl: domain is {domain!r}, wanted one of {', '.join(DOMAINS)}")
     settings = {
         "prompt_field": prompt_field, "answer_field": answer_field, "answer_after": answer_after, "language_field": language_field,
         "require_answers": require_answers, "template": template, "system": system, "domain": domain, "language": language,
