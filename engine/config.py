@@ -246,6 +246,8 @@ class RejectionConfig(StageConfig):
     """Most samples kept in all; 0 = all."""
     sampling: SamplingConfig = SamplingConfig()
     """How they are drawn."""
+    verifier: Literal["accuracy", "math", "code"] = "accuracy"
+    """Reward that says which of them are right."""
     min_language_consistency: float = Field(1.0, ge=0, le=1)
     """Share of words in the target language that a kept sample must reach."""
     max_repetition: float = Field(0.5, ge=0, le=1)

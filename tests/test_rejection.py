@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from athanor.config import RejectionConfig
+from athanor.rewards import Outcome, make_reward
 from athanor.samples import Problem, Sample
 from athanor.stages import rejection
 from athanor.stages.sft import read_examples
@@ -16,7 +17,8 @@ GOOD = "<think> 4 - 2 so 2 </think> <answer> 2 </answer>"
 
 def verdict(text, finish="stop", problem=PROBLEM, **changes):
     tokens = np.array([hash(word) % 1000 for word in text.split()])
-    return rejection._verdict(Sample(problem, text, tokens, np.zeros(len(tokens)), finish), RejectionConfig(kind="rejection", **changes))
+    sample, config = Sample(problem, text, tokens, np.zeros(len(tokens)), finish), RejectionConfig(kind="rejection", **changes)
+    return rejection._verdict(sample, config, make_reward(config.verifier).outcomes([sample])[0])
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,19 @@ def verdict(text, finish="stop", problem=PROBLEM, **changes):
 )
 def test_a_sample_is_kept_only_when_correct_well_formed_readable_and_in_one_language(text, wanted):
     assert verdict(text) == wanted
+
+
+def test_long_paragraphs_and_code_blocks_go_unless_allowed():
+    long = "<think> " + " ".join(f"w{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(500)) + " </think> <answer> 2 </answer>"
+    code = "<think> so\n```\nprint(2)\n``` </think> <answer> 2 </answer>"
+    assert (verdict(long), verdict(code)) == ("paragraph", "code")
+    assert verdict(long, max_paragraph_words=0) == verdict(long.replace("wzz", "\n\n"), max_paragraph_words=600) == verdict(code, code_blocks=True) == "kept"
+
+
+def test_a_sample_without_a_verdict_is_not_kept():
+    sample = Sample(PROBLEM, GOOD, np.arange(9), np.zeros(9))
+    for status in ("error", "timeout"):
+        assert rejection._verdict(sample, RejectionConfig(kind="rejection"), Outcome(status)) == "unjudged"
 
 
 def test_truncated_samples_go_and_mixing_can_be_allowed():

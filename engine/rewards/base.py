@@ -10,6 +10,7 @@ Where a reward runs (`runs_in`):  "caller", cheap and safe on any text;  "proces
 """
 
 import logging
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ def judge(reward: "Reward", sample: Sample, problem: Problem) -> Outcome:
     try:
         value = reward.score(sample, problem)
         outcome = value if isinstance(value, Outcome) else Outcome("score", None if value is None else float(value))
+        if outcome.value is not None and not math.isfinite(outcome.value):
+            outcome = Outcome("error", message=f"score is {outcome.value}, wanted a finite number or None")
     except TimeoutError as error:
         outcome = Outcome("timeout", message=str(error) or "TimeoutError")
     except Exception as error:

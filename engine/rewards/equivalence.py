@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from athanor.rewards.answers import parse_number, same_answer
-from athanor.rewards.notation import canonical, split_unit
+from athanor.rewards.notation import canonical, matching, split_unit
 
 _MAX_PARTS = 256
 _OPEN = {"(": ")", "[": "]", "\\langle": "\\rangle", "\\{": "\\}"}
@@ -34,7 +34,7 @@ _BASED = re.compile(r"^([0-9A-Fa-f]+)\s*_\s*(?:\{\s*([0-9]{1,2}|[a-z]+)\s*\}|([0
 _BASES = {name: str(i) for i, name in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)} | {"sixteen": "16"}
 _RELATION = re.compile(r"\\(?:le|ge|ne)(?![a-zA-Z])|[<>=]")
 _NAME = re.compile(  # x, \theta, f(x), a_1, \angle ABC, the area, |AB|, (x, y)
-    r"^(?:\\?[a-zA-Z]+|[a-zA-Z]+\s*\([a-zA-Z, ]+\)|\\?[a-zA-Z]+_\{?[a-zA-Z0-9]+\}?|\\angle\s*[A-Z]+|[a-zA-Z ]+|\|\w+\||\([a-zA-Z, ]+\))$"
+    r"^(?:\\?[a-zA-Z]+|[a-zA-Z]+\s*\([a-zA-Z, ]+\)|\\?[a-zA-Z]+_\{?[a-zA-Z0-9]+\}?|\\angle\s*[A-Z]+|\\(?:vec|hat|bar|overline)\s*\{\w+\}|[a-zA-Z ]+|\|\w+\||\([a-zA-Z, ]+\))$"
 )
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '’-][^\W\d_]+)*")
 _DECIMAL = re.compile(r"^-?[0-9]*\.([0-9]{6,})$")
@@ -58,13 +58,13 @@ def equivalent(answer: str, gold: str) -> bool:
     """Is the answer equal to the gold one?  Raises Unreadable where the gold answer cannot be read; takes any time and memory on hostile text."""
     if same_answer(answer, gold, ignore_case=wordlike(gold)):
         return True
-    return compare(structure(canonical(answer)), structure(canonical(gold)))
+    return bool(compare(structure(canonical(answer)), structure(canonical(gold))))  # sympy has truth values of its own
 
 
 def wordlike(text: str) -> bool:
     """Is a text words, or the letter of an option, so that case says nothing?"""
     text = canonical(text)
-    return _WORDS.fullmatch(text) is not None and (len(text) > 2 or text.upper() in "ABCDEFGH")
+    return _WORDS.fullmatch(text) is not None and (len(max(text.split(), key=len)) > 2 or text.upper() in "ABCDEFGH")
 
 
 # ---- taking apart
@@ -73,8 +73,10 @@ def wordlike(text: str) -> bool:
 def structure(text: str) -> Node:
     """Take a canonical text apart."""
     text = text.strip()
-    if parse_number(text) is not None:
+    if parse_number(split_unit(text)[0]) is not None:
         return Node("leaf", (text,))
+    if text.startswith("{") and matching(text, 0) == len(text) - 1:  # grouping, or a set written without backslashes
+        return structure(f"\\{{{text[1:-1]}\\}}" if "," in text else text[1:-1])
     text = re.sub(r"^(?:\\?[a-zA-Z]+)\s*\\in(?![a-zA-Z])\s*", "", text)
     if match := _MATRIX.match(text):
         rows = [row for row in (match[2] or match[3] or "").split("\\\\") if row.strip()]
@@ -339,7 +341,7 @@ def _evaluate(expression, names: list[str], point: int):
         at = _POINTS[(names.index(str(symbol)) + 3 * point) % len(_POINTS)]
         values[symbol] = sympy.I if str(symbol) == "i" else sympy.Rational(at[0] + 8 * (names.index(str(symbol)) // 8), at[1])
     try:
-        value = sympy.sympify(expression.doit()).subs(values).evalf(_DIGITS)
+        value = expression.doit().subs(values).evalf(_DIGITS)
         value = value if value.is_number else value.doit().evalf(_DIGITS)
         number = complex(value)
     except (TypeError, ValueError, AttributeError, NotImplementedError, ZeroDivisionError, OverflowError):

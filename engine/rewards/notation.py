@@ -73,6 +73,7 @@ def canonical(text: str) -> str:
     text = re.sub(r"\\frac\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac\s*([0-9a-zA-Z])\s*\{", r"\\frac{\1}{", text)
     text = re.sub(rf"(\\frac\s*\{{[^{{}}]*\}})\s*{_ARGUMENT}", r"\1{\2}", text)
+    text = re.sub(r"^(?:\\approx(?![a-zA-Z])|\\sim(?![a-zA-Z])|=)\s*", "", text)
     text = re.sub(r"\s*\b(?:per ?cent|percent|pct)\b\.?$", "%", text).replace("\\%", "%")
     if scientific := _SCIENTIFIC.match(text):
         text = f"{scientific[1] or 1}e{scientific[2] or scientific[3]}"

@@ -12,7 +12,7 @@ import numpy as np
 from athanor.atomic import write_file
 from athanor.config import RejectionConfig
 from athanor.errors import UserError
-from athanor.rewards import make_reward, parse_response
+from athanor.rewards import Outcome, make_reward, parse_response
 from athanor.rewards.readability import objection, readability
 from athanor.rollout import ProblemStream, rollout_generator, sample_groups
 from athanor.samples import Problem, Sample
@@ -51,11 +51,12 @@ def _sampled(context: StageContext, config: RejectionConfig, progress) -> tuple[
         progress=lambda done, total: progress.step(done * context.ranks.world),
     )  # fmt: skip
     groups = context.ranks.gather(groups)
+    outcomes = iter(make_reward(config.verifier).outcomes([sample for group in groups for sample in group]))
     reasons, rows, seen = Counter(), [], set()
     for group in groups:
         taken = 0
         for sample in group:
-            reason = _verdict(sample, config)
+            reason = _verdict(sample, config, next(outcomes))
             row = _row(context.name, sample.problem, sample.text)
             if reason == "kept" and (row["prompt"], row["completion"]) in seen:
                 reason = "duplicate"
@@ -74,18 +75,16 @@ def _sampled(context: StageContext, config: RejectionConfig, progress) -> tuple[
     return rows, reasons
 
 
-_ACCURACY = make_reward("accuracy")
-
-
-def _verdict(sample: Sample, config: RejectionConfig) -> str:
-    """ "kept", or the first reason against it."""
+def _verdict(sample: Sample, config: RejectionConfig, outcome: Outcome) -> str:
+    """ "kept", or the first reason against it.  outcome: what the verifier says; without a verdict a sample is never kept."""
     response = parse_response(sample.text, prompt=sample.problem.prompt)
     if sample.finish != "stop":
         return "truncated" if sample.finish == "length" else sample.finish
     if not response.well_formed:
         return "format"
-    correct = _ACCURACY([sample], [sample.problem])[0]
-    if correct is not None and correct < 1:
+    if outcome.status != "score":
+        return "unjudged"
+    if outcome.value is not None and outcome.value < 1:
         return "incorrect"
     quality = readability(sample.text, sample.problem.language, prompt=sample.problem.prompt, token_ids=sample.token_ids.tolist())
     return objection(
