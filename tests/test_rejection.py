@@ -40,7 +40,7 @@ def test_long_paragraphs_and_code_blocks_go_unless_allowed():
     long = "<think> " + " ".join(f"w{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(500)) + " </think> <answer> 2 </answer>"
     code = "<think> so\n```\nprint(2)\n``` </think> <answer> 2 </answer>"
     assert (verdict(long), verdict(code)) == ("paragraph", "code")
-    assert verdict(long, max_paragraph_words=0) == verdict(long.replace("wzz", "\n\n"), max_paragraph_words=600) == verdict(code, code_blocks=True) == "kept"
+    assert verdict(long, max_paragraph_words=0) == verdict(long, max_paragraph_words=600) == verdict(code, code_blocks=True) == "kept"
 
 
 def test_a_sample_without_a_verdict_is_not_kept():

@@ -34,7 +34,8 @@ _BASED = re.compile(r"^([0-9A-Fa-f]+)\s*_\s*(?:\{\s*([0-9]{1,2}|[a-z]+)\s*\}|([0
 _BASES = {name: str(i) for i, name in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)} | {"sixteen": "16"}
 _RELATION = re.compile(r"\\(?:le|ge|ne)(?![a-zA-Z])|[<>=]")
 _NAME = re.compile(  # x, \theta, f(x), a_1, \angle ABC, the area, |AB|, (x, y)
-    r"^(?:\\?[a-zA-Z]+|[a-zA-Z]+\s*\([a-zA-Z, ]+\)|\\?[a-zA-Z]+_\{?[a-zA-Z0-9]+\}?|\\angle\s*[A-Z]+|\\(?:vec|hat|bar|overline)\s*\{\w+\}|[a-zA-Z ]+|\|\w+\||\([a-zA-Z, ]+\))$"
+    r"^(?:\\?[a-zA-Z]+|[a-zA-Z]+\s*\([a-zA-Z, ]+\)|\\?[a-zA-Z]+_\{?[a-zA-Z0-9]+\}?|\\angle\s*[A-Z]+"
+    r"|\\(?:vec|hat|bar|overline)\s*\{\w+\}|[a-zA-Z ]+|\|\w+\||\([a-zA-Z, ]+\))$"
 )
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '’-][^\W\d_]+)*")
 _DECIMAL = re.compile(r"^-?[0-9]*\.([0-9]{6,})$")
