@@ -1,5 +1,6 @@
 """Reward workers: what they survive, what becomes of a failure, who waits for whom, and that nothing starts that is not needed."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -54,6 +55,9 @@ class Nasty(Reward):
     def do_recurse(self, x): return self.do_recurse(x)
     def do_threads(self, x): return float(os.environ["OMP_NUM_THREADS"]) + len(os.environ["CUDA_VISIBLE_DEVICES"])
     def do_pid(self, x): return float(os.getpid())
+
+class Broken(Nasty):
+    preload = ("package_that_is_not_there",)
 '''
 
 
@@ -65,14 +69,13 @@ def sample(text, answer="4", domain="math", prompt="q"):
 def nasty(tmp_path, monkeypatch):
     (tmp_path / "nasty_reward.py").write_text(NASTY)
     monkeypatch.syspath_prepend(tmp_path)
-    import nasty_reward
-
-    return nasty_reward.Nasty
+    monkeypatch.delitem(sys.modules, "nasty_reward", raising=False)
+    return importlib.import_module("nasty_reward").Nasty
 
 
 @pytest.fixture
 def pool():
-    with RewardPool(2) as pool:
+    with RewardPool(2, memory_bytes=1 << 30) as pool:
         yield pool
 
 
@@ -183,7 +186,7 @@ def test_wrong_pools_and_rewards_are_named(nasty):
 
 
 def test_workers_that_cannot_start_raise_and_name_the_package(nasty):
-    broken = type("Broken", (nasty,), {"preload": ("package_that_is_not_there",), "__module__": "nasty_reward"})
+    broken = sys.modules["nasty_reward"].Broken
     with RewardPool(1) as pool, pytest.raises(UserError, match="pip install package-that-is-not-there"):
         pool.submit(broken(), sample("say 1"), sample("x").problem).result(60)
 
@@ -225,7 +228,7 @@ def _alive(pid: int) -> bool:
 
 
 def check_hostile(count: int, num_workers: int) -> dict:
-    reward, gold = make_reward("math", timeout_s=0.4), "\\frac{\\pi}{7}"
+    reward, gold = make_reward("math", timeout_s=0.2), "\\frac{\\pi}{7}"
     found = []
     with RewardPool(num_workers) as pool:
         warm = sample("<answer>\\sqrt{2}</answer>", gold)
@@ -237,6 +240,7 @@ def check_hostile(count: int, num_workers: int) -> dict:
     slow = [(o.seconds, o.message) for o in found if o.seconds > WALL_FACTOR * reward.timeout_s + 1.0]  # the clock's deadline, and another fork
     assert slow == [] and len(found) == count
     assert not any(o.value for o in found), "a hostile answer was accepted"
+    assert not list(Path("/tmp").glob("athanor-hostile-*")), "a hostile answer was executed"
     return {status: sum(o.status == status for o in found) for status in ("score", "error", "timeout")}
 
 

@@ -88,12 +88,12 @@ def structure(text: str) -> Node:
         return Node("union", tuple(structure(piece) for piece in pieces))
     pieces = [p for p in _split(text, r"[,;]\s*and\b|[,;]\s*or\b|\b(?:and|or)\b|[,;]|\\(?:text|mathrm|quad|lor|vee)(?![a-zA-Z])") if p.strip()]
     if len(pieces) > 1:
-        nodes = tuple(_as_interval(structure(piece)) for piece in pieces[:_MAX_PARTS])
+        nodes = tuple(_as_interval(structure(piece)) for piece in pieces)
         is_union = all(node.kind in ("tuple", "union") and node.mark for node in nodes) and any(_RELATION.search(piece) for piece in pieces)
         return Node("union" if is_union else "list", _flat(nodes))
     if enclosed := _enclosed(text):
         opening, inner, closing = enclosed
-        parts = tuple(structure(piece) for piece in _split(inner, "[,;]")[:_MAX_PARTS])
+        parts = tuple(structure(piece) for piece in _split(inner, "[,;]"))
         if opening == "\\{":
             return Node("set", _flat(parts))
         if len(parts) > 1:

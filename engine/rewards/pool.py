@@ -198,6 +198,8 @@ class _Template:
         if self._ready:
             return
         hello = receive_frame(self._control)
+        if self._closed:
+            raise OSError("the pool is closed")
         answer = {"error": f"the process ended with code {self._process.wait(5)}"} if hello is None else json.loads(hello)
         if "error" in answer:
             missing = (answer.get("missing") or "").split(".")[0]

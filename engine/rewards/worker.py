@@ -83,6 +83,7 @@ def template_main(fd: int) -> None:
     gc.freeze()  # the collector does not touch, hence not copy, what workers share
     send_frame(control, b"{}")
     control.settimeout(1.0)
+    workers: set[int] = set()
     while os.getppid() == parent:
         try:
             command, fds, _, _ = socket.recv_fds(control, 64, 1)
@@ -97,11 +98,16 @@ def template_main(fd: int) -> None:
                 control.close()
                 _worker_main(socket.socket(fileno=fds[0]), settings["memory_bytes"])
             os.close(fds[0])
+            workers.add(pid)
             send_frame(control, json.dumps({"pid": pid}).encode())
-        else:
-            os.kill(int(argument), signal.SIGKILL)  # a process that is dying already keeps its own cause
-            _, status = os.waitpid(int(argument), 0)
-            send_frame(control, json.dumps({"signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0}).encode())
+            continue
+        pid, cause = int(argument), signal.SIGKILL
+        if pid in workers:  # otherwise another template's, which has taken it along
+            workers.remove(pid)
+            os.kill(pid, signal.SIGKILL)  # a process that is dying already keeps its own cause
+            _, status = os.waitpid(pid, 0)
+            cause = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        send_frame(control, json.dumps({"signal": cause}).encode())
 
 
 def _worker_main(connection: socket.socket, memory_bytes: int) -> None:
