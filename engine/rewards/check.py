@@ -117,6 +117,8 @@ def _sample(line: bytes, where: str, number: int) -> Sample:
     if row.get("domain", "reasoning") not in DOMAINS:
         raise UserError(f"{where}: domain is {row['domain']!r}, wanted one of {', '.join(DOMAINS)}")
     prompt, completion, token_ids = row.pop("prompt", ""), row.pop("completion"), row.pop("token_ids", None)
+    if token_ids is not None and not (isinstance(token_ids, list) and all(isinstance(i, int) for i in token_ids)):
+        raise UserError(f"{where}: token_ids is {str(token_ids)[:40]}, wanted a list of integers")
     try:
         (sample,) = samples_from_columns([prompt], [completion], None if token_ids is None else [token_ids], {k: [v] for k, v in row.items()})
     except (AttributeError, TypeError, ValueError) as error:
