@@ -11,6 +11,7 @@ from athanor.kernels import group_advantage
 from athanor.losses.presets import Preset
 
 WHITEN_EPS = 1e-8
+GDPO_EPS = 1e-4
 
 
 def advantages_of(rewards: Tensor, group_ids: Tensor, preset: Preset, *, num_tokens: Tensor | None = None) -> Tensor:
@@ -27,6 +28,35 @@ def advantages_of(rewards: Tensor, group_ids: Tensor, preset: Preset, *, num_tok
     if num_tokens.shape != rewards.shape:
         raise ValueError(f"advantages_of: num_tokens is {tuple(num_tokens.shape)}; wanted {tuple(rewards.shape)}")
     return whiten(advantages, torch.where(torch.isnan(rewards), 0, num_tokens))
+
+
+def gdpo_advantages(parts: Tensor, weights: Tensor, group_ids: Tensor) -> Tensor:
+    """Advantages (S,) fp64 of several rewards, each normalised in its group before they are added (GDPO, arXiv 2601.05242; TRL's variant).
+
+        z_k = (R_k - mean_group R_k) / (std_group R_k + 1e-4)     S = sum_k w_k z_k     A = (S - mean_batch S) / (std_batch S + 1e-4)
+
+    with sample standard deviations, so that a reward of small spread counts as much as one of large.  parts: (S, K), NaN = does not apply.
+    weights: (K,).  A reward that is constant in a group, or has one value there, adds 0; a sample without any reward gets 0 and counts nowhere.
+    """
+    if parts.ndim != 2 or weights.shape != parts.shape[1:] or group_ids.shape != parts.shape[:1]:
+        raise ValueError(f"gdpo_advantages: parts {tuple(parts.shape)}, weights {tuple(weights.shape)}, group_ids {tuple(group_ids.shape)}; wanted "
+                         "(S, K), (K,) and (S,)")  # fmt: skip
+    parts, there = parts.double(), ~torch.isnan(parts)
+    values = torch.where(there, parts, 0.0)
+    names, group = torch.unique(group_ids, return_inverse=True)
+
+    def per_group(x: Tensor) -> Tensor:
+        return torch.zeros(len(names), x.shape[1], dtype=torch.float64).index_add_(0, group, x)[group]
+
+    count = per_group(there.double())
+    centred = torch.where(there, values - per_group(values) / count.clamp_min(1), 0.0)
+    std = (per_group(centred.square()) / (count - 1).clamp_min(1)).sqrt()
+    total = ((centred / (std + GDPO_EPS)) * weights.double()).sum(1)
+    counted = there.any(1)
+    if counted.sum() < 2:
+        return torch.zeros_like(total)
+    mean, spread = total[counted].mean(), total[counted].std()
+    return torch.where(counted, (total - mean) / (spread + GDPO_EPS), 0.0)
 
 
 def whiten(advantages: Tensor, weights: Tensor) -> Tensor:

@@ -154,13 +154,15 @@ class RewardEntry(Config):
     """A reward and where it applies."""
 
     reward: str
-    """accuracy, format, language, repetition, overlong or preference (the stage's reward model)."""
+    """accuracy, math, format, language, repetition, readability, overlong, length, cosine or preference (the stage's reward model)."""
     weight: float = 1.0
     """Factor in the total."""
-    domain: Literal["reasoning", "general", "any"] = "any"
-    """Which problems it judges."""
+    domain: Literal["math", "code", "stem", "logic", "reasoning", "general", "safety", "any"] = "any"
+    """Which problems it judges; reasoning is math, code, stem and logic too."""
     start: float = Field(0.0, ge=0, lt=1)
     """Active from this fraction of the stage's steps on."""
+    end: float = Field(1.0, gt=0, le=1)
+    """Active until this fraction of the stage's steps."""
     settings: dict = Field(default_factory=dict)
     """Settings of the reward."""
 
@@ -244,6 +246,8 @@ class RejectionConfig(StageConfig):
     """Most samples kept in all; 0 = all."""
     sampling: SamplingConfig = SamplingConfig()
     """How they are drawn."""
+    verifier: Literal["", "accuracy", "math", "code"] = ""
+    """Reward that says which of them are right; empty = by each problem's domain and the answer that its prompt asks for."""
     min_language_consistency: float = Field(1.0, ge=0, le=1)
     """Share of words in the target language that a kept sample must reach."""
     max_repetition: float = Field(0.5, ge=0, le=1)
@@ -278,6 +282,12 @@ class GRPOConfig(TrainConfig):
     """Tasks whose training prompts are asked."""
     rewards: list[RewardEntry]
     """Rewards that are added up."""
+    reward_scaling: Literal["sum", "gdpo"] = "sum"
+    """sum: advantages of the weighted sum; gdpo: each reward is normalised in its group first (arXiv 2601.05242)."""
+    reward_failures: Literal["zero", "drop_sample", "drop_group"] = "drop_sample"
+    """What becomes of a sample on which a reward ends in an error or a timeout; it is counted in any case."""
+    reward_workers: int = Field(0, ge=0)
+    """Processes of rewards that run in one (math), started when such a reward is used; 0 = half of this rank's cores."""
     prompts_per_step: int = Field(32, ge=1)
     """Questions per rollout."""
     group_size: int = Field(16, ge=2)

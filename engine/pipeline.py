@@ -28,6 +28,7 @@ from athanor.report import write_report
 from athanor.reward_models import load_preference_reward
 from athanor.rewards import make_reward
 from athanor.run_folder import open_run_folder
+from athanor.samples import in_domain
 from athanor.stages import grpo
 from athanor.stages.context import StageContext, checkpoint_dir, data_path
 from athanor.stages.evaluate import evaluate
@@ -169,8 +170,8 @@ def _check_rewards(where: str, stage: GRPOConfig, tasks: dict) -> None:
             continue
         make_reward(entry.reward, **entry.settings)
         for task in (tasks[prompt.task] for prompt in stage.prompts):
-            if entry.reward == "accuracy" and entry.domain in ("any", task.domain):
-                require_answers(task)
+            if entry.reward in ("accuracy", "math") and in_domain(task.domain, entry.domain):
+                require_answers(task, entry.reward)
                 if task.domain == "general" and task.problem("train", 0).answer is None:
                     raise UserError(f'{where}.rewards: task {task.name!r} is open-ended, without answers; wanted domain = "reasoning"')
 

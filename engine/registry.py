@@ -21,24 +21,28 @@ def near_misses(name: str, known: list[str]) -> str:
     return f"{hint}Known: {', '.join(sorted(known))}"
 
 
-def registered(package: str) -> list[str]:
-    """Names of the files of `package` (an import name) that define `make`."""
+def registered(package: str, renamed: dict[str, str] | None = None) -> list[str]:
+    """Names of the files of `package` (an import name) that define `make`.  renamed: name -> file, where they differ."""
     folder = importlib.import_module(package).__path__
     names = [m.name for m in pkgutil.iter_modules(folder) if not m.name.startswith("_")]
-    return [name for name in names if hasattr(importlib.import_module(f"{package}.{name}"), "make")]
+    names_of = {file: name for name, file in (renamed or {}).items()}
+    return sorted(names_of.get(name, name) for name in names if hasattr(importlib.import_module(f"{package}.{name}"), "make"))
 
 
-def build(package: str, kind: str, full_name: str, settings: dict):
+def build(package: str, kind: str, full_name: str, settings: dict, renamed: dict[str, str] | None = None):
     """Call `make` of the file that `full_name` ("name" or "name:variant") means.
 
-    kind: "reward" or "task", for messages.  Raises UserError on an unknown name, a missing or superfluous variant, and an unknown,
-    missing or mistyped setting, with near misses.
+    kind: "reward" or "task", for messages.  renamed: name -> file, where they differ.  Raises UserError on an unknown name, a missing or superfluous
+    variant, and an unknown, missing or mistyped setting, with near misses.
     """
     name, _, variant = full_name.partition(":")
     files = [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__)]
-    make = getattr(importlib.import_module(f"{package}.{name}"), "make", None) if name in files and not name.startswith("_") else None
+    renamed = renamed or {}
+    file = renamed.get(name, name)
+    known_file = file in files and not name.startswith("_") and name not in renamed.values()
+    make = getattr(importlib.import_module(f"{package}.{file}"), "make", None) if known_file else None
     if make is None:
-        raise UserError(f"unknown {kind} {full_name!r}: {near_misses(name, registered(package))}")
+        raise UserError(f"unknown {kind} {full_name!r}: {near_misses(name, registered(package, renamed))}")
     parameters = inspect.signature(make, eval_str=True).parameters.values()
     variants = [p for p in parameters if p.kind is p.POSITIONAL_ONLY]
     if variant and not variants:

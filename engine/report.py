@@ -28,6 +28,7 @@ COLUMNS = {  # metric: (heading, shown as)
     "reflection_rate": ("reflection", "rate"),
     "format_rate": ("format", "rate"),
     "language_consistency": ("one language", "rate"),
+    "reward_failures": ("no verdict", "number"),
     "open_ended_reward": ("open-ended", "number"),
 }
 CHARTS = [  # metrics (the first that a stage has), title, what it says, options
@@ -43,9 +44,13 @@ TIME_PARTS = {  # metric, seconds per step: heading
     "rollout_forward_s": "decode: forward",
     "rollout_sample_s": "decode: sampling",
     "rollout_host_s": "decode: host",
+    "reward_wait_s": "waiting for rewards",
     "train_s": "update",
 }
-REWARD_PARTS = ("accuracy", "format", "language_consistency", "language", "preference", "repetition", "overlong")
+REWARD_PARTS = (
+    "accuracy", "math", "code", "format", "language_consistency", "language", "readability", "preference", "repetition", "overlong", "length",
+    "cosine",
+)  # fmt: skip
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -168,10 +173,11 @@ def _tiles(stages: dict, run: dict) -> list[dict]:
 def _time_split(rows: list[dict], stages: dict) -> dict[str, dict[str, float]]:
     """Seconds per part of each RL stage's steps; `other` is rewards, decoding of text and everything else."""
     split = {}
+    headings = {m: heading for m, heading in TIME_PARTS.items() if m != "reward_wait_s" or any(row.get(m) is not None for row in rows)}
     for name, stage in stages.items():
         steps = [row for row in rows if row["stage"] == name and row.get("rollout_s") is not None and row.get("step_s") is not None]
         if stage["kind"] == "grpo" and steps:
-            parts = {heading: sum(row.get(metric) or 0.0 for row in steps) for metric, heading in TIME_PARTS.items()}
+            parts = {heading: sum(row.get(metric) or 0.0 for row in steps) for metric, heading in headings.items()}
             whole = sum(row["step_s"] for row in steps)
             split[stage["title"]] = parts | {"other": max(0.0, whole - sum(parts.values())), "all": whole}
     return split

@@ -9,7 +9,7 @@ from athanor.config import MixEntry, SamplingConfig
 from athanor.generator import Generator
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
-from athanor.samples import Completion, Problem, Request, Sample
+from athanor.samples import Problem, Request, Sample
 from athanor.seeds import derive_seed, sample_seeds
 from athanor.tokenizer import Tokenizer
 
@@ -70,8 +70,12 @@ def sample_groups(
     ranks: Ranks,
     *key: int | str,
     progress: Callable[[int, int], None] | None = None,
+    on_sample: Callable[[Sample], None] | None = None,
 ) -> list[list[Sample]]:
-    """Draw `group_size` samples for this rank's share of `problems`; seeds follow (key, task, split, problem id, sample)."""
+    """Draw `group_size` samples for this rank's share of `problems`; seeds follow (key, task, split, problem id, sample).
+
+    on_sample: called with each sample as it finishes, while the others decode (a reward service's `submit`).
+    """
     mine = ranks.share(problems)
     groups = dict(stream_groups(generator, tokenizer, mine, group_size, sampling, *key, progress=progress, on_sample=on_sample))
     return [groups[i] for i in range(len(mine))]

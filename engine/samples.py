@@ -10,6 +10,16 @@ if TYPE_CHECKING:  # rewards and tasks see samples, and need nothing of the reci
     from athanor.config import SamplingConfig
 
 
+# what a problem is about -> the family that rewards may name instead; "reasoning" and "general" are domains of their own too
+FAMILIES = {"math": "reasoning", "code": "reasoning", "stem": "reasoning", "logic": "reasoning"}
+DOMAINS = (*FAMILIES, "reasoning", "general", "safety")
+
+
+def in_domain(domain: str, wanted: str) -> bool:
+    """Does a problem of `domain` belong to `wanted`: the same domain, its family, or "any"?"""
+    return wanted in ("any", domain, FAMILIES.get(domain))
+
+
 @dataclass(frozen=True)
 class Problem:
     """One prompt with what its verifier needs.  `id` is unique within (task, split) and keys the sampler's random numbers."""
@@ -18,7 +28,7 @@ class Problem:
     answer: str | None  # gold answer for rule rewards; None = open-ended
     id: int
     task: str
-    domain: str = "reasoning"  # "reasoning" (rules), "code" (programs that are run) or "general" (reward models)
+    domain: str = "reasoning"  # one of DOMAINS: rules judge the reasoning family, reward models general and safety
     language: str = "en"  # target language of the chain of thought
     split: str = "train"
     metadata: dict = field(default_factory=dict)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from athanor.advantages import advantages_of, groups_with_contrast, whiten
+from athanor.advantages import advantages_of, gdpo_advantages, groups_with_contrast, whiten
 from athanor.losses import resolve_preset
 
 
@@ -50,3 +50,37 @@ def test_groups_with_contrast_are_kept_whole():
     # the middle member of 0, 0.5, 1 has advantage 0, yet its group has contrast
     assert groups_with_contrast(torch.tensor([0.0, 0.5, 1.0, 0.1, 0.1, 0.1]), torch.tensor([0, 0, 0, 1, 1, 1])).tolist() == [True] * 3 + [False] * 3
     assert groups_with_contrast(torch.empty(0), torch.empty(0, dtype=torch.int64)).shape == (0,)
+
+
+def gdpo_by_hand(parts, weights, groups):
+    """The three lines of the formula, in numpy, group by group."""
+    total = np.zeros(len(parts))
+    for k, weight in enumerate(weights):
+        for g in set(groups):
+            rows = [i for i in range(len(parts)) if groups[i] == g and not np.isnan(parts[i][k])]
+            values = np.array([parts[i][k] for i in rows])
+            if len(rows) > 1:
+                total[rows] += weight * (values - values.mean()) / (values.std(ddof=1) + 1e-4)
+    there = [i for i in range(len(parts)) if not np.isnan(parts[i]).all()]
+    result = np.zeros(len(parts))
+    result[there] = (total[there] - total[there].mean()) / (total[there].std(ddof=1) + 1e-4)
+    return result
+
+
+def test_gdpo_normalises_each_reward_in_its_group_and_then_the_batch():
+    nan = float("nan")
+    parts = np.array([[1, 0.1, nan], [0, 0.3, 2], [0, 0.2, 4], [1, 0.2, nan], [1, 0.5, 1], [1, 0.5, 2], [nan, nan, nan], [0, nan, nan]])
+    groups, weights = [0, 0, 0, 0, 1, 1, 1, 1], [1.0, 0.5, -0.25]
+    found = gdpo_advantages(torch.tensor(parts), torch.tensor(weights), torch.tensor(groups))
+    np.testing.assert_allclose(found.numpy(), gdpo_by_hand(parts, weights, groups), atol=1e-12)
+    assert found[6] == 0
+    # a reward in other units counts the same, up to the epsilon, which is what the method is for
+    scaled = gdpo_advantages(torch.tensor(parts * [1, 1e6, 1]), torch.tensor(weights), torch.tensor(groups))
+    np.testing.assert_allclose(scaled.numpy(), found.numpy(), atol=2e-3)
+
+
+def test_gdpo_without_contrast_is_zero_and_shapes_are_checked():
+    assert gdpo_advantages(torch.ones(4, 2), torch.ones(2), torch.tensor([0, 0, 1, 1])).tolist() == [0.0] * 4
+    assert gdpo_advantages(torch.full((2, 1), float("nan")), torch.ones(1), torch.tensor([0, 0])).tolist() == [0.0] * 2
+    with pytest.raises(ValueError, match=r"wanted \(S, K\), \(K,\) and \(S,\)"):
+        gdpo_advantages(torch.ones(4, 2), torch.ones(3), torch.tensor([0, 0, 1, 1]))

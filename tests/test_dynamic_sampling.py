@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from athanor.parallel import Ranks
-from athanor.rewards import make_table
+from athanor.rewards import RewardService, make_table
 from athanor.samples import Problem, Sample
 from athanor.stages import grpo
 
@@ -38,7 +38,7 @@ def rollout(monkeypatch, warnings):
         context = SimpleNamespace(recipe=SimpleNamespace(seed=0, max_rows=8), ranks=Ranks(threads=1), name="rl", tokenizer=None,
                                   console=SimpleNamespace(warn=warnings.append))  # fmt: skip
         config = SimpleNamespace(prompts_per_step=WANTED, group_size=G, sampling=None)
-        kept, scores, refills = grpo._rollout(context, config, make_table(SHAPED), None, stream, 5, attempts)
+        kept, scores, refills = grpo._rollout(context, config, RewardService(make_table(SHAPED)), None, stream, 5, attempts)
         return kept, scores, refills, asked
 
     return run

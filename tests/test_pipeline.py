@@ -147,6 +147,20 @@ def test_the_weights_that_the_sampler_reads_are_verified(whole_run, tmp_path, mo
         zero("tampered")
 
 
+def test_rewards_in_workers_are_measured_and_each_can_be_normalised_by_itself(whole_run, tmp_path, monkeypatch):
+    run_dir, _ = whole_run
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    rewards = '[{reward = "math"}, {reward = "format", weight = 0.3, end = 0.5}, {reward = "length", weight = 0.1}]'
+    overrides = ["--run_root", tmp_path, "--reuse", run_dir, "--until", "zero", "--stages.zero.rewards", rewards,
+                 "--stages.zero.reward_scaling", "gdpo", "--stages.zero.reward_workers", "1"]  # fmt: skip
+    run(load_recipe(RecipeConfig, str(RECIPE), [str(word) for word in overrides]), "micro")
+    rows = [json.loads(line) for line in (tmp_path / "micro" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["stage"] == "zero"]
+    assert len(rows) == 6 and all(row["reward_errors"] == row["reward_timeouts"] == row["reward_dropped"] == 0 for row in rows)
+    assert all(row["reward_wait_s"] >= 0 and row["reward_busy_share"] >= 0 and "math" in row and "length" in row for row in rows)
+    assert [("format" in row) for row in rows] == [True] * 3 + [False] * 3
+
+
 def test_another_seed_gives_another_run_folder_or_an_error(whole_run):
     run_dir, _ = whole_run
     refused = train(run_dir.parent, "--seed", "1")
@@ -173,6 +187,8 @@ def test_eval_measures_any_checkpoint(whole_run, tmp_path):
         (["--stages.zero.init", "bass"], ["stages.zero.init", "bass", "base"]),
         (["--stages.zero.loss", "gropo"], ["gropo", "grpo"]),
         (["--stages.zero.stop_at_accuracy", "0.5", "--stages.zero.rewards", '[{reward = "format"}]'], ["stop_at_accuracy", "accuracy"]),
+        (["--stages.zero.reward_scaling", "gdpo", "--stages.zero.loss_overrides", '{scale = "none"}'], ["gdpo", "group mean and std"]),
+        (["--stages.zero.rewards", '[{reward = "math", start = 0.5, end = 0.5}]'], ["math", "start < end"]),
         (["--stages.zero.sampling.temperature", "0"], ["stages.zero.sampling.temperature", "greedy"]),
         (["--stages.zero.prompts", '[{task = "courtesy"}]'], ["courtesy", "answer"]),
         (["--stages.fine.data", '["/nowhere.jsonl"]'], ["/nowhere.jsonl"]),

@@ -265,8 +265,10 @@ def test_overlong_is_dapos_soft_punishment(length, wanted):
 
 
 def test_every_file_is_a_reward_and_has_its_name():
-    assert available_rewards() == ["accuracy", "code", "format", "language", "overlong", "repetition"]
-    settings = {"overlong": {"max_tokens": 8, "buffer": 4}, "code": {"unsafe": True}}  # so that it can be built without bubblewrap too
+    assert set(available_rewards()) >= {
+        "accuracy", "cosine", "format", "language", "length", "math", "overlong", "readability", "repetition"
+    }  # fmt: skip
+    settings = {"overlong": {"max_tokens": 8, "buffer": 4}, "cosine": {"max_tokens": 8}, "code": {"unsafe": True}}
     for name in available_rewards():
         assert make_reward(name, **settings.get(name, {})).__name__ == name
 
@@ -277,6 +279,14 @@ def test_every_file_is_a_reward_and_has_its_name():
         ("acuracy", {}, "did you mean accuracy"),
         ("table", {}, "unknown reward 'table'"),
         ("base", {}, "unknown reward 'base'"),
+        ("maths", {}, "did you mean math"),
+        ("math_accuracy", {}, "unknown reward 'math_accuracy': did you mean"),
+        ("format", {"mode": "loose"}, "mode is 'loose'"),
+        ("length", {"scale": 0.0}, "scale is 0.0"),
+        ("cosine", {"max_tokens": 0}, "max_tokens is 0"),
+        ("readability", {"min_language": 2.0}, "min_language is 2.0"),
+        ("readability", {"target": "xx"}, "unknown target 'xx'"),
+        ("language", {"detector": "no_such_module:f"}, "detector 'no_such_module:f' cannot be loaded"),
         ("overlong", {"max_token": 3, "buffer": 1}, "unknown setting 'max_token': did you mean max_tokens"),
         ("overlong", {"max_tokens": 3}, "'buffer' is required"),
         ("overlong", {"max_tokens": 0, "buffer": 1}, "max_tokens is 0"),
@@ -356,6 +366,16 @@ def test_r1_totals_by_domain_and_step():
     assert preference.seen == 1  # a reward model never sees what it does not count for
 
 
+def test_families_and_domains():
+    values = {name: Constant(name, 1.0) for name in ("a", "b", "c", "d")}
+    lines = [("a", "math"), ("b", "reasoning"), ("c", "safety"), ("d", "any")]
+    table = RewardTable([Entry(values[name], domain=domain) for name, domain in lines])
+    domains = ["math", "code", "stem", "logic", "reasoning", "general", "safety"]
+    parts = table.score([sample(domain=domain) for domain in domains]).parts
+    told = ["".join(name for name in parts if parts[name][i] is not None) for i in range(len(domains))]
+    assert told == ["abd", "bd", "bd", "bd", "bd", "d", "cd"]
+
+
 def test_filters_see_the_raw_score_under_shaping():
     table = make_table([{"name": "accuracy"}, {"name": "overlong", "max_tokens": 10, "buffer": 10}, {"name": "format", "domain": "general"}])
     text = "<answer> 4 </answer>"
@@ -374,8 +394,11 @@ def test_a_sample_to_which_nothing_applies_is_marked():
 def test_wrong_tables_are_refused():
     with pytest.raises(UserError, match="no rewards"):
         RewardTable([])
-    with pytest.raises(UserError, match="domain 'math'"):
-        make_table([{"name": "format", "domain": "math"}])
+    with pytest.raises(UserError, match="domain 'maths'; did you mean math"):
+        make_table([{"name": "format", "domain": "maths"}])
+    with pytest.raises(UserError, match="two lines of 'format'"):  # math belongs to the family reasoning
+        make_table([{"name": "format", "domain": "math"}, {"name": "format", "domain": "reasoning"}])
+    make_table([{"name": "format", "domain": domain} for domain in ("math", "code", "stem", "logic", "general", "safety")])
     with pytest.raises(UserError, match="two lines of 'format'"):
         make_table([{"name": "format"}, {"name": "format", "domain": "general"}])
     with pytest.raises(UserError, match="steps 5 to 4"):

@@ -85,3 +85,20 @@ def test_samples_do_not_depend_on_the_number_of_ranks():
         return {(s.problem.id, i): (s.token_ids.tolist(), s.logps.tolist()) for group in groups for i, s in enumerate(group)}
 
     assert drawn(0, 1) == drawn(0, 2) | drawn(1, 2) == drawn(0, 3) | drawn(1, 3) | drawn(2, 3)
+
+
+def test_samples_are_handed_over_as_they_finish_and_are_the_ones_that_come_back():
+    task = ArithmeticTask()
+    tokenizer = symbol_tokenizer(list(task.symbols))
+    model = Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1, initializer_range=0.3)).initialize_(0)
+    generator, seen, decoding = rollout_generator(model, tokenizer, 4, 4), [], []
+
+    def arrived(sample):
+        seen.append(sample)
+        decoding.append(generator.running().num_decoding)
+
+    problems = [task.problem("train", i) for i in range(3)]
+    groups = sample_groups(generator, tokenizer, problems, 4, SamplingConfig(max_tokens=9), Ranks(threads=1), 0, "zero", 5, on_sample=arrived)
+    assert sorted(map(id, seen)) == sorted(id(sample) for group in groups for sample in group)
+    assert [group[0].problem for group in groups] == problems
+    assert any(n > 0 for n in decoding)  # while others decode

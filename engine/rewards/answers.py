@@ -26,7 +26,8 @@ _NUMBER = re.compile(
 )
 _FRAC = re.compile(r"\\[dt]?frac *(?:\{([^{}]{1,40})\} *\{([^{}]{1,40})\}|([0-9]) *([0-9]))")
 _OPTION = re.compile(r"^\(?([A-Za-z])\)$")
-_LATEX_NOISE = re.compile(r"\\(?:left|right|bigl?|bigr?|Bigl?|Bigr?|displaystyle|limits)(?![a-zA-Z])|\\[!,;: ]|\\quad(?![a-zA-Z])")
+_NEGATIVE_SPACE = re.compile(r"\\! *")  # 10,\!080 is 10,080
+_LATEX_NOISE = re.compile(r"\\(?:left|right|bigl?|bigr?|Bigl?|Bigr?|displaystyle|limits)(?![a-zA-Z])|\\[,;: ]|\\q?quad(?![a-zA-Z])")
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox|mathbf)\s*\{([^{}]*)\}")
 _BESIDE_PUNCTUATION = re.compile(r" *([^\w\s]) *")
 
@@ -91,6 +92,7 @@ def normalize(text: str) -> str:
             if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
                 text = text[len(left) : -len(right)].strip()
                 break
+    text = _NEGATIVE_SPACE.sub("", text)
     text = _LATEX_TEXT.sub(r" \1 ", _LATEX_NOISE.sub(" ", text))
     text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     text = " ".join(text.split())

@@ -115,7 +115,7 @@ class Code(Reward):
         if found is None:
             return Verdict("score", 0.0, 0, 0, num_tests, "no program in the answer")
         program, tag = found
-        tag = tag or str(problem.metadata.get("programming_language") or "").lower()
+        tag = tag or str(problem.metadata.get("language") or "").lower()
         language = "cpp" if tag in _CPP or (not tag and "#include" in program) else "python"
         if language == "cpp" and tests.kind != "stdio":
             return Verdict("score", 0.0, 0, 0, num_tests, f"C++, but the tests call the Python function {tests.entry}")

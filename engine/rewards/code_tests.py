@@ -8,7 +8,7 @@ check           {"test": "def check(candidate): ...", "entry_point": "add", "pro
                 {"test_list": ["assert add(1, 2) == 3", ...]}                                                      MBPP
 Lists may stand under `tests` or `input_output` too, as data or as JSON text.  Compressed and pickled tests have to be unpacked by the loader.
 
-Optional: "time_limit" (seconds per test), "memory_limit" (MB), "programming_language" for an answer that names none.
+Optional: "time_limit" (seconds per test), "memory_limit" (MB), "language" (python or cpp) for an answer that names none.
 Not covered: problems with several right outputs (special judges) and interactive ones.
 """
 

@@ -1,7 +1,8 @@
 """Language consistency of R1 (arXiv 2501.12948 v2, eq. 7):  words in the target language / words, in the chain of thought.
 
 A word's language is told by its script, so English and Chinese can be told apart, English and French cannot.  (Language identifiers miss mixing
-inside a sentence.)
+inside a sentence.)  For languages of one script, `detector` takes a second look: words in the target's script count only in sentences that the
+detector takes for the target language, or cannot tell.
 Counting, declared:
 - a word is a maximal run of letters of one script; apostrophes inside belong to it;
 - scripts written without spaces: a run of n Han, kana or Thai characters counts ceil(n / 2) words (Thai: n / 4), near the mean word length;
@@ -10,8 +11,10 @@ Counting, declared:
 - a response without any think tag is judged whole, so leaving the tags out hides nothing.
 """
 
+import importlib
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -50,6 +53,8 @@ _NOT_SCRIPTS = {
     "FEMININE",
     "MASCULINE",
 }
+Detector = Callable[[str], str | None]
+_SENTENCES = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 _TOKENS = re.compile(r"\w+(?:['’]\w+)*")
 _IDENTIFIER = re.compile(r"[\d_]")
 _OPENERS = re.compile(r"```|`|\$\$|\$|\\\[|\\\(|\\begin\{|\\[a-zA-Z]+|https?://\S+|</?(?:think|answer)>")
@@ -133,16 +138,40 @@ def _script_runs(token: str) -> list[tuple[str, int]]:
     return [(name, length) for name, length in runs if name]
 
 
-def language_consistency(text: str, language: str, *, prompt: str = "", empty: float = 1.0) -> float:
+def language_consistency(text: str, language: str, *, prompt: str = "", empty: float = 1.0, detector: Detector | None = None) -> float:
     """Share, in [0, 1], of the words of a response's chain of thought that are in `language` (an ISO 639-1 code; unknown raises UserError)."""
     if language not in SCRIPTS:
         raise UserError(f"language consistency: unknown language {language!r}: {near_misses(language, list(SCRIPTS))}")
     think = parse_response(text, prompt=prompt).think
-    counts = count_words(text if think is None else think)
-    total = sum(counts.values())
-    if total == 0:
-        return empty
-    return sum(counts.get(name, 0) for name in SCRIPTS[language]) / total
+    thought = text if think is None else think
+    sentences = [thought] if detector is None else _SENTENCES.split(prose(thought))
+    total = right = 0
+    for sentence in sentences:
+        counts = count_words(sentence)
+        total += sum(counts.values())
+        own = sum(counts.get(name, 0) for name in SCRIPTS[language])
+        right += own if detector is None or not own or (detector(sentence) or language) == language else 0
+    return right / total if total else empty
+
+
+def load_detector(name: str) -> Detector:
+    """Import "module:function" with function(text) -> ISO 639-1 code, or a tuple that begins with it (py3langid:classify), or None = cannot tell."""
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f'reward language: detector {name!r} cannot be loaded ({error}), wanted "module:function"') from None
+
+    def detect(text: str) -> str | None:
+        found = function(text)
+        return found[0] if isinstance(found, tuple) else found
+
+    return detect
+
+
+@lru_cache
+def _detector(name: str | None) -> Detector | None:
+    return None if name is None else load_detector(name)
 
 
 @dataclass(frozen=True)
@@ -154,13 +183,18 @@ class Language(Reward):
     """ISO 639-1 code; None = each problem's own language."""
     empty: float = 1.0
     """Value for a chain of thought without words."""
+    detector: str | None = None
+    """"module:function" that tells languages of one script apart, such as "py3langid:classify"; None = scripts alone."""
 
     def __post_init__(self):
+        if self.detector is not None:
+            load_detector(self.detector)
         if self.target is not None and self.target not in SCRIPTS:
             raise UserError(f"reward language: unknown target {self.target!r}: {near_misses(self.target, list(SCRIPTS))}")
 
     def score(self, sample: Sample, problem: Problem) -> float:
-        return language_consistency(sample.text, self.target or problem.language, prompt=problem.prompt, empty=self.empty)
+        detector = _detector(self.detector)
+        return language_consistency(sample.text, self.target or problem.language, prompt=problem.prompt, empty=self.empty, detector=detector)
 
 
 make = Language

@@ -21,6 +21,11 @@ def repetition_ratio(items: list, ngram_size: int) -> float:
     return 1.0 - len(set(zip(*(items[i:] for i in range(ngram_size)), strict=False))) / total
 
 
+def words_of(text: str) -> list[str]:
+    """Words between white space, each Han or kana character one of its own."""
+    return _WORDS.findall(text)
+
+
 @dataclass(frozen=True)
 class Repetition(Reward):
     """-max_penalty times the share of repeated n-grams."""
@@ -42,7 +47,7 @@ class Repetition(Reward):
 
     def score(self, sample: Sample, problem: Problem) -> float:
         if self.unit == "words":
-            items = _WORDS.findall(sample.text.lower())
+            items = words_of(sample.text.lower())
         elif sample.token_ids is None:
             raise ValueError("reward repetition: unit 'tokens' needs `completion_ids`, got none; use unit='words'")
         else:

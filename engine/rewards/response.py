@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 
 _TAGS = re.compile(r"</?(?:think|answer)>")
-_ORDER = ["<think>", "</think>", "<answer>", "</answer>"]
+ORDER = ["<think>", "</think>", "<answer>", "</answer>"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def parse_response(text: str, *, prompt: str = "") -> Response:
         thoughts.append(text[think_start:].strip())
         summary_start = len(text)
     well_formed = False
-    if [tag for tag, _, _ in tags] == _ORDER:
+    if [tag for tag, _, _ in tags] == ORDER:
         outside = text[: tags[0][1]] + text[tags[1][2] : tags[2][1]] + text[tags[3][2] :]
         well_formed = not outside.strip() and bool(thoughts[0]) and bool(answer)
     return Response("\n".join(thoughts) if thoughts else None, answer, text[summary_start:].strip(), well_formed)

@@ -3,19 +3,27 @@
     reasoning:  accuracy + format (equal weights) [+ language]
     general:    reward model + format [+ language]; the preference model only in the last steps of the last stage
 
-A total is the weighted sum of the rewards that apply: the entry's domain is the problem's (or "any"), first_step <= step <= last_step, and the
-reward did not answer None.
+A total is the weighted sum of the rewards that apply: the problem belongs to the entry's domain (math, code, stem and logic are the family
+"reasoning"; "any" is everything), first_step <= step <= last_step, and the reward did not answer None.
+
+A reward that ends in an error or a timeout gives no score.  `on_failure` says what becomes of its sample:  "zero" counts it as 0,  "drop_sample"
+takes it out of its group's statistics,  "drop_group" its whole group.  Either way it is counted (`failures`).
 """
 
+import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from athanor.errors import UserError
-from athanor.samples import Sample
+from athanor.registry import near_misses
+from athanor.rewards.base import Outcome, group_key
+from athanor.samples import DOMAINS, Sample, in_domain
 
-DOMAINS = ("reasoning", "general", "any")
+ON_FAILURE = ("zero", "drop_sample", "drop_group")
+VERIFIERS = ("accuracy", "math", "code", "choice")  # rewards that say whether an answer is right: their score is the raw one
 
 
 @dataclass(frozen=True)
@@ -24,14 +32,14 @@ class Entry:
 
     reward: Callable
     weight: float = 1.0
-    domain: str = "any"  # "reasoning", "general" or "any"
+    domain: str = "any"  # one of samples.DOMAINS, or "any"
     first_step: int = 0  # both ends belong to the range
     last_step: int | None = None  # None = to the end
 
     def __post_init__(self):
         name = getattr(self.reward, "__name__", repr(self.reward))
-        if self.domain not in DOMAINS:
-            raise UserError(f"reward table: {name} has domain {self.domain!r}, wanted one of {', '.join(DOMAINS)}")
+        if self.domain not in (*DOMAINS, "any"):
+            raise UserError(f"reward table: {name} has domain {self.domain!r}; {near_misses(self.domain, [*DOMAINS, 'any'])}")
         if not np.isfinite(self.weight):
             raise UserError(f"reward table: {name} has weight {self.weight}, wanted a finite number")
         if self.first_step < 0 or (self.last_step is not None and self.last_step < self.first_step):
@@ -39,7 +47,7 @@ class Entry:
 
     def applies(self, domain: str, step: int) -> bool:
         """Does this line count for a problem of `domain` at `step`?"""
-        return self.domain in ("any", domain) and self.first_step <= step and (self.last_step is None or step <= self.last_step)
+        return in_domain(domain, self.domain) and self.first_step <= step and (self.last_step is None or step <= self.last_step)
 
 
 @dataclass(frozen=True)
@@ -48,17 +56,22 @@ class RewardScores:
 
     total: np.ndarray  # (S,) float64, 0 where nothing applied
     parts: dict[str, list[float | None]]  # unweighted, per reward name; None = does not apply
-    raw: np.ndarray  # (S,) float64: accuracy alone where it applies, else the total.  Group filters look at this, never at shaped totals
+    raw: np.ndarray  # (S,) float64: the verifier alone where it applies, else the total; NaN = dropped.  Group filters look at this
     applied: np.ndarray  # (S,) bool: at least one reward applied; the others carry no signal and belong in no group statistic
+    dropped: np.ndarray  # (S,) bool: not applied because a reward failed on it or, with "drop_group", on a sibling
+    seconds: dict[str, float] = field(default_factory=dict)  # reward -> elapsed, waiting for workers included
+    failures: dict[str, Counter] = field(default_factory=dict)  # reward -> "error" and "timeout" counts, of rewards that failed at all
 
 
 class RewardTable:
     """Typed table of rewards.  Raises UserError when two lines of one name can count for the same sample."""
 
-    def __init__(self, entries: list[Entry]):
-        self.entries = list(entries)
+    def __init__(self, entries: list[Entry], on_failure: str = "drop_sample"):
+        self.entries, self.on_failure = list(entries), on_failure
         if not self.entries:
             raise UserError("reward table: no rewards, wanted at least one")
+        if on_failure not in ON_FAILURE:
+            raise UserError(f"reward table: on_failure is {on_failure!r}, wanted one of {', '.join(ON_FAILURE)}")
         for i, a in enumerate(self.entries):
             for b in self.entries[:i]:
                 if a.reward.__name__ == b.reward.__name__ and _overlap(a, b):
@@ -66,20 +79,31 @@ class RewardTable:
                         f"reward table: two lines of {a.reward.__name__!r} count for the same samples (domains {b.domain} and {a.domain})"
                     )
 
-    def score(self, samples: list[Sample], step: int = 0) -> RewardScores:
-        """Score samples at a training step (0-based within the stage).  Each reward sees only the samples it counts for, in one call."""
-        total = np.zeros(len(samples))
-        applied = np.zeros(len(samples), bool)
-        parts: dict[str, list[float | None]] = {}
-        for entry in self.entries:
-            name = entry.reward.__name__
-            column = parts.setdefault(name, [None] * len(samples))
-            # a sample whose logits became NaN says nothing about its problem
-            rows = [i for i, sample in enumerate(samples) if sample.finish != "error" and entry.applies(sample.problem.domain, step)]
+    def score(self, samples: list[Sample], step: int = 0, *, judge: Callable[[Entry, list[Sample]], list[Outcome]] | None = None) -> RewardScores:
+        """Score samples at a training step (0-based within the stage).  Each reward sees only the samples it counts for, in one call.
+
+        judge: gives the outcomes of rewards that run in workers; default their own pool.
+        """
+        total, applied, failed = np.zeros(len(samples)), np.zeros(len(samples), bool), np.zeros(len(samples), bool)
+        parts: dict[str, list[float | None]] = {entry.reward.__name__: [None] * len(samples) for entry in self.entries}
+        failures: dict[str, Counter] = {}
+        seconds = dict.fromkeys(parts, 0.0)
+        for entry in sorted(self.entries, key=lambda entry: getattr(entry.reward, "needs_correct", False)):
+            name, rows = entry.reward.__name__, self.rows(entry, samples, step)
             if not rows:
                 continue
             chosen = [samples[i] for i in rows]
-            values = entry.reward(chosen, [sample.problem for sample in chosen])
+            start = time.perf_counter()
+            if runs_away(entry.reward):
+                outcomes = (judge or _judge)(entry, chosen)
+                values = [outcome.value if outcome.status == "score" else 0.0 if self.on_failure == "zero" else None for outcome in outcomes]
+                counts = Counter(outcome.status for outcome in outcomes if outcome.status != "score")
+                failures |= {name: failures.get(name, Counter()) + counts} if counts else {}
+                failed[[i for i, outcome in zip(rows, outcomes, strict=True) if outcome.status != "score"]] = True
+            else:
+                extra = {"correct": [_correct(parts, i) for i in rows]} if getattr(entry.reward, "needs_correct", False) else {}
+                values = entry.reward(chosen, [sample.problem for sample in chosen], **extra)
+            seconds[name] += time.perf_counter() - start
             if len(values) != len(rows):
                 raise ValueError(f"reward {name}: {len(values)} scores for {len(rows)} samples")
             for i, value in zip(rows, values, strict=True):
@@ -87,15 +111,36 @@ class RewardTable:
                     continue
                 if not np.isfinite(value):
                     raise ValueError(f"reward {name}: score is {value}, wanted a finite number or None")
-                column[i] = float(value)
+                parts[name][i] = float(value)
                 total[i] += entry.weight * float(value)
                 applied[i] = True
-        accuracy = parts.get("accuracy", [None] * len(samples))
-        raw = np.array([t if a is None else a for a, t in zip(accuracy, total, strict=True)], np.float64)
-        return RewardScores(total, parts, raw, applied)
+        raw = np.array([t if (c := _correct(parts, i)) is None else c for i, t in enumerate(total)], np.float64)
+        dropped = failed & (self.on_failure != "zero")
+        if self.on_failure == "drop_group":
+            lost = {group_key(samples[i].problem) for i in np.flatnonzero(failed)}
+            dropped |= np.array([group_key(sample.problem) in lost for sample in samples], bool)
+        total[dropped], raw[dropped], applied[dropped] = 0.0, np.nan, False
+        return RewardScores(total, parts, raw, applied, dropped, seconds, failures)
+
+    def rows(self, entry: Entry, samples: list[Sample], step: int) -> list[int]:
+        """Which samples an entry counts for.  One whose logits became NaN says nothing about its problem."""
+        return [i for i, sample in enumerate(samples) if sample.finish != "error" and entry.applies(sample.problem.domain, step)]
 
 
-def make_table(lines: list[dict]) -> RewardTable:
+def runs_away(reward: Callable) -> bool:
+    """Does a reward run in a worker, a process or a thread?"""
+    return getattr(reward, "runs_in", "caller") != "caller"
+
+
+def _judge(entry: Entry, samples: list[Sample]) -> list[Outcome]:
+    return entry.reward.outcomes(samples)
+
+
+def _correct(parts: dict[str, list[float | None]], i: int) -> float | None:
+    return next((parts[name][i] for name in VERIFIERS if name in parts and parts[name][i] is not None), None)
+
+
+def make_table(lines: list[dict], on_failure: str = "drop_sample") -> RewardTable:
     """Build a table from plain dicts: keys name, weight, domain, first_step, last_step; what is left are the reward's settings."""
     from athanor.rewards import make_reward  # the package imports this file
 
@@ -106,11 +151,11 @@ def make_table(lines: list[dict]) -> RewardTable:
             raise UserError(f"reward table: a line without `name`: {line}")
         place = {key: line.pop(key) for key in ("weight", "domain", "first_step", "last_step") if key in line}
         entries.append(Entry(make_reward(line.pop("name"), **line), **place))
-    return RewardTable(entries)
+    return RewardTable(entries, on_failure)
 
 
 def _overlap(a: Entry, b: Entry) -> bool:
-    if "any" not in (a.domain, b.domain) and a.domain != b.domain:
+    if not any(in_domain(x, y) for x, y in ((a.domain, b.domain), (b.domain, a.domain))) and a.domain != "any":
         return False
     end = float("inf")
     return a.first_step <= (end if b.last_step is None else b.last_step) and b.first_step <= (end if a.last_step is None else a.last_step)

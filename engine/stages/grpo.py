@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from athanor.advantages import advantages_of, groups_with_contrast
+from athanor.advantages import advantages_of, gdpo_advantages, groups_with_contrast
 from athanor.checkpoint import export_model
 from athanor.config import GRPOConfig
 from athanor.errors import UserError
@@ -21,24 +21,30 @@ from athanor.losses import Preset, formula, resolve_preset
 from athanor.metrics_eval import REFLECTIVE_WORDS, reflection_rate
 from athanor.model.transformer import Decoder
 from athanor.reward_models import load_preference_reward
-from athanor.rewards import Entry, RewardScores, RewardTable, make_reward
+from athanor.rewards import Entry, RewardScores, RewardService, RewardTable, make_reward
+from athanor.rewards.table import VERIFIERS
 from athanor.rollout import ProblemStream, rollout_generator, sample_groups
-from athanor.samples import Sample
+from athanor.samples import Sample, in_domain
 from athanor.seeds import derive_seed
 from athanor.stages.context import StageContext
 from athanor.stages.policy_update import update_policy
 from athanor.stages.training import TrainingLoop
 from athanor.weights import load_model, weights_hash
 
-SHOWN = ("reward", "accuracy", "mean_tokens", "reflection_rate", "logp_gap_max", "tokens_per_s")
+SHOWN = ("reward", "accuracy", "math", "code", "mean_tokens", "reflection_rate", "logp_gap_max", "tokens_per_s")
 
 
 def run(context: StageContext, config: GRPOConfig) -> dict:
     """Train `init` by RL and export; return metrics and outputs."""
     check(context.name, config)
+    with RewardService(reward_table(context, config), num_workers=config.reward_workers) as rewards:
+        return _train(context, config, rewards)
+
+
+def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) -> dict:
     preset = resolve_preset(config.loss, **config.loss_overrides)
-    context.console.note(f"{context.name}: {formula(preset)}")
-    table = reward_table(context, config)
+    objective = formula(preset) + ("; A replaced by GDPO's (arXiv 2601.05242)" if config.reward_scaling == "gdpo" else "")
+    context.console.note(f"{context.name}: {objective}")
     model = context.load(config.init)
     loop = TrainingLoop(context, config, model)
     reference = _reference(context, preset, loop, config)
@@ -55,8 +61,9 @@ def run(context: StageContext, config: GRPOConfig) -> dict:
         if trained is not None and weights_hash(generator.model) != trained:
             raise UserError(f"stage {context.name}, step {step + 1}: the sampler's weights are not those of the last optimizer step")
         before = dict(generator.timings)
-        groups, scores, refills = _rollout(context, config, table, generator, stream, step, attempts)
+        groups, scores, refills = _rollout(context, config, rewards, generator, stream, step, attempts)
         rollout_s = time.perf_counter() - start
+        metrics |= _reward_figures(context, rewards, scores, loop)
         metrics |= {f"rollout_{name}": generator.timings[name] - before[name] for name in before}
         advantages = _advantages(context, config, preset, groups, scores, step)
         metrics |= _describe(context, groups, scores, advantages) | {"refills": refills}
@@ -68,7 +75,7 @@ def run(context: StageContext, config: GRPOConfig) -> dict:
             metrics["weights_hash"] = int(trained[:12], 16)
         tokens = context.ranks.sum_int(sum(s.num_tokens for group in groups for s in group))
         metrics |= {"rollout_s": rollout_s, "train_s": train_s, "tokens_per_s": tokens / (rollout_s + train_s)}
-        loop.stopped = config.stop_at_accuracy is not None and metrics.get("accuracy", 0.0) >= config.stop_at_accuracy
+        loop.stopped = config.stop_at_accuracy is not None and max(metrics.get(name, 0.0) for name in VERIFIERS) >= config.stop_at_accuracy
         gap = loop.extra["logp_gap_max"] = max(gap, metrics["logp_gap_max"])
         if reference is not None and preset.reference_interval and (step + 1) % preset.reference_interval == 0:
             reference.load_state_dict(model.state_dict())
@@ -76,7 +83,8 @@ def run(context: StageContext, config: GRPOConfig) -> dict:
             loop.extra["reference"] = f"reference-{step + 1}"
             if context.ranks.is_main:
                 export_model(reference, context.tokenizer, context.state_dir / loop.extra["reference"])
-    measured = {"logp_gap_max": gap, "rl_steps": loop.next_step, "loss_formula": formula(preset)}
+    measured = {"logp_gap_max": gap, "rl_steps": loop.next_step, "loss_formula": objective}
+    measured |= {name: loop.extra[name] for name in ("reward_failures",) if name in loop.extra}
     return {"metrics": measured, "outputs": {"checkpoint": context.export(model)}}
 
 
@@ -84,8 +92,16 @@ def check(name: str, config: GRPOConfig) -> None:
     """Refuse settings that have no meaning together."""
     if config.sampling.temperature == 0:
         raise UserError(f"stages.{name}.sampling.temperature is 0, wanted > 0: greedy samples of a group are all the same")
-    if config.stop_at_accuracy is not None and not any(entry.reward == "accuracy" for entry in config.rewards):
-        raise UserError(f"stages.{name}.stop_at_accuracy is {config.stop_at_accuracy}, but no reward of the stage is accuracy")
+    if config.stop_at_accuracy is not None and not any(entry.reward in VERIFIERS for entry in config.rewards):
+        raise UserError(f"stages.{name}.stop_at_accuracy is {config.stop_at_accuracy}, but no reward of the stage is {' or '.join(VERIFIERS)}")
+    preset = resolve_preset(config.loss, **config.loss_overrides)
+    if config.reward_scaling == "gdpo" and (preset.scale != "std" or preset.baseline != "mean" or preset.whiten):
+        raise UserError(f"stages.{name}.reward_scaling is gdpo, which sets the advantages; wanted a loss with group mean and std, got {config.loss}")
+    if config.reward_scaling == "gdpo" and len({entry.reward for entry in config.rewards}) < len({(e.reward, e.weight) for e in config.rewards}):
+        raise UserError(f"stages.{name}.reward_scaling is gdpo, but a reward has two weights, wanted one each")
+    for entry in config.rewards:
+        if entry.end <= entry.start:
+            raise UserError(f"stages.{name}.rewards: {entry.reward} counts from {entry.start} to {entry.end} of the steps, wanted start < end")
     if config.prompts_per_step % config.updates_per_rollout:
         raise UserError(
             f"stages.{name}.prompts_per_step is {config.prompts_per_step}, wanted a multiple of updates_per_rollout = {config.updates_per_rollout}"
@@ -100,8 +116,9 @@ def reward_table(context: StageContext, config: GRPOConfig) -> RewardTable:
             reward = load_preference_reward(context.source_dir(config.reward_model), context.tokenizer, context.ranks.device)
         else:
             reward = make_reward(entry.reward, **entry.settings)
-        entries.append(Entry(reward, entry.weight, entry.domain, first_step=int(np.ceil(entry.start * config.steps))))
-    return RewardTable(entries)
+        last = None if entry.end == 1 else int(np.ceil(entry.end * config.steps)) - 1
+        entries.append(Entry(reward, entry.weight, entry.domain, first_step=int(np.ceil(entry.start * config.steps)), last_step=last))
+    return RewardTable(entries, config.reward_failures)
 
 
 def _reference(context: StageContext, preset: Preset, loop: TrainingLoop, config: GRPOConfig) -> Decoder | None:
@@ -117,7 +134,7 @@ def _reference(context: StageContext, preset: Preset, loop: TrainingLoop, config
 
 
 def _rollout(
-    context: StageContext, config: GRPOConfig, table: RewardTable, generator: Generator, stream: ProblemStream, step: int, attempts: int
+    context: StageContext, config: GRPOConfig, rewards: RewardService, generator: Generator, stream: ProblemStream, step: int, attempts: int
 ) -> tuple[list[list[Sample]], RewardScores, int]:
     """Groups of this rank, their scores, and the refills it took: dynamic sampling replaces groups whose raw scores are all equal."""
     seed, ranks, wanted = context.recipe.seed, context.ranks, len(context.ranks.share(list(range(config.prompts_per_step))))
@@ -125,9 +142,11 @@ def _rollout(
     for attempt in range(attempts):
         problems = stream.draw(step * attempts + attempt)
         key = (seed, context.name, step, attempt)
-        groups = sample_groups(generator, context.tokenizer, problems, config.group_size, config.sampling, ranks, *key)
+        groups = sample_groups(
+            generator, context.tokenizer, problems, config.group_size, config.sampling, ranks, *key, on_sample=lambda s: rewards.submit(s, step)
+        )
         if attempts > 1:
-            raw = torch.from_numpy(table.score([s for group in groups for s in group], step).raw)
+            raw = torch.from_numpy(rewards.score([s for group in groups for s in group], step).raw)
             contrast = groups_with_contrast(raw, torch.arange(len(groups)).repeat_interleave(config.group_size)).view(len(groups), -1)[:, 0]
             groups = [group for group, keep in zip(groups, contrast.tolist(), strict=True) if keep]
         kept = (kept + groups)[:wanted]
@@ -136,34 +155,65 @@ def _rollout(
             break
     if total == 0:
         context.console.warn(f"{context.name}: a step trains on nothing, no group in {attempts} draws had rewards that differ")
-    return kept, table.score([sample for group in kept for sample in group], step), attempt
+    return kept, rewards.score([sample for group in kept for sample in group], step), attempt
 
 
 def _advantages(context: StageContext, config: GRPOConfig, preset: Preset, groups: list[list[Sample]], scores: RewardScores, step: int) -> Tensor:
     """Advantages (S,) fp32 of this rank's samples, with statistics over all ranks' where the preset wants the batch."""
     G = config.group_size
+    if config.reward_scaling == "gdpo":
+        return _gdpo(context, config, scores, step)
     rewards = np.where(scores.applied, scores.total, np.nan)
     mine = [(reward, s.num_tokens) for reward, s in zip(rewards.tolist(), sum(groups, []), strict=True)]
     everyone, first = context.ranks.concatenate(mine)
     rewards = torch.tensor([reward for reward, _ in everyone], dtype=torch.float32)
     lengths = torch.tensor([float(n) for _, n in everyone])
     advantages = advantages_of(rewards, torch.arange(len(everyone)) // G, preset, num_tokens=lengths)
+    return _controlled(context, config, advantages, step)[first : first + len(mine)]
+
+
+def _gdpo(context: StageContext, config: GRPOConfig, scores: RewardScores, step: int) -> Tensor:
+    """The same with each reward normalised by itself."""
+    names = list(scores.parts)
+    mine = np.array([[np.nan if part is None else part for part in scores.parts[name]] for name in names], np.float64).T.reshape(-1, len(names))
+    mine[~scores.applied] = np.nan
+    everyone, first = context.ranks.concatenate(mine.tolist())
+    weights = torch.tensor([next(entry.weight for entry in config.rewards if entry.reward == name) for name in names])
+    group_ids = torch.arange(len(everyone)) // config.group_size
+    advantages = gdpo_advantages(torch.tensor(everyone, dtype=torch.float64).reshape(-1, len(names)), weights, group_ids).float()
+    return _controlled(context, config, advantages, step)[first : first + len(mine)]
+
+
+def _controlled(context: StageContext, config: GRPOConfig, advantages: Tensor, step: int) -> Tensor:
     if config.control == "shuffle":
         order = np.random.default_rng(derive_seed(context.recipe.seed, context.name, step, "shuffle")).permutation(len(advantages))
-        advantages = advantages[torch.from_numpy(order)]
-    elif config.control == "flip":
-        advantages = -advantages
-    return advantages[first : first + len(mine)]
+        return advantages[torch.from_numpy(order)]
+    return -advantages if config.control == "flip" else advantages
+
+
+def _reward_figures(context: StageContext, rewards: RewardService, scores: RewardScores, loop: TrainingLoop) -> dict[str, float]:
+    """What reward workers did in this step; {} where no reward runs in one.  Counts are over all ranks, seconds this rank's."""
+    figures, first = rewards.measure()
+    if not rewards.runs_away:
+        return {}
+    figures |= {name: context.ranks.sum_int(figures[name]) for name in ("reward_errors", "reward_timeouts", "reward_judged")}
+    figures["reward_dropped"] = context.ranks.sum_int(int(scores.dropped.sum()))
+    failed = figures["reward_errors"] + figures["reward_timeouts"]
+    loop.extra["reward_failures"] = loop.extra.get("reward_failures", 0) + failed
+    if first:
+        context.console.warn(f"{context.name}: {failed} samples without a verdict ({figures['reward_timeouts']} timeouts), the first: {first}")
+    return figures
 
 
 def _describe(context: StageContext, groups: list[list[Sample]], scores: RewardScores, advantages: Tensor) -> dict:
     """What the rollout looked like: means over the samples of all ranks."""
     flat = sum(groups, [])
     words = context.recipe.reflection_words or REFLECTIVE_WORDS
-    columns = {"reward": scores.total, "mean_tokens": [s.num_tokens for s in flat], "truncated_rate": [s.finish == "length" for s in flat]}
+    columns = {"reward": scores.total[~scores.dropped], "mean_tokens": [s.num_tokens for s in flat]}
+    columns["truncated_rate"] = [s.finish == "length" for s in flat]
     columns |= {f"{kind}_rate": [s.finish == kind for s in flat] for kind in ("repetition", "error")}
     columns |= {name: [v for v in values if v is not None] for name, values in scores.parts.items()}
-    columns["reflection_rate"] = [reflection_rate([s.text], words) for s in flat if s.problem.domain == "reasoning"]
+    columns["reflection_rate"] = [reflection_rate([s.text], words) for s in flat if in_domain(s.problem.domain, "reasoning")]
     columns["no_verdict_rate"] = (~scores.applied).tolist()  # samples that no reward applied to: they take no part in their group's statistics
     columns["zero_advantage_rate"] = (advantages == 0).float().tolist()
     sums = torch.tensor([[float(np.sum(np.asarray(c, np.float64))), len(c)] for c in columns.values()], dtype=torch.float64)

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from athanor.errors import UserError
 from athanor.registry import build, registered
-from athanor.samples import Problem
+from athanor.samples import Problem, in_domain
 from athanor.tasks._templates import R1_ZERO, render
 
 SPLITS = ("train", "validation", "test")
@@ -50,6 +50,6 @@ def require_answers(task: Task, reward: str = "accuracy", *, split: str = "train
     size = task.size(split)
     for index in range(1 if size is None else min(size, limit)):
         problem = task.problem(split, index)
-        if problem.answer is None and problem.domain == "reasoning" and problem.task not in scorers:
+        if problem.answer is None and in_domain(problem.domain, "reasoning") and problem.task not in scorers:
             where = problem.metadata.get("source", f"{split} problem {index}")
             raise UserError(f"task without answers: {task.name} has none for {where}, the reward {reward!r} needs one per reasoning problem")
