@@ -6,62 +6,9 @@ command line, this module only says what is valid.  Unknown keys are errors.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
-
-
-class ModelConfig(Config):
-    """A dense decoder; the names are HuggingFace's."""
-
-    architecture: Literal["llama", "qwen2", "qwen3"] = "qwen3"
-    """Family: llama (no biases), qwen2 (biases on q, k, v), qwen3 (RMS norm on q and k heads)."""
-    vocab_size: int = Field(0, ge=0)
-    """Vocabulary entries; 0 = taken from the tokenizer."""
-    hidden_size: int = Field(96, gt=0)
-    """Width D."""
-    num_hidden_layers: int = Field(3, gt=0)
-    """Decoder layers."""
-    num_attention_heads: int = Field(4, gt=0)
-    """Query heads H."""
-    num_key_value_heads: int = Field(2, gt=0)
-    """Key/value heads (GQA); must divide num_attention_heads."""
-    head_dim: int = Field(0, ge=0)
-    """Width of one head; 0 = hidden_size / num_attention_heads."""
-    intermediate_size: int = Field(192, gt=0)
-    """SwiGLU width F."""
-    rope_theta: float = Field(10000.0, gt=0)
-    """RoPE base."""
-    rope_scaling: dict | None = None
-    """HuggingFace rope_scaling; None or rope_type llama3."""
-    rms_norm_eps: float = Field(1e-6, gt=0)
-    """Epsilon of every RMS norm."""
-    tie_word_embeddings: bool = True
-    """Use the embedding as lm_head."""
-    max_position_embeddings: int = Field(4096, gt=0)
-    """Longest sequence in tokens."""
-    initializer_range: float = Field(0.02, gt=0)
-    """Standard deviation of the initial weights; matrices that write to the residual get it divided by sqrt(2 x layers)."""
-
-    @model_validator(mode="after")
-    def _heads(self):
-        if self.num_attention_heads % self.num_key_value_heads:
-            heads = self.num_attention_heads
-            raise ValueError(f"num_key_value_heads is {self.num_key_value_heads}, wanted a divisor of num_attention_heads = {heads}")
-        if not self.head_dim and self.hidden_size % self.num_attention_heads:
-            heads = self.num_attention_heads
-            raise ValueError(f"hidden_size is {self.hidden_size}, wanted a multiple of num_attention_heads = {heads} (or set head_dim)")
-        if self.width_per_head % 2:
-            raise ValueError(f"head_dim is {self.width_per_head}, RoPE wants it even")
-        if self.rope_scaling and self.rope_scaling.get("rope_type", self.rope_scaling.get("type")) not in ("llama3", "default"):
-            raise ValueError(f"rope_scaling is {self.rope_scaling}, wanted rope_type llama3 or none")
-        return self
-
-    @property
-    def width_per_head(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+from athanor.model_config import Config, ModelConfig
 
 
 class OptimizerConfig(Config):

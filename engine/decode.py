@@ -95,7 +95,7 @@ class DecodeRows:
         self.slot = zeros(1)  # of the ring
         self.shared: SharedPrefix | None = None
         self.buffers = SharedPrefix(zeros(R), zeros(R), zeros(R + 1, dtype=torch.int32), zeros(R, dtype=torch.int32))
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph | tuple[CpuGraph, Tensor | None, CpuGraph]] = {}
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph | tuple[CpuGraph, Tensor, CpuGraph]] = {}
         self.graph_pool, self.captured_bytes = None, 0
 
     def holds(self, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...]) -> bool:
@@ -180,8 +180,10 @@ class DecodeRows:
         key = self._key(n, limit)
         if key in self.graphs:
             forward, hidden, append = self.graphs[key]
-            hidden = hidden if forward.valid else self._forward(n, limit)
-            forward.replay()
+            if forward.valid:
+                forward.replay()
+            else:  # a mixture of experts: which rows it multiplies is known when it runs
+                hidden.copy_(self._forward(n, limit))  # where the captured rest reads it
         else:
             forward, append = CpuGraph(), CpuGraph()
             hidden = forward.capture(partial(self._forward, n, limit))
@@ -193,7 +195,7 @@ class DecodeRows:
                 self.captured_bytes -= forward.bytes + append.bytes
                 forward.drop()
                 append.drop()
-            self.graphs[key] = forward, hidden if forward.valid else None, append
+            self.graphs[key] = forward, hidden, append
         elif append.valid:
             append.replay()
         else:

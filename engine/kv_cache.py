@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from athanor.config import ModelConfig
-from athanor.kernels import attention, kv_append, paged_attention, qkv_append
+from athanor.kernels import attention, kv_append, mla_decode, paged_attention, qkv_append
 from athanor.kernels.paged_attention import CHUNK, empty_kv_cache
-from athanor.model.transformer import Rotation
+from athanor.model.mla import Latent
+from athanor.model.transformer import Rotation, packed_latent
 
 SLAB_BYTES = 1 << 28  # of partial results of the paged attention over the rows of a prefill
 
@@ -25,19 +26,24 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 class PagedKVCache:
-    """One pool of blocks per layer, allocated once: its addresses never change, so captured graphs stay valid."""
+    """One pool of blocks per layer, allocated once: its addresses never change, so captured graphs stay valid.
+
+    Of a latent, keys and values are the same numbers: on a CPU in two layouts, else in the same memory.
+    """
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
         self.num_blocks, self.block_size, self.device = num_blocks, block_size, device
         layers = [
-            empty_kv_cache(num_blocks, config.num_key_value_heads, block_size, config.width_per_head, dtype=dtype, device=device)
+            empty_kv_cache(num_blocks, config.cache_heads, block_size, config.cache_width, dtype=dtype, device=device)
             for _ in range(config.num_hidden_layers)
         ]
         self.keys, self.values = [k for k, _ in layers], [v for _, v in layers]
+        if config.latent and device.type != "cpu":
+            self.values = self.keys
 
     @staticmethod
     def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.width_per_head * dtype.itemsize
+        return 2 * config.num_hidden_layers * config.cache_heads * config.cache_width * dtype.itemsize
 
     def copy_(self, copies: np.ndarray) -> None:
         """Copy the first `tokens` slots of block `source` to block `target`, for rows (source, target, tokens) of copies (c, 3)."""
@@ -60,6 +66,15 @@ class PrefillAttention:
         q, k = rotation(q, k)
         kv_append(k, v, self.cache.keys[layer], self.cache.values[layer], self.blocks, self.slots)
         return attention(q, k, v, self.cu_seqlens)
+
+    def latent(self, layer: int, x: Latent) -> Tensor:
+        append_latent(self.cache, layer, x, self.blocks, self.slots)
+        return packed_latent(x, self.cu_seqlens)
+
+
+def append_latent(cache: PagedKVCache, layer: int, x: Latent, block_table: Tensor, positions: Tensor) -> None:
+    keys = x.keys()
+    kv_append(keys, keys, cache.keys[layer], cache.values[layer], block_table, positions)
 
 
 class ContinuedAttention:
@@ -96,6 +111,14 @@ class ContinuedAttention:
             for rows, lengths, longest, groups, prefixes in self.slabs
         ])  # fmt: skip
 
+    def latent(self, layer: int, x: Latent) -> Tensor:
+        append_latent(self.cache, layer, x, self.block_table, self.positions)
+        q, keys, values = x.queries(), self.cache.keys[layer], self.cache.values[layer]
+        return x.output(torch.cat([
+            mla_decode(q[rows], keys, values, self.block_table[rows], lengths, rank=x.rank, scale=x.scale, max_seq_len=longest)
+            for rows, lengths, longest, _, _ in self.slabs
+        ]))  # fmt: skip
+
 
 @dataclass(frozen=True)
 class SharedPrefix:
@@ -130,3 +153,9 @@ class DecodeAttention:
         out = paged_attention(q.index_select(0, s.order), keys, values, self.group_table, self.group_lens, max_seq_len=self.max_seq_len,
                               group_offsets=s.group_offsets, prefix_lens=s.prefix_lens)  # fmt: skip
         return out.index_select(0, s.inverse)
+
+    def latent(self, layer: int, x: Latent) -> Tensor:
+        append_latent(self.cache, layer, x, self.block_table, self.positions)
+        q, keys, values = x.queries(), self.cache.keys[layer], self.cache.values[layer]
+        options = dict(rank=x.rank, scale=x.scale, max_seq_len=self.max_seq_len)
+        return x.output(mla_decode(q, keys, values, self.block_table, self.seq_lens, **options))

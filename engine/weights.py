@@ -1,43 +1,29 @@
 """HuggingFace checkpoints in and out: config.json, model.safetensors or its shards, without a conversion step.
 
 `Decoder` keeps q/k/v and gate/up as one matrix each; a HuggingFace tensor is a range of rows of ours, read and written in place, shard by shard.
-Left out: pickled weights (pytorch_model.bin), quantized checkpoints, sliding windows, RoPE types other than default and llama3.
+The experts of a layer are one stack, of which each is a part.  Block-scaled FP8 weights (DeepSeek-V3, Qwen3-FP8: `weight_scale_inv`) are dequantised
+when they are read, and saved as what they then are.
+Left out: pickled weights (pytorch_model.bin), other quantized checkpoints, sliding windows, RoPE types other than default, llama3 and (DeepSeek-V3)
+yarn, and the layers for multi-token prediction behind DeepSeek-V3's last one, which are skipped.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from athanor import atomic
-from athanor.config import ModelConfig
 from athanor.errors import UserError
+from athanor.hf_config import fp8_block, model_config_from_hf, model_config_to_hf, num_mtp_layers
+from athanor.hf_tensors import Source, hf_tensors
 from athanor.model.transformer import Decoder
 
-CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 INDEX_FILE = "model.safetensors.index.json"
-# Fields that share their name and meaning with ModelConfig, and transformers' value where a config.json leaves one out (None = wanted).
-_SHARED = dict(
-    vocab_size=None, hidden_size=None, intermediate_size=None, num_hidden_layers=None, num_attention_heads=None,
-    rms_norm_eps=1e-6, initializer_range=0.02, tie_word_embeddings=False,
-)  # fmt: skip
-# What the decoder does not do, with the only value under which it need not.
-_ONLY = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, attention_dropout=0.0, partial_rotary_factor=1.0, quantization_config=None)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where one HuggingFace tensor lives in a Decoder: rows start .. start + shape[0] of `parameter`."""
-
-    parameter: str
-    start: int
-    shape: tuple[int, ...]
+SCALE = "_scale_inv"  # behind the name of an FP8 weight
 
 
 def weights_hash(model: Decoder) -> str:
@@ -59,16 +45,20 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
     atomic.recover(path)
     if not path.is_dir():
         raise UserError(f"load_model: folder {path} does not exist")
-    config = model_config_from_hf(atomic.read_json(path / "config.json", "load_model"))
+    hf_config = atomic.read_json(path / "config.json", "load_model")
+    config, block = model_config_from_hf(hf_config), fp8_block(hf_config)
     with torch.device("meta"):
         model = Decoder(config)
     model = model.to(dtype).to_empty(device=device)
     sources = hf_tensors(config)
     files = _tensor_files(path)
+    behind = tuple(f"model.layers.{config.num_hidden_layers + i}." for i in range(num_mtp_layers(hf_config)))
+    files = {name: file for name, file in files.items() if not name.startswith(behind)} if behind else files
+    scales = {f"{name}{SCALE}" for name in sources} if block else set()
     missing = [name for name in sources if name not in files]
     # A tied head may be stored all the same, and is compared; rotary frequencies of old Llama files are computed.
     redundant = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    extra = [name for name in files if name not in sources and name not in redundant and not name.endswith("rotary_emb.inv_freq")]
+    extra = [name for name in files if name not in sources and name not in redundant | scales and not name.endswith("rotary_emb.inv_freq")]
     if missing or extra:
         parts = [f"{kind} {_listed(names)}" for kind, names in (("missing tensors", missing), ("unexpected tensors", extra)) if names]
         raise UserError(f"load_model: {path} does not fit its config.json: {'; '.join(parts)}")
@@ -78,8 +68,12 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
             for name, source in sources.items():
                 if files[name] == file:
                     value = _checked(shard, name, source, path / file)
+                    if value.dtype == torch.float8_e4m3fn:
+                        value = _dequantized(value, block, name, path, files)
+                    elif name + SCALE in files:
+                        raise UserError(f"load_model: {name}{SCALE} in {path} is a scale, but {name} is no FP8")
                     with torch.no_grad():
-                        _rows(parameters, source).copy_(value)
+                        source.of(parameters).copy_(value)
     for name in redundant & set(files):
         with _open(path / files[name]) as shard:
             value = _checked(shard, name, sources["model.embed_tokens.weight"], path / files[name])
@@ -116,7 +110,7 @@ def write_model(model: Decoder, folder: Path, *, token_ids: dict | None = None, 
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))] if len(shards) > 1 else ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
         # A copy each: safetensors refuses views that share their storage.
-        tensors = {name: _rows(parameters, sources[name]).detach().to("cpu", copy=True).contiguous() for name in names}
+        tensors = {name: sources[name].of(parameters).detach().to("cpu", copy=True).contiguous() for name in names}
         write_tensors(tensors, folder / file)
     if len(shards) > 1:
         total = sum(width[name] * torch.Size(source.shape).numel() for name, source in sources.items())
@@ -139,133 +133,27 @@ def is_model_file(name: str) -> bool:
     return name in ("config.json", INDEX_FILE) or name.endswith(".safetensors")
 
 
-def model_config_from_hf(config: dict) -> ModelConfig:
-    """Read config.json.  RoPE may be in transformers 4's fields (rope_theta, rope_scaling) or transformers 5's (rope_parameters).
-
-    Raises UserError on a family or a feature that the decoder does not have, rather than dropping it.
-    """
-    family = config.get("model_type")
-    if family not in CLASSES:
-        raise UserError(f"config.json: model_type is {family!r}, wanted one of {', '.join(CLASSES)}")
-    architectures = config.get("architectures") or [CLASSES[family]]
-    if architectures != [CLASSES[family]]:
-        raise UserError(f"config.json: architectures is {architectures}, wanted ['{CLASSES[family]}']")
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"config.json: rope_scaling is {rope!r}, wanted an object")
-    for name, only in _ONLY.items():
-        value = rope.get(name, config.get(name, only))
-        if value is not None and value != only:
-            raise UserError(f"config.json: {name} is {value!r}, the decoder supports {only!r} only")
-    _refuse_sliding_window(config)
-    fields = {name: config.get(name, default) for name, default in _SHARED.items()}
-    for name, value in fields.items():
-        if value is None:
-            raise UserError(f"config.json: {name} is missing")
-    H = fields["num_attention_heads"]
-    # The defaults differ by family: an absent key means the class's value, an explicit null means "derive it".
-    kv_heads = config.get("num_key_value_heads", None if family == "llama" else 32) or H
-    head_dim = config.get("head_dim", 128 if family == "qwen3" else None) or 0
-    if head_dim * H == fields["hidden_size"]:
-        head_dim = 0
-    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "type", "partial_rotary_factor")}
-    scaling.setdefault("rope_type", rope.get("type", "default"))
-    if scaling["rope_type"] == "llama3":
-        wanted = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings", 2048))
-        if absent := [key for key in wanted if not isinstance(scaling.get(key), (int, float))]:
-            raise UserError(f"config.json: rope_scaling of type llama3 has no {', '.join(absent)}")
-    try:
-        return ModelConfig(
-            architecture=family,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-            rope_scaling=None if scaling["rope_type"] == "default" else scaling,
-            max_position_embeddings=config.get("max_position_embeddings", 2048 if family == "llama" else 32768),
-            **fields,
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"config.json: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}") from None
-
-
-def model_config_to_hf(config: ModelConfig) -> dict:
-    """config.json for transformers 4 and 5 alike (both spellings of RoPE, all defaults written out)."""
-    scaling = config.rope_scaling or {"rope_type": "default"}
-    if "rope_type" not in scaling:
-        scaling = {"rope_type": scaling["type"], **{key: value for key, value in scaling.items() if key != "type"}}
-    hf = {
-        "architectures": [CLASSES[config.architecture]],
-        "model_type": config.architecture,
-        **{name: getattr(config, name) for name in _SHARED},
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.width_per_head,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
-        "rope_parameters": {"rope_theta": config.rope_theta, **scaling},
-        "attention_dropout": 0.0,
-        "use_cache": True,
-        # Llama's class defaults are 1 and 2, which would be ordinary tokens here.
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    if config.architecture == "qwen2":
-        return {**hf, "use_sliding_window": False}
-    hf["attention_bias"] = False
-    return {**hf, "mlp_bias": False} if config.architecture == "llama" else {**hf, "use_sliding_window": False}
-
-
-def hf_tensors(config: ModelConfig) -> dict[str, Source]:
-    """HuggingFace name -> place in the Decoder, in file order."""
-    D, F, V, d = config.hidden_size, config.intermediate_size, config.vocab_size, config.width_per_head
-    q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
-    tensors = {"model.embed_tokens.weight": Source("embed.weight", 0, (V, D))}
-    for i in range(config.num_hidden_layers):
-        hf, ours = f"model.layers.{i}", f"layers.{i}"
-        tensors[f"{hf}.input_layernorm.weight"] = Source(f"{ours}.input_norm.weight", 0, (D,))
-        start = 0
-        for name, rows in (("q", q), ("k", kv), ("v", kv)):
-            tensors[f"{hf}.self_attn.{name}_proj.weight"] = Source(f"{ours}.qkv_proj.weight", start, (rows, D))
-            if config.architecture == "qwen2":
-                tensors[f"{hf}.self_attn.{name}_proj.bias"] = Source(f"{ours}.qkv_proj.bias", start, (rows,))
-            start += rows
-        if config.architecture == "qwen3":
-            tensors[f"{hf}.self_attn.q_norm.weight"] = Source(f"{ours}.q_norm.weight", 0, (d,))
-            tensors[f"{hf}.self_attn.k_norm.weight"] = Source(f"{ours}.k_norm.weight", 0, (d,))
-        tensors[f"{hf}.self_attn.o_proj.weight"] = Source(f"{ours}.o_proj.weight", 0, (D, q))
-        tensors[f"{hf}.post_attention_layernorm.weight"] = Source(f"{ours}.post_attention_norm.weight", 0, (D,))
-        tensors[f"{hf}.mlp.gate_proj.weight"] = Source(f"{ours}.gate_up_proj.weight", 0, (F, D))
-        tensors[f"{hf}.mlp.up_proj.weight"] = Source(f"{ours}.gate_up_proj.weight", F, (F, D))
-        tensors[f"{hf}.mlp.down_proj.weight"] = Source(f"{ours}.down_proj.weight", 0, (D, F))
-    tensors["model.norm.weight"] = Source("norm.weight", 0, (D,))
-    if not config.tie_word_embeddings:
-        tensors["lm_head.weight"] = Source("lm_head.weight", 0, (V, D))
-    return tensors
-
-
-def _refuse_sliding_window(config: dict) -> None:
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
-        raise UserError(f"config.json: layer_types has {sorted(set(config['layer_types']))}, the decoder supports full_attention only")
-    window, first = config.get("sliding_window", 4096), config.get("max_window_layers", 28)
-    if config.get("use_sliding_window") and window is not None and first < config.get("num_hidden_layers", 0):
-        raise UserError(f"config.json: use_sliding_window is true (window {window} from layer {first} on), the decoder supports full attention only")
-
-
-def _rows(parameters: dict[str, Tensor], source: Source) -> Tensor:
-    return parameters[source.parameter][source.start : source.start + source.shape[0]]
-
-
 def _checked(shard, name: str, source: Source, file: Path) -> Tensor:
     view = shard.get_slice(name)
     if tuple(view.get_shape()) != source.shape:
         raise UserError(f"load_model: {name} in {file} is {tuple(view.get_shape())}, config.json wants {source.shape}")
-    if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-        raise UserError(f"load_model: {name} in {file} has type {view.get_dtype()}, wanted F64, F32, F16 or BF16")
+    if view.get_dtype() not in ("F64", "F32", "F16", "BF16", "F8_E4M3"):
+        raise UserError(f"load_model: {name} in {file} has type {view.get_dtype()}, wanted F64, F32, F16, BF16 or, with scales, F8_E4M3")
     return shard.get_tensor(name)
+
+
+def _dequantized(value: Tensor, block: tuple[int, int] | None, name: str, path: Path, files: dict[str, str]) -> Tensor:
+    """The FP8 weight (N, K) in fp32: each block of it times its scale, which may lie in another file."""
+    if block is None or value.ndim != 2 or name + SCALE not in files:
+        raise UserError(f"load_model: {name} in {path} is FP8, which needs {name}{SCALE} and a quantization_config with weight_block_size")
+    with _open(path / files[name + SCALE]) as shard:
+        scale = shard.get_tensor(name + SCALE).float()
+    blocks = tuple(-(-n // size) for n, size in zip(value.shape, block, strict=True))
+    if tuple(scale.shape) != blocks:
+        raise UserError(f"load_model: {name}{SCALE} in {path} is {tuple(scale.shape)}, {tuple(value.shape)} in blocks of {block} wants {blocks}")
+    for axis in (0, 1):
+        scale = scale.repeat_interleave(block[axis], axis)[tuple(slice(n) for n in value.shape)[: axis + 1]]
+    return value.float() * scale
 
 
 def _tensor_files(path: Path) -> dict[str, str]:

@@ -19,6 +19,9 @@ from .linear_logprob import linear_logprob
 from .linear_sample import linear_sample
 from .logits_grpo import logits_grpo
 from .logprob import LogProbs, Support, logprob
+from .mla_decode import mla_decode
+from .moe_permute import Places, moe_permute, moe_places, moe_unpermute
+from .moe_route import Routing, moe_route
 from .paged_attention import empty_kv_cache, paged_attention
 from .policy_loss import LossVariant, policy_loss
 from .rmsnorm import rmsnorm
@@ -27,8 +30,9 @@ from .sample import Sampled, sample
 from .swiglu import swiglu
 
 __all__ = [
-    "LogProbs", "LossVariant", "Quantized", "Sampled", "Support", "attention", "empty_kv_cache", "fp8_grouped_gemm", "fp8_grouped_matmul",
-    "fp8_grouped_wgrad", "fp8_quantize", "fp8_quantize_dual", "group_advantage", "grouped_gemm", "grouped_wgrad", "grpo_loss", "is_strict",
-    "kv_append", "linear", "linear_grpo", "linear_logprob", "linear_sample", "logits_grpo", "logprob", "paged_attention", "philox_uniform",
-    "policy_loss", "qkv_append", "rmsnorm", "rope", "sample", "strict_mode", "swiglu", "use_backend",
+    "LogProbs", "LossVariant", "Places", "Quantized", "Routing", "Sampled", "Support", "attention", "empty_kv_cache", "fp8_grouped_gemm",
+    "fp8_grouped_matmul", "fp8_grouped_wgrad", "fp8_quantize", "fp8_quantize_dual", "group_advantage", "grouped_gemm", "grouped_wgrad", "grpo_loss",
+    "is_strict", "kv_append", "linear", "linear_grpo", "linear_logprob", "linear_sample", "logits_grpo", "logprob", "mla_decode", "moe_permute",
+    "moe_places", "moe_route", "moe_unpermute", "paged_attention", "philox_uniform", "policy_loss", "qkv_append", "rmsnorm", "rope", "sample",
+    "strict_mode", "swiglu", "use_backend",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A dense pre-norm decoder (Llama 3, Qwen2/2.5, Qwen3) whose one forward serves training, prefill, decode and scoring.
+"""A pre-norm decoder (Llama 3, Qwen2/2.5, Qwen3, Qwen3-MoE, DeepSeek-V3) whose one forward serves training, prefill, decode and scoring.
 
 The forward knows nothing of batches: tokens are packed, and `attend(layer, q, k, v)` is where the callers differ - packed causal attention
 in training (`PackedAttention`), a KV cache in generation (`kv_cache`), which rotates in the launch that writes the cache.  So there is no second
@@ -15,19 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from athanor.config import ModelConfig
-from athanor.kernels import attention, linear, rmsnorm, rope, swiglu
+from athanor.kernels import attention, rope, swiglu
 from athanor.kernels.attention import longest_of
+from athanor.model.layers import ROW_STEP, Linear, RMSNorm, fill_rows
+from athanor.model.mla import Latent, LatentAttention, is_yarn, rotation_factor, yarn_frequencies
+from athanor.model.moe import MixtureOfExperts, Routes
 
-# Products of few rows, or of an odd number of rows per CPU thread, take other paths in BLAS and round differently (seen with 5-27 rows on AMD and
-# 1-7 on Intel).  Rollout and trainer therefore run the model on multiples of this many rows, the last ones filler that nobody reads.
-ROW_STEP = 16
-
-
-def fill_rows(x: Tensor, value: float = 0) -> Tensor:
-    """x (n, ...) with rows of `value` behind it, up to the next multiple of ROW_STEP and at least ROW_STEP."""
-    missing = -x.shape[0] % ROW_STEP if x.shape[0] else ROW_STEP
-    return torch.cat((x, x.new_full((missing, *x.shape[1:]), value))) if missing else x
-
+__all__ = ["ROW_STEP", "Attend", "Decoder", "DecoderLayer", "PackedAttention", "Rotation", "fill_rows", "fill_tokens", "rope_frequencies"]
 
 def fill_tokens(input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A packed batch with a filler sequence behind it, where one is needed for whole row steps."""
@@ -53,6 +47,9 @@ class Attend(Protocol):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         """Take q (T, H, d), k and v (T, K, d) of one layer, not rotated yet; return the attention output (T, H, d)."""
 
+    def latent(self, layer: int, x: Latent) -> Tensor:
+        """The same of multi-head latent attention, rotated already; return (T, H, v)."""
+
 
 class PackedAttention:
     """Causal attention within each packed sequence."""
@@ -64,23 +61,16 @@ class PackedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         return attention(*rotation(q, k), v, self.cu_seqlens, max_seqlen=self.max_seqlen)
 
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The normed x; with a residual (the normed x + residual, x + residual), in one kernel."""
-        return rmsnorm(x, self.weight, eps=self.eps, residual=residual)
+    def latent(self, layer: int, x: Latent) -> Tensor:
+        return packed_latent(x, self.cu_seqlens, self.max_seqlen)
 
 
-class Linear(nn.Linear):
-    """nn.Linear by way of the kernel, which has a row-independent version for strict mode."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+def packed_latent(x: Latent, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
+    """Causal latent attention within each packed sequence: (T, H, v)."""
+    if x.absorbs:
+        keys = x.keys()
+        return x.output(attention(x.queries(), keys, keys, cu_seqlens, scale=x.scale, max_seqlen=max_seqlen))
+    return attention(*x.expanded(), cu_seqlens, scale=x.scale, max_seqlen=max_seqlen)[..., : x.kv_b.shape[1] - x.q_nope.shape[2]]
 
 
 class DecoderLayer(nn.Module):
@@ -89,30 +79,41 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         D, d, F = config.hidden_size, config.width_per_head, config.intermediate_size
+        qwen3 = config.architecture in ("qwen3", "qwen3_moe")
         self.index = index
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, d
         self.input_norm = RMSNorm(D, config.rms_norm_eps)
-        self.qkv_proj = Linear(D, (self.num_heads + 2 * self.num_kv_heads) * d, bias=config.architecture == "qwen2")
-        if config.architecture == "qwen3":
-            self.q_norm, self.k_norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
-        self.o_proj = Linear(self.num_heads * d, D, bias=False)
+        self.mla = LatentAttention(config, index) if config.latent else None
+        if self.mla is None:
+            self.qkv_proj = Linear(D, (self.num_heads + 2 * self.num_kv_heads) * d, bias=config.architecture == "qwen2")
+            if qwen3:
+                self.q_norm, self.k_norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
+            self.o_proj = Linear(self.num_heads * d, D, bias=False)
         self.post_attention_norm = RMSNorm(D, config.rms_norm_eps)
-        self.gate_up_proj = Linear(D, 2 * F, bias=False)
-        self.down_proj = Linear(F, D, bias=False)
-        self.qk_norm = config.architecture == "qwen3"
+        self.moe = MixtureOfExperts(config) if config.is_sparse(index) else None
+        if self.moe is None:
+            self.gate_up_proj = Linear(D, 2 * F, bias=False)
+            self.down_proj = Linear(F, D, bias=False)
+        self.qk_norm = qwen3
 
-    def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend, routes: Routes | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Take what the layer before added and the stream before that (None in the first layer); return the same of this layer.
 
         The sum of the two is left to the next norm, which reads and writes it anyway.
         """
-        T, H, K, d = x.shape[0], self.num_heads, self.num_kv_heads, self.head_dim
         x, residual = (self.input_norm(x), x) if residual is None else self.input_norm(x, residual)
+        x = self._attention(x, cos, sin, attend) if self.mla is None else self.mla(x, cos, sin, attend)
+        x, residual = self.post_attention_norm(x, residual)
+        return (self.down_proj(swiglu(self.gate_up_proj(x))) if self.moe is None else self.moe(x, routes)), residual
+
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        T, H, K, d = x.shape[0], self.num_heads, self.num_kv_heads, self.head_dim
         q, k, v = self.qkv_proj(x).view(T, H + 2 * K, d).split((H, K, K), dim=1)
         norm = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps} if self.qk_norm else {}
         attended = attend(self.index, q, k, v, Rotation(cos, sin, norm))
-        x, residual = self.post_attention_norm(self.o_proj(attended.reshape(T, H * d)), residual)
-        return self.down_proj(swiglu(self.gate_up_proj(x))), residual
+        return self.o_proj(attended.reshape(T, H * d))
 
 
 class Decoder(nn.Module):
@@ -128,6 +129,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotation_factor = rotation_factor(config)
         self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)
 
     def _apply(self, fn, recurse: bool = True) -> "Decoder":
@@ -141,14 +143,20 @@ class Decoder(nn.Module):
         """(V, D): the embedding itself when tied."""
         return self.embed.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Return the normalised hidden states (T, D) of packed input_ids (T,) int64 at positions (T,) int64."""
+    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, routes: Routes | None = None) -> Tensor:
+        """Return the normalised hidden states (T, D) of packed input_ids (T,) int64 at positions (T,) int64.
+
+        routes: what the routers of sparse layers shall choose, and where they write down what they chose.
+        """
         x = self.embed(input_ids)
         angles = positions.float()[:, None] * self.inv_freq[None]
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self.rotation_factor != 1:
+            cos, sin = cos * self.rotation_factor, sin * self.rotation_factor
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         residual = None
         for layer in self.layers:
-            x, residual = layer(x, residual, cos, sin, attend)
+            x, residual = layer(x, residual, cos, sin, attend, routes)
         return self.norm(x) if residual is None else self.norm(x, residual)[0]
 
     @torch.no_grad()
@@ -160,18 +168,20 @@ class Decoder(nn.Module):
             if parameter.dim() < 2:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
-            scale = std / math.sqrt(2 * len(self.layers)) if name.endswith(("o_proj.weight", "down_proj.weight")) else std
+            scale = std / math.sqrt(2 * len(self.layers)) if name.removesuffix(".weight").endswith(("o_proj", "down_proj")) else std
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         return self
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """(d/2,) fp32 angular frequencies theta^(-2i/d), with Llama 3.1's wavelength scaling when the config asks for it."""
-    d = config.width_per_head
+    """(d/2,) fp32 angular frequencies theta^(-2i/d), with Llama 3.1's or YaRN's scaling when the config asks for it."""
+    d = config.rotary_width
     inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d)
     scaling = config.rope_scaling
     if not scaling or scaling.get("rope_type", scaling.get("type")) == "default":
         return inv_freq
+    if is_yarn(config):
+        return yarn_frequencies(config, inv_freq)
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     original = scaling["original_max_position_embeddings"]
     # Long wavelengths are divided by `factor`, short ones kept, those between interpolated.  The order of operations is the one that the models

@@ -1,0 +1,46 @@
+"""What the layers of every family are made of: the norm, the matrix, SwiGLU, and the number of rows that a CPU computes at a time."""
+
+import torch
+from torch import Tensor, nn
+
+from athanor.kernels import linear, rmsnorm, swiglu
+
+# Products of few rows, or of an odd number of rows per CPU thread, take other paths in BLAS and round differently (seen with 5-27 rows on AMD and
+# 1-7 on Intel).  Rollout and trainer therefore run the model on multiples of this many rows, the last ones filler that nobody reads.
+ROW_STEP = 16
+
+
+def fill_rows(x: Tensor, value: float = 0) -> Tensor:
+    """x (n, ...) with rows of `value` behind it, up to the next multiple of ROW_STEP and at least ROW_STEP."""
+    missing = -x.shape[0] % ROW_STEP if x.shape[0] else ROW_STEP
+    return torch.cat((x, x.new_full((missing, *x.shape[1:]), value))) if missing else x
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The normed x; with a residual (the normed x + residual, x + residual), in one kernel."""
+        return rmsnorm(x, self.weight, eps=self.eps, residual=residual)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by way of the kernel, which has a row-independent version for strict mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Swiglu(nn.Module):
+    """down(silu(gate x) * up x), gate and up as one matrix."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.gate_up_proj = Linear(hidden_size, 2 * width, bias=False)
+        self.down_proj = Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_up_proj(x)))

@@ -1,0 +1,166 @@
+"""Mixture of experts (Qwen3-MoE, DeepSeek-V3): router, experts as grouped products, shared experts.
+
+    out_t = sum over the k experts e of token t of  w_te down_e(silu(gate_e x_t) * up_e x_t)   (+ the shared experts of DeepSeek-V3)
+
+Balance without a loss (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437, section 2.1.2): after a step `rebalance_` moves each expert's
+selection bias by the sign of what is missing to the mean load.  The sequence balance loss (eqs. 17-20 there) is `sequence_balance_loss`.
+
+`Routes` goes through a forward where a caller wants to know or to set what the routers choose: recording in rollout, replay in training.
+Left out: a capacity with dropped tokens, router noise, the batch-wide auxiliary loss of Qwen3-MoE's pretraining.
+
+T tokens, D hidden, E experts, k of them per token, F width of one expert.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from athanor.config import ModelConfig
+from athanor.kernels import fp8_grouped_gemm, grouped_gemm, linear, moe_permute, moe_route, moe_unpermute, swiglu
+from athanor.kernels.moe_route import scores_of
+from athanor.model.layers import ROW_STEP, Swiglu
+
+FP8_ROWS = 128  # of which a group is a multiple where the weight gradient is computed in FP8
+
+
+@dataclass
+class Routes:
+    """What the routers of one forward do, one entry per sparse layer in their order."""
+
+    replay: Tensor | None = None  # (layers, T, k) int32, as `torch.stack(ids)` of another forward; rows of -1 are routed as usual
+    num_tokens: int | None = None  # the first so many count, the rest is filler; None = all
+    cu_seqlens: Tensor | None = None  # (S+1,) of sequences for which `balance` is wanted; they cover the tokens that count
+    ids: list[Tensor] = field(default_factory=list)  # (T, k) int32 each
+    counts: list[Tensor] = field(default_factory=list)  # (E,) int32 tokens per expert
+    changed: list[Tensor] = field(default_factory=list)  # () int32 replayed choices that the router would not have made
+    balance: list[Tensor] = field(default_factory=list)  # () the sequence balance loss, not yet multiplied by alpha; differentiable
+
+    @property
+    def disagreement(self) -> Tensor:
+        """() fp32: the share of replayed choices that the routers would not have made; 0 where none was replayed."""
+        if self.replay is None:
+            return torch.zeros(())
+        replayed = (self.replay >= 0).sum()
+        return torch.stack(self.changed).sum() / replayed.clamp_min(1)
+
+
+class Router(nn.Module):
+    """Scores and choice.  DeepSeek-V3's scores are fp32 whatever the model's type; its bias is no weight, gets no gradient and stays fp32."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        nn.init.normal_(self.weight, std=config.initializer_range)
+        self.k, self.options = config.num_experts_per_tok, dict(normalize=config.norm_topk_prob)
+        self.bias = None
+        if config.latent:
+            self.bias = nn.Parameter(torch.zeros(config.num_experts), requires_grad=False)
+            self.options |= dict(scoring="sigmoid", groups=(config.n_group, config.topk_group), scale=config.routed_scaling_factor)
+
+    def _apply(self, fn, recurse: bool = True) -> "Router":
+        before = None if self.bias is None else self.bias.data
+        super()._apply(fn, recurse)
+        if before is not None and self.bias.dtype != torch.float32:  # a step of the bias is below what bf16 holds
+            device = self.bias.device
+            wide = torch.zeros(before.shape, device=device) if before.is_meta else before.to(device, torch.float32)
+            self.bias = nn.Parameter(wide, requires_grad=False)
+        return self
+
+    def logits(self, x: Tensor) -> Tensor:
+        if self.bias is None or x.dtype == torch.float64:
+            return linear(x, self.weight)
+        return linear(x.float(), self.weight.float())
+
+    def forward(self, x: Tensor, routes: Routes | None = None) -> tuple[Tensor, Tensor]:
+        """ids and weights (T, k) of x (T, D)."""
+        logits = self.logits(x)
+        replay = None if routes is None or routes.replay is None else routes.replay[len(routes.ids)]
+        routing = moe_route(logits, self.k, bias=self.bias, replay=replay, **self.options)
+        if routes is not None:
+            n = len(x) if routes.num_tokens is None else routes.num_tokens
+            routes.ids.append(routing.ids)
+            routes.counts.append(routing.counts if n == len(x) else tokens_per_expert(routing.ids[:n], len(self.weight)))
+            routes.changed.append(routing.changed)
+            if routes.cu_seqlens is not None:
+                scores = scores_of(logits[:n], self.options.get("scoring", "softmax"))
+                routes.balance.append(sequence_balance_loss(scores, routing.ids[:n], routes.cu_seqlens))
+        return routing.ids, routing.weights
+
+
+class MixtureOfExperts(nn.Module):
+    """The experts' matrices are stacks (E, N, K); in HuggingFace files each expert has its own (`weights`)."""
+
+    def __init__(self, config: ModelConfig, *, fp8: bool = False):
+        super().__init__()
+        E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.num_experts = E
+        self.router = Router(config)
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, F))
+        for stack in (self.gate_up_proj, self.down_proj):
+            nn.init.normal_(stack, std=config.initializer_range)
+        self.shared = Swiglu(D, F * config.n_shared_experts) if config.n_shared_experts else None
+        self.fp8 = fp8  # products of the routed experts in block-scaled FP8, forward and dx
+
+    def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
+        """x (T, D), normed, to what the layer adds (T, D)."""
+        ids, weights = self.router(x, routes)
+        # On a CPU the rows of an expert are whole row steps: what it computes for a token does not depend on how many others it got.
+        rows, places = moe_permute(x, ids, self.num_experts, align=ROW_STEP if x.is_cpu else 1)
+        if x.is_cpu:
+            # Fewer rows to compute.  And reading a number on the host tells a captured step (cpu_graph) that its course depends on the data: the
+            # products below read the offsets on the host too.
+            rows = rows[: int(places.offsets[-1])]
+        product = fp8_grouped_gemm if self.fp8 else grouped_gemm
+        y = product(swiglu(product(rows, self.gate_up_proj, places.offsets)), self.down_proj, places.offsets)
+        out = moe_unpermute(y, weights, places)
+        return out if self.shared is None else out + self.shared(x)
+
+
+def tokens_per_expert(ids: Tensor, num_experts: int) -> Tensor:
+    """(E,) int32 from ids (T, k), -1 left out."""
+    counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=ids.device)
+    return counts.index_add_(0, (ids.flatten() + 1).long(), torch.ones_like(ids).flatten())[1:]
+
+
+def sequence_balance_loss(scores: Tensor, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Mean over sequences of  sum over experts of f_e P_e  (DeepSeek-V3, eqs. 17-20), without the factor alpha; 1 when all are equally loaded.
+
+    f_e = E / (k T_s) x the tokens of sequence s that go to e;  P_e = mean over its tokens of score_e / sum of scores.
+    scores: (T, E), differentiable.  ids: (T, k) int32.  cu_seqlens: (S+1,) from 0 to T; empty sequences count for nothing.
+    """
+    (T, E), k = scores.shape, ids.shape[1]
+    lengths = cu_seqlens.diff().long()
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=scores.device), lengths, output_size=T)
+    per_token = lengths.clamp_min(1)[:, None].to(scores.dtype)
+    hits = scores.new_zeros(T, E + 1).scatter_(1, (ids + 1).long(), 1.0)[:, 1:]
+    load = scores.new_zeros(len(lengths), E).index_add_(0, sequence, hits) * (E / k) / per_token
+    share = scores.new_zeros(len(lengths), E).index_add(0, sequence, scores / scores.sum(1, keepdim=True)) / per_token
+    return (load * share).sum() / (lengths > 0).sum().clamp_min(1)
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """The routers of a model in the order of its layers, which is that of the lists in `Routes`."""
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+@torch.no_grad()
+def rebalance_(model: nn.Module, counts: list[Tensor] | Tensor, rate: float) -> None:
+    """Move the selection biases after a step:  bias_e += rate x sign(mean count - count_e), in place.
+
+    counts: one (E,) per sparse layer, added up over the micro-batches of the step and over all ranks.  rate: gamma, 0.001 for most of DeepSeek-V3's
+    training.  Raises ValueError where a router has no such bias, or on another number of layers.
+    """
+    found = routers(model)
+    if len(found) != len(counts) or any(router.bias is None for router in found):
+        kinds = sum(router.bias is not None for router in found)
+        raise ValueError(f"rebalance_: counts of {len(counts)} layers, {len(found)} routers, {kinds} with a bias; wanted as many of each")
+    for router, count in zip(found, counts, strict=True):
+        count = count.to(router.bias.device, torch.float32)
+        router.bias.add_(torch.sign(count.mean() - count), alpha=rate)
+
+
+def imbalance(counts: list[Tensor]) -> float:
+    """The largest over the layers of  max_e count_e / mean count - 1  (MaxVio of arXiv 2408.15664); 0 = all experts are equally loaded."""
+    return max(float(c.max() / c.float().mean().clamp_min(1e-9)) - 1 for c in counts)
