@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from athanor.config import OptimizerConfig
+from athanor.errors import UserError
 from athanor.parallel import Ranks
 
 
@@ -33,7 +34,10 @@ class Optimizer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         tables |= {id(p) for n, p in model.named_parameters() if n.startswith(("lm_head", "value_head"))}
-        matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables]
+        stacks = [n for n, p in model.named_parameters() if p.dim() > 2]  # of experts
+        if stacks and config.name == "muon":
+            raise UserError(f"optimizer: name is muon, which takes no stacks of matrices such as {stacks[0]}; wanted adamw for a mixture of experts")
+        matrices = [p for p in self.parameters if p.dim() >= 2 and id(p) not in tables]
         others = [p for p in self.parameters if all(p is not m for m in matrices)]
         adamw = dict(lr=config.lr, betas=config.betas, eps=config.eps)
         if config.name == "muon":

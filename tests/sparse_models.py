@@ -11,8 +11,8 @@ SHAPE = dict(vocab_size=67, hidden_size=48, num_hidden_layers=3, num_attention_h
 QWEN = dict(architecture="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, **SHAPE)
 # Widths that differ from each other, so that none can stand in another's place.
 DEEPSEEK = dict(architecture="deepseek_v3", num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, n_shared_experts=2, n_group=4,
-                topk_group=2, routed_scaling_factor=2.5, norm_topk_prob=True, first_k_dense_replace=1, q_lora_rank=20, kv_lora_rank=16, qk_nope_head_dim=10,
-                qk_rope_head_dim=8, v_head_dim=14, **SHAPE)  # fmt: skip
+                topk_group=2, routed_scaling_factor=2.5, norm_topk_prob=True, first_k_dense_replace=1, q_lora_rank=20, kv_lora_rank=16,
+                qk_nope_head_dim=10, qk_rope_head_dim=8, v_head_dim=14, **SHAPE)  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
         "mscale_all_dim": 0.7}  # fmt: skip
 FAMILIES = {

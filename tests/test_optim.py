@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from athanor.config import OptimizerConfig
+from athanor.errors import UserError
 from athanor.optim import Optimizer, learning_rate
 from athanor.parallel import Ranks
 
@@ -33,6 +34,16 @@ class Net(nn.Module):
 
     def forward(self, ids):
         return self.second(self.first(self.embed(ids)).tanh())
+
+
+def test_stacks_of_experts_decay_like_matrices_and_are_refused_by_muon():
+    net = nn.Module()
+    net.experts, net.norm = nn.Parameter(torch.ones(2, 3, 4)), nn.Parameter(torch.ones(3))
+    net.bias = nn.Parameter(torch.zeros(2), requires_grad=False)
+    (adamw,) = Optimizer(net, OptimizerConfig(weight_decay=0.1), Ranks()).parts
+    assert [(g["weight_decay"], [p.shape for p in g["params"]]) for g in adamw.param_groups] == [(0.1, [(2, 3, 4)]), (0.0, [(3,)])]
+    with pytest.raises(UserError, match="muon, which takes no stacks of matrices such as experts"):
+        Optimizer(net, OptimizerConfig(name="muon"), Ranks())
 
 
 def loss_of(net):
