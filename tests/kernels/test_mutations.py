@@ -35,6 +35,7 @@ class Bug:
 GRPO, LINEAR = "test_grpo_loss_triton.py", "test_linear_logprob_triton.py"
 PAGED, PACKED, PRODUCT = "test_paged_attention_triton.py", "test_attention_triton.py", "test_linear_triton.py"
 FP8, GROUPED, FP8_GROUPED = "test_fp8_quantize_triton.py", "test_grouped_gemm_triton.py", "test_fp8_grouped_gemm_triton.py"
+ROUTE, PERMUTE = "test_moe_route_triton.py", "test_moe_permute_triton.py"
 BUGS = [
     # policy_loss, grpo_loss
     Bug("dropped mask", "policy_loss.py", "loss = loss * m\n", "loss = loss * 1\n", "test_policy_loss.py"),
@@ -168,6 +169,24 @@ BUGS = [
         "xs_ptr += cols", FP8_GROUPED),
     Bug("gradient without the transpose's scales", "fp8_grouped_gemm.py", "Quantized(qw.mT, sw.mT)", "Quantized(qw.mT, sw.mT.flip(1))",
         "test_fp8_grouped_gemm.py"),
+    # moe_route, moe_permute, mla_decode
+    Bug("the bias weighs", "moe_route.py", "weights = scores.gather(1, ids)", "weights = (scores if bias is None else scores + bias).gather(1, ids)",
+        "test_moe_route.py"),
+    Bug("a group is worth its best alone", "moe_route.py", "grouped.topk(2, dim=-1).values.sum(-1)", "grouped.amax(-1)", "test_moe_route.py"),
+    Bug("ties to the highest", "moe_route_triton.py", "tl.min(tl.where(candidates & (keys == best[:, None]), lanes, NOTHING), 1)",
+        "tl.max(tl.where(candidates & (keys == best[:, None]), lanes, -1), 1)", ROUTE, fast=True),
+    Bug("a replayed choice counted as changed wherever it stands", "moe_route_triton.py", "tl.where(known & (experts == expert), 1, 0)",
+        "tl.where(known & (experts == expert) & (experts == j), 1, 0)", ROUTE),
+    Bug("gradient without the sum that weights are divided by", "moe_route_triton.py", "(dscores - (dot / total)[:, None])", "dscores", ROUTE),
+    Bug("last expert not counted", "moe_route_triton.py", "mask=lanes < E)\n    tl.store(at + E", "mask=lanes < E - 1)\n    tl.store(at + E", ROUTE),
+    Bug("order of the tokens not kept", "moe_permute.py", "    order = flat.sort(stable=True).indices\n",
+        "    order = T * k - 1 - flat.flip(0).sort(stable=True).indices\n", "test_moe_permute.py"),
+    Bug("rank counts itself", "moe_permute_triton.py", "(lanes[None, :] < lanes[:, None])", "(lanes[None, :] <= lanes[:, None])", PERMUTE),
+    Bug("blocks before count the block itself", "moe_permute_triton.py", "tl.cumsum(counts, 0) - counts", "tl.cumsum(counts, 0)", PERMUTE),
+    Bug("padding not cleared", "moe_permute_triton.py", "mask=mask & (slot >= 0), other=0.0)\n    if SCALED", "mask=mask, other=0.0)\n    if SCALED",
+        PERMUTE),
+    Bug("weight of the first choice for all", "moe_permute_triton.py", "y *= tl.load(weights_ptr + rows * K + j", "y *= tl.load(weights_ptr + rows * K",
+        PERMUTE),
 ]  # fmt: skip
 
 
