@@ -3,6 +3,7 @@
     o_h = sum over tokens j of  softmax_j(scale q_h . [c_j; k_j]) c_j
 
 The cache holds one row [c; k] per token: the latent of `rank` numbers, which is the value too, and the rotated key.  All H heads read the same row.
+The kernel works in chunks from token 0, merged in ascending order, as `paged_attention` does: a row's bits are its own.
 
 On CPU tensors in fp32 it is the C++ kernel of `paged_attention` with one key head: a token has the bits that `attention` gives it in a packed batch.
 
@@ -12,8 +13,9 @@ Traffic: b (rank + R) bytes per cached token and layer: 1152 in bf16 for DeepSee
 import torch
 from torch import Tensor
 
-from ._dispatch import Backend, accumulation_dtype, check, register
-from .paged_attention import _why_not_cpu, check_cache, check_lengths
+from ._dispatch import Backend, accumulation_dtype, check, late, register
+from ._triton import why_not_triton
+from .paged_attention import _why_not_cpu, check_cache, check_lengths, keys_in_rows
 from .paged_attention_cpu import paged_attention_cpu
 
 
@@ -71,4 +73,11 @@ def mla_decode_cpu(q: Tensor, key_cache: Tensor, value_cache: Tensor, block_tabl
     return paged_attention_cpu(q, key_cache, value_cache, block_table, seq_lens, scale, None, None, limit)[0][..., :rank]
 
 
-op = register("mla_decode", cpu=Backend(mla_decode_cpu, _why_not_cpu), reference=Backend(mla_decode_reference))
+def _why_not_triton(call: dict) -> str | None:
+    if call["key_cache"].data_ptr() != call["value_cache"].data_ptr():
+        return "the values lie elsewhere than the keys; the kernel reads them once"
+    return why_not_triton(call) or keys_in_rows(call)
+
+
+op = register("mla_decode", triton=Backend(late("mla_decode_triton.mla_decode_triton"), _why_not_triton), cpu=Backend(mla_decode_cpu, _why_not_cpu),
+              reference=Backend(mla_decode_reference))  # fmt: skip

@@ -1,6 +1,6 @@
 """Permutation of tokens to experts in Triton; the rules are those of moe_permute.py.
 
-The counting sort: `moe_histogram_kernel` counts the experts in each block of BLOCK choices, `moe_scan_kernel` turns the counts into sums over the
+The counting sort: `moe_histogram_kernel` counts the experts in each block of BLOCK choices, `moe_scan_kernel` adds up those of the
 blocks before, expert by expert, `moe_offsets_kernel` pads and adds the totals, and `moe_place_kernel` gives each choice the offset of its expert, what
 the blocks before have and its rank in its own block.  Integers alone, without atomics, and the order of the choices is kept.
 

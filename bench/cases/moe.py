@@ -113,8 +113,8 @@ def decode_case(R: int, H: int, rank: int, rotated: int, tokens: int, block: int
         return ((q @ rows.mT * d**-0.5).softmax(-1) @ rows[..., :rank],)
 
     return Case("mla_decode", {"R": R, "H": H, "rank": rank, "rotated": rotated, "tokens": tokens, "block": block}, dtype, make, run, eager,
-                "reads each cached row once; on a CPU the copy of the values is timed too", bytes=dtype.itemsize * (R * tokens * d + R * H * (d + rank)),
-                flops=2 * R * tokens * H * (d + rank), slack=4)  # fmt: skip
+                "reads each cached row once; on a CPU the copy of the values is timed too",
+                bytes=dtype.itemsize * (R * tokens * d + R * H * (d + rank)), flops=2 * R * tokens * H * (d + rank), slack=4)  # fmt: skip
 
 
 def cases(device: str) -> list[Case]:

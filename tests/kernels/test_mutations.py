@@ -185,8 +185,14 @@ BUGS = [
     Bug("blocks before count the block itself", "moe_permute_triton.py", "tl.cumsum(counts, 0) - counts", "tl.cumsum(counts, 0)", PERMUTE),
     Bug("padding not cleared", "moe_permute_triton.py", "mask=mask & (slot >= 0), other=0.0)\n    if SCALED", "mask=mask, other=0.0)\n    if SCALED",
         PERMUTE),
-    Bug("weight of the first choice for all", "moe_permute_triton.py", "y *= tl.load(weights_ptr + rows * K + j", "y *= tl.load(weights_ptr + rows * K",
-        PERMUTE),
+    Bug("slots behind the end not cleared", "mla_decode.py", "    rows = rows.masked_fill(~there[..., None], 0)", "    rows = rows + 0",
+        "test_mla_decode.py"),
+    Bug("values with the rotated key in front", "mla_decode.py", "rows[..., :rank]", "rows[..., -rank:]", "test_mla_decode.py"),
+    Bug("rotated part left out of the scores", "mla_decode_triton.py", "tl.dot(q_turned, k.T, tl.dot(q, c.T",
+        "tl.dot(q_turned * 0, k.T, tl.dot(q, c.T", "test_mla_decode_triton.py"),
+    Bug("sum not rescaled by a new maximum", "mla_decode_triton.py", "acc * alpha[:, None]", "acc", "test_mla_decode_triton.py"),
+    Bug("weight of the first choice for all", "moe_permute_triton.py", "y *= tl.load(weights_ptr + rows * K + j",
+        "y *= tl.load(weights_ptr + rows * K", PERMUTE),
 ]  # fmt: skip
 
 

@@ -1,0 +1,50 @@
+"""mla_decode in Triton against the reference: chunks, blocks, heads beyond a tile, poisoned slots, rows of no tokens."""
+
+import pytest
+import torch
+
+from athanor.kernels import mla_decode
+
+pytest.importorskip("triton")
+from athanor.kernels import mla_decode_triton as module  # noqa: E402
+
+LENS = [0, 1, 15, 16, 17, 256, 257, 530]  # nothing, around a block, around a chunk, three chunks
+
+
+def inputs(generator, H, rank, rotated, block, dtype):
+    R, d, columns = len(LENS), rank + rotated, -(-max(LENS) // block) + 1
+    table = torch.randperm(R * columns, generator=generator).view(R, columns).to(torch.int32)
+    cache = torch.full((R * columns, 1, block, d), torch.nan, dtype=dtype)
+    for r, n in enumerate(LENS):
+        at = torch.arange(n)
+        cache[table[r, at // block].long(), 0, at % block] = torch.randn(n, d, generator=generator).to(dtype)
+        table[r, -(-n // block) :] = 2147483000
+    return torch.randn(R, H, d, generator=generator).to(dtype), cache, table, torch.tensor(LENS, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("H, rank, rotated, block", [(5, 24, 8, 16), (16, 32, 16, 64), (20, 16, 4, 16)])
+def test_errs_no_more_than_the_reference(H, rank, rotated, block, dtype, triton_device, within_rule, poisoned, generator):
+    q, cache, table, lens = inputs(generator, H, rank, rotated, block, dtype)
+    call = dict(rank=rank, scale=0.2)
+    plain, oracle = (mla_decode(q.to(t), cache.to(t), cache.to(t), table, lens, backend="reference", **call) for t in (dtype, torch.float64))
+    q, cache, table, lens = (x.to(triton_device) for x in (q, cache, table, lens))
+    got = mla_decode(q, cache, cache, table, lens, backend="triton", **call)
+    within_rule(got.cpu(), plain, oracle)
+    assert not got[0].any()
+
+
+def test_a_rows_bits_do_not_depend_on_the_others(triton_device, rowwise_products, generator):
+    q, cache, table, lens = (x.to(triton_device) for x in inputs(generator, 5, 24, 8, 16, torch.float32))
+    whole = mla_decode(q, cache, cache, table, lens, rank=24, scale=0.2, backend="triton")
+    for r in (1, 4, 7):
+        alone = mla_decode(q[r : r + 1], cache, cache, table[r : r + 1], lens[r : r + 1], rank=24, scale=0.2, backend="triton")
+        assert torch.equal(alone[0], whole[r])
+
+
+def test_neither_batches_nor_tables_compile_anew(launches):
+    cache = torch.zeros(8, 1, 16, 48)
+    for R in range(1, 31):
+        q, table, lens = torch.zeros(R, 4, 48), torch.zeros(R, 3 + R % 5, dtype=torch.int32), torch.zeros(R + 9, dtype=torch.int32)[R % 9 :][:R]
+        module.mla_decode_triton(q, cache, cache, table, lens, 32, 0.1 * R, 16 * (3 + R % 5))
+    assert sorted(name for name, *_ in launches.keys) == ["mla_decode_split_kernel", "paged_attention_merge_kernel"], launches.keys
