@@ -132,6 +132,10 @@ class TrainConfig(StageConfig):
     """Optimizer, schedule and clipping."""
     micro_batch_tokens: int = Field(4096, ge=16)
     """Packed tokens in one forward; changes memory and speed, never the gradient."""
+    router_bias_rate: float = Field(0.001, ge=0)
+    """Step of a router's selection bias towards balance after each optimizer step, gamma; 0 = leave it (deepseek_v3)."""
+    balance_loss: float = Field(0.0001, ge=0)
+    """Factor of the sequence balance loss of a mixture of experts, alpha; 0 = none."""
     save_every: int = Field(10, ge=1)
     """Steps between resumable states."""
 

@@ -183,4 +183,4 @@ class Generator:
         else:
             free = int(0.85 * torch.cuda.mem_get_info(self.device)[0])
         have = self.cache.num_blocks if self.cache else 0
-        return max(1, min(wanted, have + free // (self.block_size * PagedKVCache.bytes_per_token(self.model.config, self.dtype))))
+        return max(1, min(wanted, have + free // (self.block_size * PagedKVCache.bytes_per_token(self.model.config, self.dtype, self.device))))

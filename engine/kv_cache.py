@@ -42,8 +42,9 @@ class PagedKVCache:
             self.values = self.keys
 
     @staticmethod
-    def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-        return 2 * config.num_hidden_layers * config.cache_heads * config.cache_width * dtype.itemsize
+    def bytes_per_token(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+        copies = 1 if config.latent and device.type != "cpu" else 2
+        return copies * config.num_hidden_layers * config.cache_heads * config.cache_width * dtype.itemsize
 
     def copy_(self, copies: np.ndarray) -> None:
         """Copy the first `tokens` slots of block `source` to block `target`, for rows (source, target, tokens) of copies (c, 3)."""

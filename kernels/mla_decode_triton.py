@@ -1,8 +1,8 @@
 """Absorbed decode of multi-head latent attention in Triton; the equation and the layout of the cache are in mla_decode.py.
 
-Two launches, as in paged_attention_triton.py, whose second one, `paged_attention_merge_kernel`, serves here too.  `mla_decode_split_kernel`: one
-program per (chunk, row, tile of BM heads).  A tile of the latent is read once and is both operands: keys for the scores, together with the rotated part, and
-values for the sum.  Left out: sharing the prefix of a group among its rows.
+Two launches, as in paged_attention_triton.py, whose second one, `paged_attention_merge_kernel`, serves here too. `mla_decode_split_kernel` runs a
+program per chunk, row and tile of BM heads. A tile of the latent is read once and is both operands: keys for the scores, together with the rotated
+part, and values for the sum.  Left out: sharing the prefix of a group among its rows.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Permutation of tokens to experts in Triton; the rules are those of moe_permute.py.
 
 The counting sort: `moe_histogram_kernel` counts the experts in each block of BLOCK choices, `moe_scan_kernel` adds up those of the
-blocks before, expert by expert, `moe_offsets_kernel` pads and adds the totals, and `moe_place_kernel` gives each choice the offset of its expert, what
-the blocks before have and its rank in its own block.  Integers alone, without atomics, and the order of the choices is kept.
+blocks before, expert by expert, `moe_offsets_kernel` pads and adds the totals, and `moe_place_kernel` gives each choice the offset of its expert,
+what the blocks before have and its rank in its own block.  Integers alone, without atomics, and the order of the choices is kept.
 
 `moe_gather_kernel` copies or scales rows (permute, and the gradient of unpermute), `moe_combine_kernel` sums a token's rows (unpermute, and the
 gradient of permute), `moe_dot_kernel` gives the gradient of the weights.

@@ -47,7 +47,7 @@ class Latent:
     @property
     def absorbs(self) -> bool:
         """Whether a packed forward takes the form of decoding."""
-        return is_strict() or (self.latent.is_cpu and self.latent.dtype == torch.float32)
+        return self.latent.is_cpu and self.latent.dtype == torch.float32
 
     def queries(self) -> Tensor:
         """(T, H, r + R) for `keys`."""
@@ -91,7 +91,12 @@ class LatentAttention(nn.Module):
         self.o_proj = Linear(H * self.v, D, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        """x (T, D), normed, to (T, D); `attend.latent(layer, Latent)` returns (T, H, v)."""
+        """x (T, D), normed, to (T, D); `attend.latent(layer, Latent)` returns (T, H, v).
+
+        Raises ValueError in strict mode on CUDA, where packed and cached latent attention do not have the same bits.
+        """
+        if is_strict() and x.is_cuda:
+            raise ValueError("strict mode: latent attention on CUDA has no kernel whose packed and decode calls give equal bits")
         T, H = x.shape[0], self.num_heads
         q, latent, k_rope = self.qkv_a_proj(x).split((self.qkv_a_proj.weight.shape[0] - self.rank - self.R, self.rank, self.R), -1)
         if self.q_rank:

@@ -15,10 +15,12 @@ from athanor.batch import PackedBatch, pack
 from athanor.config import GRPOConfig
 from athanor.errors import UserError
 from athanor.kernels import LogProbs, LossVariant, is_strict, policy_loss
+from athanor.model.moe import Routes
 from athanor.model.transformer import Decoder
 from athanor.optim import learning_rate
 from athanor.samples import Sample
 from athanor.stages.context import StageContext
+from athanor.stages.routing import RouterBalance
 from athanor.stages.training import TrainingLoop, completion_logprobs, optimizer_step
 
 ROUNDING_GAP, EXACT_LIMIT = 1e-5, 1e-3  # nats; fp32 rounding in another order is about the first
@@ -47,9 +49,11 @@ def update_policy(
         _Part(context, config, variant, loop.model, reference, sum(groups[first:end], []), advantages[first * G : end * G])
         for first, end in zip(bounds[:-1], bounds[1:], strict=True)
     ]
+    balanced: dict = {}
     for part in parts:
         _, norm = optimizer_step(loop.optimizer, part.batches, part.loss, learning_rate(config.optimizer, step, config.steps))
         norms.append(norm)
+        balanced = part.balance.finish()
         sums += part.sums
         ratio_max = torch.maximum(ratio_max, part.ratio_max)
     gap, gap_sums = parts[0].gap, parts[0].gap_sums  # later parts are scored by other weights than those that sampled them
@@ -73,7 +77,7 @@ def update_policy(
     correction = {}
     if variant.correction != "none":
         correction = {"correction_weight": values["weight_sum"] / tokens, "kl_rollout": values["rollout_kl_sum"] / tokens}
-    return correction | {
+    return correction | balanced | {
         "logp_gap_max": float(gap),
         "logp_gap_mean": gap_mean,
         "logp_gap_k3": gap_k3,
@@ -95,6 +99,7 @@ class _Part:
         self.num_tokens = context.ranks.sum_int(sum(s.num_tokens for s in samples))
         self.num_sequences = context.ranks.sum_int(len(samples))
         live = [i for i in range(len(samples)) if reference is not None or advantages[i] != 0]
+        self.balance = RouterBalance(model, config, context.ranks)
         self.samples, self.advantages = [samples[i] for i in live], advantages[live].to(context.ranks.device)
         prompts, completions = [s.prompt_ids for s in self.samples], [s.token_ids for s in self.samples]
         self.batches = pack(prompts, completions, config.micro_batch_tokens, context.ranks.device) if live else []
@@ -106,8 +111,8 @@ class _Part:
             with torch.no_grad():
                 self.old = {id(batch): self._score(model, batch).logps for batch in self.batches}
 
-    def _score(self, model: Decoder, batch: PackedBatch) -> LogProbs:
-        return completion_logprobs(model, batch, self.temperature, self._column(batch, "support"))
+    def _score(self, model: Decoder, batch: PackedBatch, routes: Routes | None = None) -> LogProbs:
+        return completion_logprobs(model, batch, self.temperature, self._column(batch, "support"), routes)
 
     def _column(self, batch: PackedBatch, name: str):
         """A column of the batch's samples end to end on its device: `logps`, or the pair of `support` (None without truncation)."""
@@ -121,7 +126,8 @@ class _Part:
     def loss(self, batch: PackedBatch) -> Tensor:
         """Loss of one micro-batch, already divided by the denominators of the whole optimizer step."""
         rollout = self._column(batch, "logps")
-        scored = self._score(self.model, batch)
+        routes = self.balance.routes(batch)
+        scored = self._score(self.model, batch, routes)
         ref_logps = None
         if self.reference is not None:
             with torch.no_grad():
@@ -138,4 +144,4 @@ class _Part:
         difference = (scored.logps.detach() - rollout).double()
         self.gap = torch.maximum(self.gap, difference.abs().max().cpu())
         self.gap_sums += torch.stack((difference.abs().sum(), (difference.expm1() - difference).sum(), difference.new_tensor(len(rollout)))).cpu()
-        return loss
+        return loss + self.balance.loss(routes, batch.num_targets / max(self.num_tokens, 1))

@@ -11,6 +11,7 @@ from athanor.optim import learning_rate
 from athanor.samples import Request
 from athanor.seeds import derive_seed
 from athanor.stages.context import StageContext
+from athanor.stages.routing import RouterBalance
 from athanor.stages.training import TrainingLoop, cross_entropy_step
 from athanor.tokenizer import Tokenizer
 
@@ -55,8 +56,9 @@ def _train(context: StageContext, config: PretrainConfig, loop: TrainingLoop, ro
         batches = pack(prompts, texts, config.micro_batch_tokens, context.ranks.device)
         num_targets = context.ranks.sum_int(sum(b.num_targets for b in batches))
         lr = learning_rate(config.optimizer, step - start, end - start, peak)
-        metrics["loss"], metrics["grad_norm"] = cross_entropy_step(loop.model, loop.optimizer, batches, num_targets, lr)
-        metrics |= {"lr": lr, "tokens": num_targets}
+        balance = RouterBalance(loop.model, config, context.ranks)
+        metrics["loss"], metrics["grad_norm"] = cross_entropy_step(loop.model, loop.optimizer, batches, num_targets, lr, balance)
+        metrics |= {"lr": lr, "tokens": num_targets, **balance.finish()}
 
 
 def _documents(context: StageContext, config: PretrainConfig, step: int) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -12,6 +12,7 @@ from athanor.model.transformer import Decoder
 from athanor.optim import learning_rate
 from athanor.seeds import derive_seed
 from athanor.stages.context import StageContext, data_path
+from athanor.stages.routing import RouterBalance
 from athanor.stages.training import TrainingLoop, cross_entropy_step
 
 
@@ -44,8 +45,9 @@ def fit(context: StageContext, config: SFTConfig | DistillConfig, model: Decoder
         batches = pack([prompts[i] for i in chosen], [completions[i] for i in chosen], config.micro_batch_tokens, context.ranks.device)
         num_targets = context.ranks.sum_int(sum(b.num_targets for b in batches))
         lr = learning_rate(config.optimizer, step, config.steps)
-        loss, norm = cross_entropy_step(model, loop.optimizer, batches, num_targets, lr)
-        metrics |= {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": num_targets, "epoch": step * size / n}
+        balance = RouterBalance(model, config, context.ranks)
+        loss, norm = cross_entropy_step(model, loop.optimizer, batches, num_targets, lr, balance)
+        metrics |= {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": num_targets, "epoch": step * size / n, **balance.finish()}
     return loss
 
 

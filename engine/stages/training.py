@@ -11,9 +11,11 @@ from athanor.checkpoint import load_latest_state, save_state
 from athanor.config import TrainConfig
 from athanor.kernels import LogProbs, linear_logprob
 from athanor.kernels.logprob import IGNORE
+from athanor.model.moe import Routes
 from athanor.model.transformer import Decoder, PackedAttention, fill_rows, fill_tokens
 from athanor.optim import Optimizer
 from athanor.stages.context import StageContext
+from athanor.stages.routing import RouterBalance
 
 
 class TrainingLoop:
@@ -56,10 +58,15 @@ class TrainingLoop:
                     self.save()
 
 
-def completion_logprobs(model: Decoder, batch: PackedBatch, temperature: float = 1.0, support: tuple[Tensor, Tensor] | None = None) -> LogProbs:
-    """Log-probs and entropies (N,) of the trained tokens of a packed micro-batch, under the truncated distribution where a support (N,) is given."""
+def completion_logprobs(
+    model: Decoder, batch: PackedBatch, temperature: float = 1.0, support: tuple[Tensor, Tensor] | None = None, routes: Routes | None = None
+) -> LogProbs:
+    """Log-probs and entropies (N,) of the trained tokens of a packed micro-batch, under the truncated distribution where a support (N,) is given.
+
+    routes: for the routers of a mixture of experts; what it replays covers the filler rows too (`fill_tokens`).
+    """
     input_ids, positions, cu_seqlens = fill_tokens(batch.input_ids, batch.positions, batch.cu_seqlens)
-    hidden = model(input_ids, positions, PackedAttention(cu_seqlens))
+    hidden = model(input_ids, positions, PackedAttention(cu_seqlens), routes)
     rows, targets = fill_rows(hidden[batch.loss_rows]), fill_rows(batch.targets, IGNORE)
     if support is not None:
         support = fill_rows(support[0], -torch.inf), fill_rows(support[1])
@@ -81,9 +88,17 @@ def optimizer_step(optimizer: Optimizer, batches: list[PackedBatch], loss_of: Ca
     return total, optimizer.step(lr)
 
 
-def cross_entropy_step(model: Decoder, optimizer: Optimizer, batches: list[PackedBatch], num_targets: int, lr: float) -> tuple[float, float]:
+def cross_entropy_step(
+    model: Decoder, optimizer: Optimizer, batches: list[PackedBatch], num_targets: int, lr: float, balance: RouterBalance
+) -> tuple[float, float]:
     """One step of mean negative log-likelihood over `num_targets` tokens (all ranks); return (loss, gradient norm)."""
-    loss, norm = optimizer_step(optimizer, batches, lambda b: -completion_logprobs(model, b).logps.sum() / num_targets, lr)
+
+    def loss_of(batch: PackedBatch) -> Tensor:
+        routes = balance.routes(batch)
+        logps = completion_logprobs(model, batch, routes=routes).logps
+        return -logps.sum() / num_targets + balance.loss(routes, batch.num_targets / num_targets)
+
+    loss, norm = optimizer_step(optimizer, batches, loss_of, lr)
     value = torch.tensor(loss, dtype=torch.float64)
     optimizer.ranks.sum_(value)
     return float(value), norm

@@ -1,0 +1,47 @@
+"""Balance of a mixture of experts over one optimizer step: selection biases (DeepSeek-V3, arXiv 2412.19437, section 2.1.2) and the sequence balance
+loss, which its micro-batches share by their trained tokens.  For a dense model all of it is nothing."""
+
+import torch
+from torch import Tensor
+
+from athanor.batch import PackedBatch
+from athanor.config import TrainConfig
+from athanor.model.moe import Routes, imbalance, rebalance_, routers
+from athanor.model.transformer import Decoder
+from athanor.parallel import Ranks
+
+
+class RouterBalance:
+    """Made for one step: `routes` goes into each training forward, `loss` is added to what it trains, `finish` follows the optimizer's step."""
+
+    def __init__(self, model: Decoder, config: TrainConfig, ranks: Ranks):
+        self.model, self.ranks, self.rate, self.alpha = model, ranks, config.router_bias_rate, config.balance_loss
+        self.routers = routers(model)
+        self.counts: Tensor | None = None  # (layers, E) fp64
+
+    def routes(self, batch: PackedBatch) -> Routes | None:
+        """For a forward over the batch, filler rows behind it or not."""
+        if not self.routers:
+            return None
+        return Routes(num_tokens=len(batch.input_ids), cu_seqlens=batch.cu_seqlens if self.alpha else None)
+
+    def loss(self, routes: Routes | None, share: float) -> Tensor | float:
+        """alpha times the mean over layers, times the batch's share of the step; counts what the forward chose."""
+        if routes is None:
+            return 0.0
+        counts = torch.stack(routes.counts).double().cpu()
+        self.counts = counts if self.counts is None else self.counts + counts
+        return self.alpha * share * torch.stack(routes.balance).mean() if routes.balance else 0.0
+
+    def finish(self) -> dict:
+        """Move the biases by the counts of all ranks; return the step's metrics."""
+        if not self.routers:
+            return {}
+        experts = len(self.routers[0].weight)
+        counts = self.counts if self.counts is not None else torch.zeros(len(self.routers), experts, dtype=torch.float64)
+        self.ranks.sum_(counts)
+        if not counts.any():
+            return {"router_imbalance": 0.0}
+        if self.rate and all(router.bias is not None for router in self.routers):
+            rebalance_(self.model, counts, self.rate)
+        return {"router_imbalance": imbalance(list(counts))}
