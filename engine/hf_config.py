@@ -129,7 +129,7 @@ def model_config_to_hf(config: ModelConfig) -> dict:
         "hidden_act": "silu",
         "max_position_embeddings": config.max_position_embeddings,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
+        "rope_scaling": None if scaling["rope_type"] == "default" else dict(scaling),  # a copy: transformers adds to it
         "rope_parameters": {"rope_theta": config.rope_theta, **scaling},
         "attention_dropout": 0.0,
         "use_cache": True,

@@ -25,9 +25,11 @@ def requests(num=5, samples=3, seed=0, longest=30):
     return [Request(rng.integers(2, 67, size=rng.integers(1, longest)), rng.integers(0, 2**62, size=samples)) for _ in range(num)]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def threads():
+    """One thread unless a test sets more: two wait for each other at every small operation, for long where cores are shared."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
@@ -48,7 +50,6 @@ def test_log_probs_equal_the_packed_training_forward_bit_for_bit(name, num_threa
     if torch.cuda.is_available():
         pytest.skip("bit equality on CUDA needs strict mode")
     threads(num_threads)
-    # Two threads wait for each other at every small operation, for long where cores are shared: few steps then.
     model, asked, max_tokens = random_decoder(FAMILIES[name]), requests(num=12), 30 if num_threads == 1 else 3
     for max_rows in (3, 40) if num_threads == 1 else (40,):
         groups = Generator(model, {EOS}, max_rows=max_rows).generate(asked, SamplingConfig(max_tokens=max_tokens))

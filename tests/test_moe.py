@@ -18,6 +18,15 @@ from athanor.model.moe import MixtureOfExperts, Routes, imbalance, rebalance_, r
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """One thread unless a test sets more: two wait for each other at every small operation, for long where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def all_chosen(config):
     return config.model_copy(update={"num_experts_per_tok": config.num_experts, "topk_group": config.n_group})
 

@@ -28,6 +28,15 @@ from sparse_models import FAMILIES, random_decoder  # noqa: E402
 RANKS = Ranks(threads=1)
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """One thread unless a test sets more: two wait for each other at every small operation, for long where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def sft_config(**changes):
     return SFTConfig(kind="sft", data=["x"], init="base", optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0), **changes)
 
