@@ -175,11 +175,11 @@ def test_biases_move_towards_balance_and_select_without_weighing():
         wanted = [0.01 * ((150 / 8 > c) - (150 / 8 < c)) for c in counts]
         assert (router.bias - old).tolist() == pytest.approx(wanted, abs=1e-7)
     assert imbalance(routes.counts) == pytest.approx(max(max(c) / (150 / 8) for c in brute) - 1)
-    for _ in range(300):  # the bias alone levels the load
+    for _ in range(60):  # the bias alone levels the load
         routes = Routes()
         with torch.no_grad():
             our_logits(model, ids, routes)
-        rebalance_(model, routes.counts, 0.01)
+        rebalance_(model, routes.counts, 0.02)
     assert imbalance(routes.counts) < 0.5 < max(max(c) / (150 / 8) for c in brute) - 1
     with pytest.raises(ValueError, match="counts of 3 layers"):
         rebalance_(random_decoder(FAMILIES["qwen3_moe"]), [torch.ones(8)] * 3, 0.1)

@@ -10,6 +10,7 @@ import torch
 
 from athanor.batch import pack
 from athanor.config import GRPOConfig, OptimizerConfig, SamplingConfig, SFTConfig
+from athanor.errors import UserError
 from athanor.kernels import LossVariant
 from athanor.model.moe import Routes, routers
 from athanor.model.transformer import PackedAttention, fill_tokens
@@ -96,26 +97,30 @@ def test_the_balance_loss_does_not_depend_on_a_dense_layer_and_reaches_the_route
 def test_recorded_experts_are_replayed_when_the_weights_have_moved():
     model = random_decoder(FAMILIES["deepseek_v3"])
     (batch,) = batches(10**6)
-    recorded = Routes()
+    recorded = Routes(num_tokens=len(batch.input_ids))  # without the filler, which is routed as usual
+    assert len(batch.input_ids) % 16
     with torch.no_grad():
         old = completion_logprobs(model, batch, routes=recorded).logps
         for router in routers(model):
             router.weight.add_(0.3 * torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(0)))
-        free, replayed = Routes(), Routes(replay=torch.stack(recorded.ids))
+        free, replayed = Routes(), Routes(replay=recorded.recorded)
         moved = completion_logprobs(model, batch, routes=free).logps
         kept = completion_logprobs(model, batch, routes=replayed).logps
-    assert torch.equal(torch.stack(replayed.ids), torch.stack(recorded.ids)) and not torch.equal(torch.stack(free.ids), torch.stack(recorded.ids))
+    n = len(batch.input_ids)
+    assert recorded.recorded.shape == (2, n, 3) and torch.equal(torch.stack(replayed.ids)[:, :n], recorded.recorded)
+    assert not torch.equal(torch.stack(free.ids)[:, :n], recorded.recorded)
     assert 0.05 < float(replayed.disagreement) < 0.9
     assert float((kept - old).abs().mean()) < float((moved - old).abs().mean())
 
 
-def test_a_policy_update_of_a_mixture_of_experts_starts_without_a_gap():
+@pytest.mark.parametrize("replay", [False, True])
+def test_a_policy_update_of_a_mixture_of_experts_starts_without_a_gap(replay):
     task = ArithmeticTask()
     tokenizer = symbol_tokenizer(list(task.symbols))
     model = random_decoder(FAMILIES["deepseek_v3"].model_copy(update={"vocab_size": tokenizer.vocab_size}))
     config = GRPOConfig(
         kind="grpo", init="base", prompts=[{"task": "chain"}], rewards=[{"reward": "accuracy"}], prompts_per_step=4, group_size=4,
-        updates_per_rollout=2, sampling=SamplingConfig(max_tokens=12), optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0),
+        updates_per_rollout=2, routing_replay=replay, sampling=SamplingConfig(max_tokens=12), optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0),
     )  # fmt: skip
     generator = rollout_generator(model, tokenizer, 64, 4)
     groups = sample_groups(generator, tokenizer, [task.problem("train", i) for i in range(4)], 4, config.sampling, RANKS, 0)
@@ -124,4 +129,10 @@ def test_a_policy_update_of_a_mixture_of_experts_starts_without_a_gap():
     before = [router.bias.clone() for router in routers(model)]
     metrics = update_policy(SimpleNamespace(name="zero", ranks=RANKS), config, LossVariant(), loop, None, groups, advantages, 0)
     assert metrics["logp_gap_max"] == 0.0 and metrics["router_imbalance"] > 0
+    assert ("route_disagreement" in metrics) == replay
+    assert not replay or metrics["route_disagreement"] > 0  # of the second update: the first moved the routers
+    dense = random_decoder(FAMILIES["qwen3_moe"].model_copy(update={"mlp_only_layers": (0, 1, 2), "vocab_size": tokenizer.vocab_size}))
+    if replay:
+        with pytest.raises(UserError, match="routing_replay is true, but the model has no experts"):
+            update_policy(SimpleNamespace(name="zero", ranks=RANKS), config, LossVariant(), SimpleNamespace(model=dense), None, groups, advantages, 0)
     assert all(not torch.equal(router.bias, old) for router, old in zip(routers(model), before, strict=True))

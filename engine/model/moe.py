@@ -8,13 +8,14 @@ selection bias by the sign of what is missing to the mean load.  The sequence ba
 `Routes` goes through a forward where a caller wants to know or to set what the routers choose: recording in rollout, replay in training.
 Left out: a capacity with dropped tokens, router noise, the batch-wide auxiliary loss of Qwen3-MoE's pretraining.
 
-T tokens, D hidden, E experts, k of them per token, F width of one expert.
+T tokens, D hidden, E experts, k of them per token.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from athanor.config import ModelConfig
 from athanor.kernels import fp8_grouped_gemm, grouped_gemm, linear, moe_permute, moe_route, moe_unpermute, swiglu
@@ -28,13 +29,18 @@ FP8_ROWS = 128  # of which a group is a multiple where the weight gradient is co
 class Routes:
     """What the routers of one forward do, one entry per sparse layer in their order."""
 
-    replay: Tensor | None = None  # (layers, T, k) int32, as `torch.stack(ids)` of another forward; rows of -1 are routed as usual
+    replay: Tensor | None = None  # (layers, n <= T, k) int32, `recorded` of another forward; rows of -1, and those behind n, are routed as usual
     num_tokens: int | None = None  # the first so many count, the rest is filler; None = all
     cu_seqlens: Tensor | None = None  # (S+1,) of sequences for which `balance` is wanted; they cover the tokens that count
     ids: list[Tensor] = field(default_factory=list)  # (T, k) int32 each
     counts: list[Tensor] = field(default_factory=list)  # (E,) int32 tokens per expert
     changed: list[Tensor] = field(default_factory=list)  # () int32 replayed choices that the router would not have made
     balance: list[Tensor] = field(default_factory=list)  # () the sequence balance loss, not yet multiplied by alpha; differentiable
+
+    @property
+    def recorded(self) -> Tensor:
+        """(layers, num_tokens, k) int32: what was chosen, for a later `replay`."""
+        return torch.stack(self.ids)[:, : self.num_tokens]
 
     @property
     def disagreement(self) -> Tensor:
@@ -76,6 +82,8 @@ class Router(nn.Module):
         """ids and weights (T, k) of x (T, D)."""
         logits = self.logits(x)
         replay = None if routes is None or routes.replay is None else routes.replay[len(routes.ids)]
+        if replay is not None and len(replay) < len(x):
+            replay = F.pad(replay, (0, 0, 0, len(x) - len(replay)), value=-1)
         routing = moe_route(logits, self.k, bias=self.bias, replay=replay, **self.options)
         if routes is not None:
             n = len(x) if routes.num_tokens is None else routes.num_tokens
@@ -93,14 +101,14 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, *, fp8: bool = False):
         super().__init__()
-        E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.num_experts = E
         self.router = Router(config)
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F, D))
-        self.down_proj = nn.Parameter(torch.empty(E, D, F))
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, width))
         for stack in (self.gate_up_proj, self.down_proj):
             nn.init.normal_(stack, std=config.initializer_range)
-        self.shared = Swiglu(D, F * config.n_shared_experts) if config.n_shared_experts else None
+        self.shared = Swiglu(D, width * config.n_shared_experts) if config.n_shared_experts else None
         self.fp8 = fp8  # products of the routed experts in block-scaled FP8, forward and dx
 
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:

@@ -49,7 +49,7 @@ def update_policy(
         _Part(context, config, variant, loop.model, reference, sum(groups[first:end], []), advantages[first * G : end * G])
         for first, end in zip(bounds[:-1], bounds[1:], strict=True)
     ]
-    balanced: dict = {}
+    balanced: dict = {}  # of the last update, which is the farthest from the sampler
     for part in parts:
         _, norm = optimizer_step(loop.optimizer, part.batches, part.loss, learning_rate(config.optimizer, step, config.steps))
         norms.append(norm)
@@ -107,9 +107,16 @@ class _Part:
         self.gap, self.ratio_max = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         self.gap_sums = torch.zeros(3, dtype=torch.float64)  # |trainer - sampler|, the k3 estimate of their KL divergence, tokens
         self.old: dict[int, Tensor] = {}  # the trainer's log-probs before the first update, by batch
-        if variant.correction != "none":
+        if config.routing_replay and not self.balance.routers:
+            raise UserError(f"stage {context.name}: routing_replay is true, but the model has no experts")
+        self.recorded: dict[int, Tensor] = {}  # the experts before the first update, by batch
+        if variant.correction != "none" or config.routing_replay:
             with torch.no_grad():
-                self.old = {id(batch): self._score(model, batch).logps for batch in self.batches}
+                for batch in self.batches:
+                    routes = self.balance.routes(batch)
+                    self.old[id(batch)] = self._score(model, batch, routes).logps
+                    if config.routing_replay and routes is not None:
+                        self.recorded[id(batch)] = routes.recorded
 
     def _score(self, model: Decoder, batch: PackedBatch, routes: Routes | None = None) -> LogProbs:
         return completion_logprobs(model, batch, self.temperature, self._column(batch, "support"), routes)
@@ -126,7 +133,7 @@ class _Part:
     def loss(self, batch: PackedBatch) -> Tensor:
         """Loss of one micro-batch, already divided by the denominators of the whole optimizer step."""
         rollout = self._column(batch, "logps")
-        routes = self.balance.routes(batch)
+        routes = self.balance.routes(batch, self.recorded.get(id(batch)))
         scored = self._score(self.model, batch, routes)
         ref_logps = None
         if self.reference is not None:

@@ -18,12 +18,13 @@ class RouterBalance:
         self.model, self.ranks, self.rate, self.alpha = model, ranks, config.router_bias_rate, config.balance_loss
         self.routers = routers(model)
         self.counts: Tensor | None = None  # (layers, E) fp64
+        self.changed = torch.zeros(2, dtype=torch.float64)  # replayed choices that the routers would not have made, and all that were replayed
 
-    def routes(self, batch: PackedBatch) -> Routes | None:
-        """For a forward over the batch, filler rows behind it or not."""
+    def routes(self, batch: PackedBatch, replay: Tensor | None = None) -> Routes | None:
+        """For a forward over the batch, filler rows behind it or not.  replay: `Routes.recorded` of an earlier one over it."""
         if not self.routers:
             return None
-        return Routes(num_tokens=len(batch.input_ids), cu_seqlens=batch.cu_seqlens if self.alpha else None)
+        return Routes(replay, num_tokens=len(batch.input_ids), cu_seqlens=batch.cu_seqlens if self.alpha else None)
 
     def loss(self, routes: Routes | None, share: float) -> Tensor | float:
         """alpha times the mean over layers, times the batch's share of the step; counts what the forward chose."""
@@ -31,6 +32,8 @@ class RouterBalance:
             return 0.0
         counts = torch.stack(routes.counts).double().cpu()
         self.counts = counts if self.counts is None else self.counts + counts
+        if routes.replay is not None:
+            self.changed += torch.stack((torch.stack(routes.changed).sum(), (routes.replay >= 0).sum())).double().cpu()
         return self.alpha * share * torch.stack(routes.balance).mean() if routes.balance else 0.0
 
     def finish(self) -> dict:
@@ -39,9 +42,10 @@ class RouterBalance:
             return {}
         experts = len(self.routers[0].weight)
         counts = self.counts if self.counts is not None else torch.zeros(len(self.routers), experts, dtype=torch.float64)
-        self.ranks.sum_(counts)
+        self.ranks.sum_(counts, self.changed)
+        metrics = {"route_disagreement": float(self.changed[0] / self.changed[1])} if self.changed[1] else {}
         if not counts.any():
-            return {"router_imbalance": 0.0}
+            return metrics | {"router_imbalance": 0.0}
         if self.rate and all(router.bias is not None for router in self.routers):
             rebalance_(self.model, counts, self.rate)
-        return {"router_imbalance": imbalance(list(counts))}
+        return metrics | {"router_imbalance": imbalance(list(counts))}

@@ -63,7 +63,7 @@ def completion_logprobs(
 ) -> LogProbs:
     """Log-probs and entropies (N,) of the trained tokens of a packed micro-batch, under the truncated distribution where a support (N,) is given.
 
-    routes: for the routers of a mixture of experts; what it replays covers the filler rows too (`fill_tokens`).
+    routes: for the routers of a mixture of experts.
     """
     input_ids, positions, cu_seqlens = fill_tokens(batch.input_ids, batch.positions, batch.cu_seqlens)
     hidden = model(input_ids, positions, PackedAttention(cu_seqlens), routes)
