@@ -11,8 +11,8 @@ from athanor.kernels import moe_route_triton as module  # noqa: E402
 # T around a tile's rows; E a power of two, odd, more than a tile's smallest width; k = E
 CASES = [
     (1, 6, 2, {}),
-    (130, 16, 3, {"normalize": False, "scale": 2.0}),
-    (67, 24, 4, {"scoring": "sigmoid", "groups": (4, 2), "scale": 2.5, "bias": True}),
+    (70, 16, 3, {"normalize": False, "scale": 2.0}),
+    (35, 24, 4, {"scoring": "sigmoid", "groups": (4, 2), "scale": 2.5, "bias": True}),
     (5, 12, 4, {"scoring": "sigmoid", "groups": (3, 2), "normalize": False, "bias": True}),
     (9, 200, 8, {"scoring": "sigmoid", "groups": (8, 4), "bias": True}),
     (20, 5, 5, {"scoring": "sigmoid"}),
