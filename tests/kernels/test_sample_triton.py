@@ -23,10 +23,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.fixture(autouse=True)
 def small_structure(monkeypatch):
-    """Under the interpreter segments of 4 tiles and short walks, so that a small vocabulary has several of both; a GPU runs what the tables hold."""
+    """Under the interpreter segments of 4 tiles and short walks, so that a small vocabulary has several of both, and fewer but larger steps.
+
+    A GPU runs what the tables hold.
+    """
     if INTERPRETED:
-        for module, name, value in ((sample_tiles_triton, "TILES", 4), (sample_filter_triton, "CHUNK", 128), (sample_bracket_triton, "STEPS", 3)):
-            monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(sample_tiles_triton, "TILES", 4)
+        monkeypatch.setattr(sample_bracket_triton, "STEPS", 2)
+        monkeypatch.setattr(sample_filter_triton, "CHUNK", 256)
+        monkeypatch.setattr(sample_filter_triton, "PIVOTS", 64)
 
 
 @pytest.fixture
@@ -290,24 +295,25 @@ def test_the_bracket_holds_the_threshold(options, triton_device, brackets, gener
     assert_references(out, logits, **options)
     lo, hi, _, top = brackets[0].unbind(1)
     key = keys(out.thresholds)
-    assert ((lo <= key) & (key <= hi) & (hi <= top)).all()
+    # what min-p keeps last may be the first above its bracket, which then holds nothing
+    assert ((lo <= key) & ((key <= hi) | ("min_p" in options)) & (hi <= top)).all()
     inside = (keys(logits) >= lo[:, None]) & (keys(logits) <= hi[:, None])
     assert (inside.sum(1)[[0, 1, 3, 4]] < 2000).all(), inside.sum(1)
 
 
-@pytest.mark.parametrize("unseen, options", [(-1e9, {"top_p": 0.9}), (-1e9, {"top_p": 0.9, "min_p": 1e-4}), (-1e9, {"top_k": 700}),
-                                             (-1e9, {"top_k": 700, "top_p": 0.5})], ids=str)  # fmt: skip
-def test_a_bracket_that_misses_costs_time_only(unseen, options, triton_device, brackets, generator, monkeypatch):
+@pytest.mark.parametrize("options", [{"top_p": 0.9, "min_p": 1e-4}, {"top_k": 700}, {"top_k": 700, "top_p": 0.5}], ids=str)
+def test_a_bracket_that_misses_costs_time_only(options, triton_device, brackets, generator, monkeypatch):
     """Margins that are wrong on purpose: brackets above the threshold and below it."""
-    logits, above, below = flat_rows(generator), 0, 0
-    for sigmas, unseen in ((-30.0, -1e6), (-30.0, 1e6), (1e6, -1e6)):
+    logits, above, below = flat_rows(generator)[[0, 2, 4]], 0, 0
+    for sigmas, unseen in ((-30.0, 1e6), (0.0, -1e6), (-30.0, -1e6)):
         monkeypatch.setattr(sample_bracket_triton, "SIGMAS", sigmas)
         monkeypatch.setattr(sample_bracket_triton, "UNSEEN", unseen)
         out = draw(logits, triton_device, **options)
         assert_references(out, logits, **options)
         lo, hi, *_ = brackets.pop().unbind(1)
         above, below = above + (lo > keys(out.thresholds)).sum(), below + (hi < keys(out.thresholds)).sum()
-    assert above > 0 and (below > 0 or options.keys() >= {"top_k", "top_p"})
+    # top-p after top-k has no bracket below the largest logit
+    assert above > 0 and (below > 0 or len(options) == 2 and "top_k" in options)
 
 
 def test_more_allowed_than_there_are(triton_device, generator):
