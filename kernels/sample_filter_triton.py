@@ -27,7 +27,7 @@ from .sample_bracket_triton import FAR, SMALL, filters_of, float_of, key_of, sam
 from .sample_tiles_triton import TILE, UNIT, draw_unfiltered, mass_of, merged, part_masses, reached, row_segments, segment_logits, target_of, uniform
 
 # Not measured on a GPU yet
-COLLECT_WARPS = 8
+COLLECT_WARPS = 4
 CHUNK, PIVOTS, RESOLVE_WARPS = 2048, 8, 16
 
 
@@ -48,9 +48,10 @@ def filtered_draw(logits: Tensor, tiles: Tensor, segments: Tensor, seeds: Tensor
     pointers, (t, k, p, q), (t_row, k_row, p_row, q_row) = zip(temperature, top_k, top_p, min_p, strict=True)
     values = (*pointers, V, logits.stride(0), float(t), min(int(k), V), float(p), float(q))
     flags = sizes | dict(T_ROW=t_row, K_ROW=k_row, P_ROW=p_row, Q_ROW=q_row)
+    block = triton.next_power_of_2(tiles.shape[2])
     sample_bracket_kernel[(B,)](
-        logits, tiles, segments, brackets, *values, **flags, BLOCK=triton.next_power_of_2(tiles.shape[2]), SAMPLED=bracket.SAMPLED,
-        STEPS=bracket.STEPS, SIGMAS=bracket.SIGMAS, UNSEEN=bracket.UNSEEN, num_warps=bracket.WARPS)  # fmt: skip
+        logits, tiles, segments, brackets, *values, **flags, BLOCK=block,
+        SAMPLED=max(1, min(bracket.SAMPLED, bracket.REGISTERS // block)), STEPS=bracket.STEPS, SIGMAS=bracket.SIGMAS, UNSEEN=bracket.UNSEEN, num_warps=bracket.WARPS)  # fmt: skip
     sample_collect_kernel[(B * spans,)](
         logits, tiles, brackets, counts, lists, temperature[0], min_p[0], V, logits.stride(0), float(t), float(q), T_ROW=t_row, Q_ROW=q_row,
         TILES=sizes["TILES"], num_warps=COLLECT_WARPS)  # fmt: skip
