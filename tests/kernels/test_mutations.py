@@ -33,6 +33,7 @@ class Bug:
 
 
 GRPO, LINEAR = "test_grpo_loss_triton.py", "test_linear_logprob_triton.py"
+SAMPLE = "test_sample_triton.py"
 PAGED, PACKED, PRODUCT = "test_paged_attention_triton.py", "test_attention_triton.py", "test_linear_triton.py"
 BUGS = [
     # policy_loss, grpo_loss
@@ -103,6 +104,13 @@ BUGS = [
     Bug("argmax of the kept tokens", "linear_logprob_triton.py", "index = tl.where(largest > (top if SUPPORT else m), at, index)",
         "index = tl.where(largest > m, at, index)", LINEAR),
     Bug("target outside the support dropped", "logprob_triton.py", " & (v != target), float", ", float", LINEAR),
+    # sample
+    Bug("ties of earlier segments forgotten", "sample_filter_triton.py", "room - (tl.cumsum(ties, 0) - ties)", "room - 0 * ties", SAMPLE),
+    Bug("a miss not noticed", "sample_filter_triton.py", "if below | beyond:", "if below & beyond:", SAMPLE),
+    Bug("mass above the bracket left out", "sample_filter_triton.py", "return t, room, ties, mass_above + mass", "return t, room, ties, mass", SAMPLE),
+    Bug("tiles of other segments", "sample_tiles_triton.py", "j = i * TILES + tl.where(greedy", "j = tl.where(greedy", SAMPLE),
+    Bug("missing vocabulary tail mask", "sample_tiles_triton.py", 'mask=wanted & (v < V), other=float("-inf"))', "mask=wanted & (v < V), other=0.0)",
+        SAMPLE),
     # logits_grpo, linear_grpo
     Bug("dropped mask", "logits_grpo.py", "        keep = keep & mask\n", "        pass\n", "test_logits_grpo.py"),
     Bug("off-by-one segment", "logits_grpo.py", "torch.arange(targets.numel(), device=device), right=True)",
