@@ -107,10 +107,9 @@ BUGS = [
     # sample
     Bug("ties of earlier segments forgotten", "sample_filter_triton.py", "room - (tl.cumsum(ties, 0) - ties)", "room - 0 * ties", SAMPLE),
     Bug("a miss not noticed", "sample_filter_triton.py", "if below | beyond:", "if below & beyond:", SAMPLE),
-    Bug("mass above the bracket left out", "sample_filter_triton.py", "return t, room, ties, mass_above + mass", "return t, room, ties, mass", SAMPLE),
+    Bug("mass above the bracket left out", "sample_filter_triton.py", "room, ties, mass_above + mass", "room, ties, mass", SAMPLE),
     Bug("tiles of other segments", "sample_tiles_triton.py", "j = i * TILES + tl.where(greedy", "j = tl.where(greedy", SAMPLE),
-    Bug("missing vocabulary tail mask", "sample_tiles_triton.py", 'mask=wanted & (v < V), other=float("-inf"))', "mask=wanted & (v < V), other=0.0)",
-        SAMPLE),
+    Bug("missing vocabulary tail mask", "sample_tiles_triton.py", 'wanted & (v < V), other=float("-inf"))', "wanted & (v < V), other=0.0)", SAMPLE),
     # logits_grpo, linear_grpo
     Bug("dropped mask", "logits_grpo.py", "        keep = keep & mask\n", "        pass\n", "test_logits_grpo.py"),
     Bug("off-by-one segment", "logits_grpo.py", "torch.arange(targets.numel(), device=device), right=True)",
