@@ -107,8 +107,8 @@ BUGS = [
     # sample
     Bug("ties of earlier segments forgotten", "sample_filter_triton.py", "room - (tl.cumsum(ties, 0) - ties)", "room - 0 * ties", SAMPLE),
     Bug("a miss not noticed", "sample_filter_triton.py", "if below | beyond:", "if below & beyond:", SAMPLE),
-    Bug("top-p of the whole row after top-k", "sample_filter_triton.py", "tl.minimum(wanted_mass(limit, top_p)", "tl.minimum(wanted_mass(row_mass, top_p)",
-        SAMPLE),
+    Bug("top-p of the whole row after top-k", "sample_filter_triton.py", "tl.minimum(wanted_mass(limit, top_p)",
+        "tl.minimum(wanted_mass(row_mass, top_p)", SAMPLE),
     Bug("tiles of other segments", "sample_tiles_triton.py", "j = i * TILES + tl.where(greedy", "j = tl.where(greedy", SAMPLE),
     Bug("missing vocabulary tail mask", "sample_tiles_triton.py", 'wanted & (v < V), other=float("-inf"))', "wanted & (v < V), other=0.0)", SAMPLE),
     # logits_grpo, linear_grpo
