@@ -69,6 +69,7 @@ def sample(text, answer="4", domain="math", prompt="q"):
 def nasty(tmp_path, monkeypatch):
     (tmp_path / "nasty_reward.py").write_text(NASTY)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("athanor.rewards.pool._shared", None)  # a pool that other tests have started does not look into this folder
     monkeypatch.delitem(sys.modules, "nasty_reward", raising=False)
     return importlib.import_module("nasty_reward").Nasty
 
