@@ -5,7 +5,7 @@ serve this call, else the reason as half a sentence.  Auto takes the first that 
 Nothing falls back by catching an exception.  The Triton interpreter is only for a caller who names `triton`: auto never takes it on CPU.
 
 Strict mode.  An operation whose usual backends on CUDA choose the order of a sum by the shape of the call has, besides, one that does not, registered
-with strict=True.  Auto takes that one inside `with strict_mode()` and none of the others; outside it takes none but the others.
+with strict=True.  Inside `with strict_mode()` auto takes that one and none of the others; outside it leaves out what is registered with usual=False.
 """
 
 import difflib
@@ -86,7 +86,8 @@ class Backend:
 
     run: Callable
     why_not: Callable[[dict], str | None] = lambda call: None
-    strict: bool = False  # on CUDA for strict mode, or by name
+    strict: bool = False  # a row's bits depend on that row alone, so it serves strict mode on CUDA
+    usual: bool = True  # taken by auto outside of strict mode, too
 
 
 def late(where: str) -> Callable:
@@ -131,7 +132,7 @@ class Op:
             return name, self.backends[name].run
         reasons = []
         for name, candidate in self.backends.items():
-            if (on_cpu and name == "triton") or candidate.strict != strict:
+            if (on_cpu and name == "triton") or not (candidate.strict if strict else candidate.usual):
                 continue
             reason = candidate.why_not(call)
             if reason is None:

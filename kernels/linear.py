@@ -52,4 +52,5 @@ def why_not_linear(call: dict) -> str | None:
     return why_not_triton(call)
 
 
-op = register("linear", triton=Backend(late("linear_triton.linear_triton"), why_not_linear, strict=True), reference=Backend(linear_reference))
+op = register("linear", triton=Backend(late("linear_triton.linear_triton"), why_not_linear, strict=True, usual=False),
+              reference=Backend(linear_reference))  # fmt: skip

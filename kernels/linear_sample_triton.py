@@ -146,13 +146,14 @@ def linear_sample_draw_kernel(
 def ahead_of_time() -> list[AheadOfTime]:
     cases = []
 
-    def add(name, tiles, capabilities, dtype, descriptors, rows=False):
+    def add(name, tiles, capabilities, dtype, descriptors, rows=False, ones=()):
         kinds = [f"tensordesc<{dtype}[{block}, {tiles.BK}]>" if descriptors else f"*{dtype}:16" for block in (tiles.BM, tiles.BN)]
         signature = dict(zip(("hidden", "weight"), kinds, strict=True)) | {
             "partials_ptr": "*fp32:16", "candidates_ptr": "*i32:16", "seeds_ptr": "*i64", "positions_ptr": "*i64",
             "temperature_ptr": "*fp32" if rows else "*i64", "B": "i32", "V": "i32:16", "D": "i32:16", "hidden_stride": "i32:16",
             "weight_stride": "i32:16", "temperature": "fp32"}  # fmt: skip
-        constants = dict(T_ROW=rows, BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, DESCRIPTORS=descriptors)
+        signature = {name: kind for name, kind in signature.items() if name not in ones}
+        constants = dict(T_ROW=rows, BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, DESCRIPTORS=descriptors) | dict.fromkeys(ones, 1)
         cases.append(AheadOfTime(f"linear_sample_tiles {name}", linear_sample_tiles_kernel, signature, constants, tiles.num_warps, tiles.num_stages,
                                  registers=255, matrix=dtype != "fp32", capabilities=capabilities))  # fmt: skip
 
@@ -162,7 +163,11 @@ def ahead_of_time() -> list[AheadOfTime]:
             add(f"sm_{capability} bf16 descriptors", tiles, (capability,), "bf16", True)
             add(f"sm_{capability} fp16 descriptors, temperature per row", tiles, (capability,), "fp16", True, rows=True)
     add("fp32", TILES_FP32, (80, 90, 100), "fp32", False)
+    add("fp32 V=1", TILES_FP32, (80, 90, 100), "fp32", False, ones=("V",))  # a launch compiles in an integer of 1: a vocabulary of one token
     draw = {"partials_ptr": "*fp32:16", "candidates_ptr": "*i32:16", "temperature_ptr": "*fp32", "B": "i32", "V": "i32:16", "temperature": "fp32"}
     draw |= dict.fromkeys(("seeds_ptr", "positions_ptr", "tokens_ptr", "last_kept_ptr"), "*i64")
     draw |= dict.fromkeys(("logps_ptr", "full_logps_ptr", "entropy_ptr", "thresholds_ptr"), "*fp32")
-    return [*cases, AheadOfTime("linear_sample_draw", linear_sample_draw_kernel, draw, dict(T_ROW=True, TILE=TILE, BLOCK=2048), 8, registers=128)]
+    for name, signature, constants in (("", draw, dict(BLOCK=2048)), (" V=1", {k: v for k, v in draw.items() if k != "V"}, dict(BLOCK=1, V=1))):
+        constants |= dict(T_ROW=True, TILE=TILE)
+        cases.append(AheadOfTime("linear_sample_draw" + name, linear_sample_draw_kernel, signature, constants, 8, registers=128))
+    return cases

@@ -1,19 +1,16 @@
 """Linear layer in Triton with row-independent bits; the equation is that of linear.py.
 
-A program computes one tile of BM tokens x BN outputs: a running product over K in ascending steps of BK, never split, in one tile shape per dtype and
-compute capability, for one token as for thousands.  Rows of a matrix product do not depend on each other, and what lies behind the last row is read
-as 0: so the bits of a row follow from that row and the weights.  The bias is added in fp32; y is rounded once.
+A program computes one tile of BM tokens x BN outputs: a running product over K in ascending steps of BK, never split.  Rows of a matrix product do
+not depend on each other, and what lies behind the last row is read as 0: so the bits of a row follow from that row and the weights.  The instructions
+add 16 of K at a time in whatever tile, so that sm_90 has tiles for few tokens and for many with the same bits.  The bias is added in fp32; y is
+rounded once.
 
 Programs are numbered so that those which run together share operands in L2: a band of GROUP token tiles meets one tile of weights after the other.
 
 Backward: dx = dy weight, dweight = dy^T x by the library, whose choice of order changes no log-prob.
 
-Predicted for an H200 in bf16, not measured: 4.3 TB/s from memory; 5.5 TB/s from L2, and 112 GB/s into one processor.  A step of 64 in K fetches 24
-KiB for a whole tile of 64 x 128; rows beyond T are no traffic.
-Decode, T = 64, K = 4096.  N = 4096 reads 33.6 MB of weights (7.8 us), but its 32 tiles occupy 32 of 132 processors: 14 us.  N = 6144: 50.3 MB (11.7
-us), 14 us.  N = 24576: 201 MB of weights (47 us) and 101 MB of x from L2: 55 us.
-Training, T = 8192, K = N = 4096.  275 GFLOP (0.35 ms at 788 TFLOP/s) fetch 6.4 GB through L2: 1.2 ms, 3.3 times the library.  That is the price of
-one tile that is low enough for decode: the compute of a taller one would be the limit where few processors share a narrow layer.
+On an H200 in bf16, K = 4096, beside cuBLAS: T = 64 17.7 and 17.1 us (N = 4096), 22.8 and 22.5 (6144), 62.0 and 61.0 (24576); T = 256 26.2 and 23.0
+(4096), 97.6 and 90.2 (24576); T = 8192 424 and 412 us (4096).
 """
 
 import torch
@@ -27,21 +24,24 @@ from .linear_logprob_triton import Tiles, _logits, operands
 # BM = 64 is the least that Hopper's wgmma takes.  Not measured on a GPU yet; two programs of 4 x (64 + 128) x 64 x 2 = 96 KiB fit on an SM of sm_90.
 # There is no slice of a vocabulary.
 TILES = {80: Tiles(64, 128, 32, 4, 4, 0), 100: Tiles(64, 128, 64, 4, 4, 0)}
-# sm_90.  narrow: one program for each of 132 processors where N = 4096.  tall: a prefill or a training batch.
-HOPPER = {"narrow": Tiles(64, 32, 128, 4, 5, 0), "low": Tiles(64, 64, 128, 4, 4, 0), "tall": Tiles(128, 128, 64, 8, 4, 0)}
+# sm_90, the fastest of eleven on an H200.  narrow: one program for each of 132 processors where N = 4096.  half: the same for a batch of rows.
+HOPPER = {"narrow": Tiles(64, 32, 128, 4, 6, 0), "low": Tiles(64, 64, 128, 4, 5, 0), "half": Tiles(128, 64, 64, 4, 5, 0),
+          "tall": Tiles(128, 128, 64, 8, 4, 0)}  # fmt: skip
 TILES_FP32 = Tiles(64, 64, 16, 8, 3, 0)  # exact fp32 products, no tensor cores
 TILES_INTERPRETER = Tiles(16, 16, 16, 4, 1, 0, 2)
 
 
 def tiles_of(x: Tensor, N: int) -> Tiles:
-    """The tile for x (T, K) and N outputs; on sm_90 one of three, all of the same bits."""
+    """The tile for x (T, K) and N outputs; on sm_90 one of four, all of the same bits."""
     if not x.is_cuda:
         return TILES_INTERPRETER
     if x.dtype == torch.float32:
         return TILES_FP32
     capability = 10 * torch.cuda.get_device_capability(x.device)[0]
     if capability == 90:
-        return HOPPER["tall" if x.shape[0] > 128 else "narrow" if N <= 132 * 32 else "low"]
+        if x.shape[0] <= 128:
+            return HOPPER["narrow" if N <= 132 * 32 else "low"]
+        return HOPPER["half" if triton.cdiv(x.shape[0], 128) * triton.cdiv(N, 128) < 132 else "tall"]
     return TILES[max((c for c in TILES if c <= capability), default=80)]
 
 

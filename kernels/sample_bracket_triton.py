@@ -19,6 +19,7 @@ from .sample_tiles_triton import TILE, TILES, merged, row_segments
 
 # Not measured on a GPU yet
 SAMPLED, STEPS, WARPS = 8, 9, 16  # of a tile's 128 tokens, one sector of fp32; halvings
+REGISTERS = 16384  # logits that a program holds: fewer of a tile where V is more than 262144
 SIGMAS, UNSEEN = 4.0, 12.0  # the margins above: of what was not seen at all there are 12 E tokens with a probability of e^-12
 FAR = tl.constexpr(1 << 40)  # beyond every key and index
 SMALL = ["seeds_ptr", "positions_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "tokens_ptr", "logps_ptr", "full_logps_ptr",
@@ -153,7 +154,7 @@ def variants(name: str, kernel, constants: dict, warps: int, registers: int, mor
     """The kernel ahead of time for each of VARIANTS; `constants` holds what differs from kernel to kernel."""
     cases = []
     for dtype, rows, ones in VARIANTS:
-        flags = dict(T_ROW=rows, K_ROW=rows, P_ROW=rows, Q_ROW=rows, TILES=TILES, SEGMENTS=1 if ones else 64) | ones | constants
+        flags = dict(T_ROW=rows, K_ROW=rows, P_ROW=rows, Q_ROW=rows, TILES=TILES, SEGMENTS=1 if ones else 128) | ones | constants
         signature = row_signature(dtype, rows) | (more or {})
         given = {arg: signature[arg] for arg in kernel.arg_names if arg in signature and arg not in ones}
         flags = {arg: flags[arg] for arg in kernel.arg_names if arg not in given}

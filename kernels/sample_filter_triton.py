@@ -11,8 +11,8 @@
 Masses are integers, so sums agree whichever kernel adds them.  The list has room for every logit, and is written in the bracket only.
 
 Predicted for an H200, not measured, 128 rows of V = 151936 in fp32, with the 20 us of the tiles: bracket 10 us; collect 4 us where few tiles matter,
-22 us where all do; resolve 8 us for a list of some hundred, 25 us for the 15,000 of a flat row, 40 us with heavy ties; three launches more 5 us.
-Peaked 45 us, flat 80 us, ties 95 us.  A row whose bracket fails takes 1-2 ms, read by a single program.
+25-35 us where all do; resolve 8 us for a list of some hundred, 12 us for the 6,000 of a flat row, 25 us with heavy ties; three launches more 5 us.
+Peaked 45 us, flat 75-85 us, ties 90 us.  A row whose bracket fails takes 1-2 ms, read by a single program.
 """
 
 import torch
@@ -27,7 +27,7 @@ from .sample_bracket_triton import FAR, SMALL, filters_of, float_of, key_of, sam
 from .sample_tiles_triton import TILE, UNIT, draw_unfiltered, mass_of, merged, part_masses, reached, row_segments, segment_logits, target_of, uniform
 
 # Not measured on a GPU yet
-COLLECT_WARPS = 8
+COLLECT_WARPS = 4
 CHUNK, PIVOTS, RESOLVE_WARPS = 2048, 8, 16
 
 
@@ -48,8 +48,9 @@ def filtered_draw(logits: Tensor, tiles: Tensor, segments: Tensor, seeds: Tensor
     pointers, (t, k, p, q), (t_row, k_row, p_row, q_row) = zip(temperature, top_k, top_p, min_p, strict=True)
     values = (*pointers, V, logits.stride(0), float(t), min(int(k), V), float(p), float(q))
     flags = sizes | dict(T_ROW=t_row, K_ROW=k_row, P_ROW=p_row, Q_ROW=q_row)
+    block = triton.next_power_of_2(tiles.shape[2])
     sample_bracket_kernel[(B,)](
-        logits, tiles, segments, brackets, *values, **flags, BLOCK=triton.next_power_of_2(tiles.shape[2]), SAMPLED=bracket.SAMPLED,
+        logits, tiles, segments, brackets, *values, **flags, BLOCK=block, SAMPLED=max(1, min(bracket.SAMPLED, bracket.REGISTERS // block)),
         STEPS=bracket.STEPS, SIGMAS=bracket.SIGMAS, UNSEEN=bracket.UNSEEN, num_warps=bracket.WARPS)  # fmt: skip
     sample_collect_kernel[(B * spans,)](
         logits, tiles, brackets, counts, lists, temperature[0], min_p[0], V, logits.stride(0), float(t), float(q), T_ROW=t_row, Q_ROW=q_row,

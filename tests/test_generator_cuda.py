@@ -88,6 +88,7 @@ def test_no_step_of_a_window_waits_for_the_device():
     generator.generate(requests(num=4), SamplingConfig(max_tokens=20))
     rows = generator.rows
     rows.status[:32] = 0
+    rows.slot.zero_()
     torch.cuda.set_sync_debug_mode("error")
     try:
         rows._step(32, 512)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import random
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from athanor.rewards.notation import canonical, split_unit
 from athanor.samples import Problem, Sample
 
 PAIRS = tomllib.loads(Path(__file__).with_name("math_pairs.toml").read_text())
-DATA = Path("/work/shared/data")
+DATA = Path(os.environ.get("ATHANOR_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))  # GSM8K and MATH-500 as published
 UNSCORABLE = ("\\frac{1}{0}", "9**9**9", "x\\ne -1", "all real numbers")  # gold answers without a value may be errors
 REWARDS = Path(__file__).resolve().parents[1] / "engine" / "rewards"
 

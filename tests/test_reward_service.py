@@ -30,7 +30,7 @@ from athanor.rewards.base import Outcome, Reward
 class Nasty(Reward):
     __name__ = "nasty"
     runs_in = "process"
-    timeout_s: float = 0.3
+    timeout_s: float = 0.2
 
     def score(self, sample, problem):
         return getattr(self, "do_" + sample.text.partition(" ")[0])(sample.text.partition(" ")[2])
@@ -69,6 +69,7 @@ def sample(text, answer="4", domain="math", prompt="q"):
 def nasty(tmp_path, monkeypatch):
     (tmp_path / "nasty_reward.py").write_text(NASTY)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("athanor.rewards.pool._shared", None)  # a pool that other tests have started does not look into this folder
     monkeypatch.delitem(sys.modules, "nasty_reward", raising=False)
     return importlib.import_module("nasty_reward").Nasty
 
@@ -236,7 +237,7 @@ def check_hostile(count: int, num_workers: int) -> dict:
         given = [sample(f"<answer> {text} </answer>", gold) for text in hostile_answers(count)]
         found = [future.result(600) for future in [pool.submit(reward, s, s.problem) for s in given]]
         good = sample("<answer>\\pi/7</answer>", gold)
-        assert pool.submit(reward, good, good.problem).result(60).value == 1.0
+        assert pool.submit(make_reward("math", timeout_s=5.0), good, good.problem).result(60).value == 1.0
     slow = [(o.seconds, o.message) for o in found if o.seconds > WALL_FACTOR * reward.timeout_s + 1.0]  # the clock's deadline, and another fork
     assert slow == [] and len(found) == count
     assert not any(o.value for o in found), "a hostile answer was accepted"

@@ -16,32 +16,40 @@ def cases(device: str) -> list[Case]:
     gpu = device == "cuda"
     B, V = (128, 151936) if gpu else (512, 100)
 
-    def make(g):
-        return {"logits": 3 * torch.randn(B, V, generator=g, dtype=torch.float64), "seeds": torch.arange(B), "positions": torch.arange(B)}
+    def build(sizes, spread=3, temperature=1.0, top_k=0, top_p=1.0):
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
-    def build(name, temperature, top_p):
+        def make(g):
+            return {"logits": spread * torch.randn(B, V, generator=g, dtype=torch.float64), "seeds": torch.arange(B), "positions": torch.arange(B)}
+
         def run(logits, seeds, positions, backend):
-            out = K.sample(logits, temperature=temperature, top_p=top_p, seeds=seeds, positions=positions, backend=backend)
+            out = K.sample(logits, **options, seeds=seeds, positions=positions, backend=backend)
             return out.full_logps, out.entropy
 
         def eager(logits, seeds, positions):
-            tokens = K.sample(logits.float(), temperature=temperature, top_p=top_p, seeds=seeds, positions=positions, backend="reference").tokens
+            tokens = K.sample(logits.float(), **options, seeds=seeds, positions=positions, backend="reference").tokens
             log_p = (logits / temperature).log_softmax(-1)
             return log_p.gather(1, tokens[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
 
         def multinomial(logits, seeds, positions):
             log_p = (logits / temperature).log_softmax(-1)
             p = log_p.exp()
+            if top_k:
+                largest, index = p.topk(top_k, -1)
+                p = torch.zeros_like(p).scatter(1, index, largest)
             if top_p < 1:
                 falling, index = p.sort(-1, descending=True)
                 p = p.scatter(1, index, torch.where(falling.cumsum(-1) - falling < top_p, falling, 0.0))
             tokens = torch.multinomial(p, 1)
             return log_p.gather(1, tokens).squeeze(1), -(log_p.exp() * log_p).sum(-1)
 
-        return Case("sample", {"B": B, "V": V, "top_p_percent": int(100 * top_p)}, torch.float32, make, run, eager, "reads the logits once",
+        return Case("sample", {"B": B, "V": V} | sizes, torch.float32, make, run, eager, "reads the logits once",
                     bytes=4 * B * V, rivals={"sort + multinomial": multinomial}, slack=8)  # fmt: skip
 
-    return [build("plain", 1.0, 1.0), build("nucleus", 0.6, 0.95), linear_case(gpu)]
+    # a flat row keeps two thirds of its tokens, a peaked one a few
+    return [build({"top_p_percent": 100}), build({"top_p_percent": 95}, temperature=0.6, top_p=0.95),
+            build({"top_p_percent": 95, "spread": 1}, spread=1, top_p=0.95), build({"top_p_percent": 95, "spread": 8}, spread=8, top_p=0.95),
+            build({"top_k": 50}, top_k=50), linear_case(gpu)]  # fmt: skip
 
 
 def linear_case(gpu: bool) -> Case:

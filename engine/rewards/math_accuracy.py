@@ -56,7 +56,7 @@ class Math(Reward):
     require_format: bool = False
     """0 for whatever the format reward rejects."""
     timeout_s: float = 0.5
-    """Processor time of one comparison; four times as long by the clock."""
+    """Processor time of one comparison; ten times as long by the clock."""
 
     def __post_init__(self):
         if self.extract not in RULES:

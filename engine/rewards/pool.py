@@ -32,7 +32,7 @@ from athanor.rewards.base import RUNS_IN, Outcome, Reward, judge
 from athanor.rewards.worker import receive_frame, send_frame
 from athanor.samples import Problem, Sample
 
-WALL_FACTOR = 4.0
+WALL_FACTOR = 10.0
 MEMORY_BYTES = 2 << 30  # address space of one worker; an idle one has about a quarter of it
 JOBS_PER_WORKER = 5000  # caches of libraries grow; forking another worker takes milliseconds
 _START_S = 120.0  # importing on a machine under load

@@ -261,7 +261,7 @@ def test_offsets_beyond_two_to_the_31_elements(triton_device, generator, monkeyp
     """Rows 1.5 2^30 elements apart in memory of which nothing else is touched: row 2 of hidden and of weight starts at element 3 2^30 > 2^31."""
     stride, D = 3 << 29, 24
     if triton_device.type == "cuda":
-        memory = [torch.empty((3 << 30) + D, dtype=torch.float16, device="cuda") for _ in range(3)]
+        memory = [torch.empty((3 << 30) + D + 1, dtype=torch.float16, device="cuda") for _ in range(3)]
     else:
         memory = [torch.frombuffer(mmap.mmap(-1, 8 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE), dtype=torch.float16)
                   for _ in range(3)]  # fmt: skip

@@ -33,6 +33,7 @@ class Bug:
 
 
 GRPO, LINEAR = "test_grpo_loss_triton.py", "test_linear_logprob_triton.py"
+SAMPLE = "test_sample_triton.py"
 PAGED, PACKED, PRODUCT = "test_paged_attention_triton.py", "test_attention_triton.py", "test_linear_triton.py"
 FP8, GROUPED, FP8_GROUPED = "test_fp8_quantize_triton.py", "test_grouped_gemm_triton.py", "test_fp8_grouped_gemm_triton.py"
 ROUTE, PERMUTE = "test_moe_route_triton.py", "test_moe_permute_triton.py"
@@ -105,6 +106,13 @@ BUGS = [
     Bug("argmax of the kept tokens", "linear_logprob_triton.py", "index = tl.where(largest > (top if SUPPORT else m), at, index)",
         "index = tl.where(largest > m, at, index)", LINEAR),
     Bug("target outside the support dropped", "logprob_triton.py", " & (v != target), float", ", float", LINEAR),
+    # sample
+    Bug("ties of earlier segments forgotten", "sample_filter_triton.py", "room - (tl.cumsum(ties, 0) - ties)", "room - 0 * ties", SAMPLE),
+    Bug("a miss not noticed", "sample_filter_triton.py", "if below | beyond:", "if below & beyond:", SAMPLE),
+    Bug("top-p of the whole row after top-k", "sample_filter_triton.py", "tl.minimum(wanted_mass(limit, top_p)",
+        "tl.minimum(wanted_mass(row_mass, top_p)", SAMPLE),
+    Bug("tiles of other segments", "sample_tiles_triton.py", "j = i * TILES + tl.where(greedy", "j = tl.where(greedy", SAMPLE),
+    Bug("missing vocabulary tail mask", "sample_tiles_triton.py", 'wanted & (v < V), other=float("-inf"))', "wanted & (v < V), other=0.0)", SAMPLE),
     # logits_grpo, linear_grpo
     Bug("dropped mask", "logits_grpo.py", "        keep = keep & mask\n", "        pass\n", "test_logits_grpo.py"),
     Bug("off-by-one segment", "logits_grpo.py", "torch.arange(targets.numel(), device=device), right=True)",

@@ -2,6 +2,7 @@
 
 import math
 import mmap
+import os
 
 import pytest
 import torch
@@ -9,12 +10,46 @@ import torch
 from athanor.kernels import logprob, philox_uniform, sample
 
 pytest.importorskip("triton")
-from athanor.kernels import sample_triton as module  # noqa: E402
+from athanor.kernels import sample_bracket_triton, sample_filter_triton, sample_tiles_triton  # noqa: E402
 from athanor.kernels.sample_triton import sample_triton  # noqa: E402
 
 MAP_NORESERVE = 0x4000  # Linux; in the mmap module from Python 3.13
 OPTIONS = [(0.7, 0, 1.0, 0.0), (1.0, 1, 1.0, 0.0), (0.6, 20, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (2.0, 0, 1e-9, 0.0),
            (1.0, 0, 1.0, 0.05), (1.0, 0, 1.0, 1.0), (0.8, 150, 0.6, 0.0), (1.3, 30, 0.95, 0.02), (1.0, 10**6, 0.5, 0.1)]  # fmt: skip
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(autouse=True)
+def small_structure(monkeypatch):
+    """Under the interpreter segments of 4 tiles and short walks, so that a small vocabulary has several of both, and fewer but larger steps.
+
+    A GPU runs what the tables hold.
+    """
+    if INTERPRETED:
+        monkeypatch.setattr(sample_tiles_triton, "TILES", 4)
+        monkeypatch.setattr(sample_bracket_triton, "STEPS", 2)
+        monkeypatch.setattr(sample_filter_triton, "CHUNK", 256)
+        monkeypatch.setattr(sample_filter_triton, "PIVOTS", 64)
+
+
+@pytest.fixture
+def brackets(monkeypatch):
+    """The brackets of every call with filters: lo, hi, the lowest key that the threshold may have, and the largest logit's, (B, 4)."""
+    seen, kernel = [], sample_filter_triton.sample_resolve_kernel
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: (seen.append(args[3].cpu().clone()), kernel[grid](*args, **kwargs))
+
+    monkeypatch.setattr(sample_filter_triton, "sample_resolve_kernel", Recorded())
+    return seen
+
+
+def keys(x):
+    bits = torch.where(x == 0, 0.0, x).view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
 
 
 def draw(logits, device, rows=None, backend="triton", **options):
@@ -60,7 +95,7 @@ def special_rows(V, generator):
     return logits
 
 
-# one token; less than a tile; one more than 8 tiles of 128, a chunk
+# one token; less than a tile; one more than 8 tiles of 128, two segments of the small structure
 @pytest.mark.parametrize("V, dtype", [(1, torch.float32), (50, torch.float16), (1025, torch.float32),
                                       pytest.param(1025, torch.bfloat16, marks=pytest.mark.gpu)])  # fmt: skip
 def test_kept_set_token_and_log_probs_against_fp64(V, dtype, triton_device, generator):
@@ -212,14 +247,19 @@ def test_neither_batches_nor_parameters_compile_anew(launches, generator):
     for n in range(1, 51):
         rows = torch.arange(2 * n)[n:]
         sample_triton(torch.randn(n, 300, generator=generator), 0.1 * n, n % 7, 1.0 if n % 3 else n / 51, n / 60, rows, rows[:n])
-    assert sorted(name for name, *_ in launches.keys) == SORTED
-    assert launches.grids[-1] == (50,)
+    names = sorted(name for name, *_ in launches.keys)
+    assert names == [f"sample_{what}_kernel" for what in ("bracket", "collect", "resolve", "tiles")], launches.keys
+    for n in range(1, 51):
+        rows = torch.arange(2 * n)[n:]
+        sample_triton(torch.randn(n, 300, generator=generator), 0.1 * n, 0, 1.0, 0.0, rows, rows[:n])
+    assert sorted(name for name, *_ in launches.keys) == sorted([*names, "sample_draw_kernel"]) and launches.grids[-1] == (50,)
 
 
 def test_more_rows_than_a_grid_dimension_holds(launches):
     rows = torch.arange(65_537)
     sample_triton(torch.zeros(65_537, 2), 1.0, 0, 1.0, 0.0, rows, rows)
-    assert launches.grids == [(65_537,), (65_537,)]
+    sample_triton(torch.zeros(65_537, 2), 1.0, 1, 1.0, 0.0, rows, rows)
+    assert launches.grids == [(65_537,)] * 6
 
 
 def test_repeats_give_equal_bits(triton_device, generator):
@@ -227,4 +267,63 @@ def test_repeats_give_equal_bits(triton_device, generator):
     first = draw(logits, triton_device, top_p=0.9, min_p=0.01)
     again = draw(logits, triton_device, top_p=0.9, min_p=0.01)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert module.CHUNK % module.TILE.value == 0
+
+
+def flat_rows(generator):
+    """A flat row, a wide one, heavy ties, bf16 values and a narrow one far from 0: 40 tiles."""
+    logits = torch.randn(5, 5000, generator=generator)
+    logits[1] *= 6
+    logits[2] = (logits[2] * 2).round() / 2
+    logits[3] = logits[3].bfloat16().float()
+    logits[4] = 1000 + 0.01 * logits[4]
+    return logits
+
+
+def assert_references(out, logits, **options):
+    plain = draw(logits, "cpu", backend="reference", **options)
+    for name in ("tokens", "thresholds", "last_kept"):
+        assert torch.equal(getattr(out, name), getattr(plain, name)), (name, options)
+    assert torch.allclose(out.logps, plain.logps, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 700}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.2, "top_p": 0.99}], ids=str)
+def test_the_bracket_holds_the_threshold(options, triton_device, brackets, generator, monkeypatch):
+    """With the steps of a GPU.  The bracket is narrow, or no second read would be worth it."""
+    monkeypatch.setattr(sample_bracket_triton, "STEPS", 9)
+    logits = flat_rows(generator)
+    out = draw(logits, triton_device, **options)
+    assert_references(out, logits, **options)
+    lo, hi, _, top = brackets[0].unbind(1)
+    key = keys(out.thresholds)
+    # what min-p keeps last may be the first above its bracket, which then holds nothing
+    assert ((lo <= key) & ((key <= hi) | ("min_p" in options)) & (hi <= top)).all()
+    inside = (keys(logits) >= lo[:, None]) & (keys(logits) <= hi[:, None])
+    assert (inside.sum(1)[[0, 1, 3, 4]] < 2000).all(), inside.sum(1)
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.9, "min_p": 1e-4}, {"top_k": 700}, {"top_k": 700, "top_p": 0.5}], ids=str)
+def test_a_bracket_that_misses_costs_time_only(options, triton_device, brackets, generator, monkeypatch):
+    """Margins that are wrong on purpose: brackets above the threshold and below it."""
+    logits, above, below = flat_rows(generator)[[0, 2, 4]], 0, 0
+    for sigmas, unseen in ((-30.0, 1e6), (0.0, -1e6), (-30.0, -1e6)):
+        monkeypatch.setattr(sample_bracket_triton, "SIGMAS", sigmas)
+        monkeypatch.setattr(sample_bracket_triton, "UNSEEN", unseen)
+        out = draw(logits, triton_device, **options)
+        assert_references(out, logits, **options)
+        lo, hi, *_ = brackets.pop().unbind(1)
+        above, below = above + (lo > keys(out.thresholds)).sum(), below + (hi < keys(out.thresholds)).sum()
+    # top-p after top-k has no bracket below the largest logit
+    assert above > 0 and (below > 0 or len(options) == 2 and "top_k" in options)
+
+
+def test_more_allowed_than_there_are(triton_device, generator):
+    """Fewer allowed tokens than top-k keeps, and masses too small to be counted."""
+    logits = flat_rows(generator)
+    logits[0, 100:] = -torch.inf
+    logits[1, 50:] -= 200
+    for options in ({"top_k": 300}, {"top_k": 4000}, {"top_p": 0.9999999}, {"top_k": 4900, "min_p": 1e-30}):
+        out = draw(logits[:2], triton_device, **options)
+        plain = draw(logits[:2], "cpu", backend="reference", **options)
+        assert torch.equal(out.tokens, plain.tokens), options
+        if "top_k" in options:
+            assert torch.equal(out.thresholds, plain.thresholds) and torch.equal(out.last_kept, plain.last_kept), options
