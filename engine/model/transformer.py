@@ -23,6 +23,7 @@ from athanor.model.moe import MixtureOfExperts, Routes
 
 __all__ = ["ROW_STEP", "Attend", "Decoder", "DecoderLayer", "PackedAttention", "Rotation", "fill_rows", "fill_tokens", "rope_frequencies"]
 
+
 def fill_tokens(input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A packed batch with a filler sequence behind it, where one is needed for whole row steps."""
     filled = fill_rows(input_ids)
