@@ -8,7 +8,7 @@ import torch
 from athanor.checkpoint import export_model
 from athanor.config import ModelConfig
 from athanor.model.transformer import Decoder
-from athanor.reward_models import Preference, RewardModel, judged_tokens, load_preference_reward, packed, save_reward_head
+from athanor.reward_models import Preference, RewardModel, judged_tokens, load_reward, packed, save_reward_head
 from athanor.samples import Problem, Sample
 from athanor.tasks.courtesy import CourtesyTask
 from athanor.tokenizer import symbol_tokenizer
@@ -75,7 +75,7 @@ def test_training_on_pairs_recovers_the_taste_and_a_folder_keeps_it(tmp_path):
     assert total > 40 and agree / total > 0.8
     export_model(model.decoder, TOKENIZER, tmp_path / "judge")
     save_reward_head(model, tmp_path / "judge")
-    loaded = load_preference_reward(tmp_path / "judge", TOKENIZER, torch.device("cpu"))
+    loaded = load_reward("preference", tmp_path / "judge", TOKENIZER, torch.device("cpu"))
     samples = [sample(problem, a), sample(problem, b)]
     np.testing.assert_allclose(loaded(samples), reward(samples), atol=1e-6)
 
