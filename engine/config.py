@@ -134,7 +134,7 @@ class TaskConfig(Config):
     """One source of problems."""
 
     kind: str
-    """arithmetic, courtesy, gym:<family> of reasoning-gym, jsonl, or a published set such as gsm8k (a wrong name lists them all)."""
+    """arithmetic, courtesy, discretion, gym:<family> of reasoning-gym, jsonl, or a published set such as gsm8k (a wrong name lists them all)."""
     settings: dict = Field(default_factory=dict)
     """Settings of that kind; a wrong one is an error that lists the right ones."""
 
@@ -319,7 +319,7 @@ class RewardModelConfig(TrainConfig):
     objective: Literal["pairwise", "pointwise"] = "pairwise"
     """pairwise: reads the final reply, for the reward preference; pointwise: reads the whole response, for the reward safety."""
     task: str
-    """Task that offers the verdicts: preferences or courtesy (pairwise), labelled or provocation (pointwise)."""
+    """Task that offers the verdicts: preferences or courtesy (pairwise), labelled or discretion (pointwise)."""
     num_examples: int = Field(512, ge=5)
     """Pairs or labelled responses; a fifth of them is held out."""
     batch_size: int = Field(64, ge=1)

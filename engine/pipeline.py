@@ -100,7 +100,7 @@ def build_tasks(recipe: RecipeConfig) -> dict:
     for name, config in recipe.tasks.items():
         settings = dict(config.settings)
         module = config.kind.partition(":")[0]
-        if module in ("arithmetic", "courtesy", "provocation"):
+        if module in ("arithmetic", "courtesy", "discretion"):
             settings = {"name": name, "seed": recipe.seed, **settings}
         tasks[name] = make_task(config.kind, **settings)
     return tasks
