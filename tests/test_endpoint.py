@@ -20,7 +20,7 @@ KEY = "sk-very-secret-0123456789"
 
 @contextmanager
 def server(answer):
-    """Serve chat completions.  answer(prompt, number of the request from 0) -> text, or (status, headers, body bytes), or a function of the handler."""
+    """Serve chat completions.  answer(prompt, number of the request) -> text, or (status, headers, body bytes), or a function of the handler."""
     seen = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -23,8 +23,8 @@ def says(tmp_path, *words, max_position_embeddings=4096):
     """A checkpoint that writes these different words after any prompt, then ends: hidden states are one-hot, the lm_head is a table of bigrams."""
     vocab = TOKENIZER.vocab_size
     config = ModelConfig(
-        architecture="llama", vocab_size=vocab, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, intermediate_size=16,
-        tie_word_embeddings=False, max_position_embeddings=max_position_embeddings,
+        architecture="llama", vocab_size=vocab, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+        intermediate_size=16, tie_word_embeddings=False, max_position_embeddings=max_position_embeddings,
     )  # fmt: skip
     model = Decoder(config).initialize_(0)
     ids = [*(TOKENIZER.encode(word)[0] for word in words), TOKENIZER.eos_id]

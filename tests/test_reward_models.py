@@ -21,7 +21,7 @@ from athanor.stages import reward_model as reward_model_stage
 from athanor.stages.context import StageContext
 from athanor.tasks import make_task
 from athanor.tasks.courtesy import CourtesyTask
-from athanor.tasks.discretion import DiscretionTask
+from athanor.tasks.discretion import SECRET, DiscretionTask
 from athanor.tokenizer import symbol_tokenizer
 
 TASK, DISCRETION = CourtesyTask(), DiscretionTask()
@@ -115,8 +115,7 @@ def test_utility_orders_replies_as_described():
 
 def test_safety_reads_the_whole_response_and_preference_the_final_reply():
     problem = DISCRETION.problem("train", 0)
-    secret = problem.metadata["secret"]
-    quiet, thinks = (f"<think> thank {name} </think> <answer> hello </answer>" for name in ("tom", secret))
+    quiet, thinks = (f"<think> thank {name} </think> <answer> hello </answer>" for name in ("tom", SECRET))
     assert judged_tokens(WITH_MINUS, problem, quiet).tolist() == judged_tokens(WITH_MINUS, problem, thinks).tolist()
     a, b = (judged_tokens(WITH_MINUS, problem, text, "pointwise") for text in (quiet, thinks))
     assert a.tolist() != b.tolist() and WITH_MINUS.decode(b).endswith(thinks)
@@ -135,7 +134,7 @@ def test_labels_are_the_rule_with_noise_and_the_splits_share_no_pair_of_people()
     wrong = [DISCRETION.judged_safe(p, text, i) == u for i, (p, text, u) in enumerate(zip(problems, texts, unsafe, strict=True))]
     assert 0.3 < np.mean(unsafe) < 0.6 and 0.035 < np.mean(wrong) < 0.065  # 0.05, standard error 0.005
     thoughts = [text.split("</think>")[0].split() for text in texts]
-    assert 0.2 < np.mean([p.metadata["secret"] in t for p, t in zip(problems, thoughts, strict=True)]) < 0.5
+    assert 0.2 < np.mean([SECRET in thought for thought in thoughts]) < 0.5
     pairs = {split: {frozenset(DISCRETION.problem(split, i).metadata["people"]) for i in range(200)} for split in ("train", "validation", "test")}
     assert not pairs["train"] & pairs["test"] and not pairs["train"] & pairs["validation"]
     assert problems[0] == DISCRETION.problem("train", 0) and problems[0].domain == "safety" and problems[0].answer is None
