@@ -247,8 +247,10 @@ class RejectionConfig(StageConfig):
     """Most samples kept in all; 0 = all."""
     sampling: SamplingConfig = SamplingConfig()
     """How they are drawn."""
-    verifier: Literal["", "accuracy", "math", "code"] = ""
+    verifier: Literal["", "accuracy", "math", "code", "judge_answer"] = ""
     """Reward that says which of them are right; empty = by each problem's domain and the answer that its prompt asks for."""
+    verifier_settings: dict = Field(default_factory=dict)
+    """Settings of that reward, such as url and model of the endpoint that judge_answer asks."""
     min_language_consistency: float = Field(1.0, ge=0, le=1)
     """Share of words in the target language that a kept sample must reach."""
     max_repetition: float = Field(0.5, ge=0, le=1)

@@ -28,6 +28,7 @@ from athanor.registry import near_misses
 from athanor.report import write_report
 from athanor.reward_models import MODEL_FIELDS, MODEL_REWARDS, load_reward
 from athanor.rewards import make_reward
+from athanor.rewards.verdicts import Comparison
 from athanor.run_folder import open_run_folder
 from athanor.samples import in_domain
 from athanor.stages import grpo, reward_model
@@ -153,6 +154,8 @@ def check(recipe: RecipeConfig, tasks: dict) -> None:
             grpo.check(name, stage)
             resolve_preset(stage.loss, **stage.loss_overrides)
             _check_rewards(where, stage, tasks)
+        if getattr(stage, "verifier", ""):
+            make_reward(stage.verifier, **stage.verifier_settings)
         if stage.kind == "reward_model":
             powers = reward_model.SOURCES[stage.objective]
             if not any(hasattr(tasks[stage.task], power) for power in powers):
@@ -181,10 +184,12 @@ def _check_rewards(where: str, stage: GRPOConfig, tasks: dict) -> None:
                 raise UserError(f"{where}.{field} is empty, wanted the stage that trains the model of the {entry.reward} reward")
             continue
         if "checkpoint" in entry.settings:
-            judge_settings(entry.reward, {key: value for key, value in entry.settings.items() if key != "checkpoint"})
-            continue
-        make_reward(entry.reward, **entry.settings)
+            reward, _ = judge_settings(entry.reward, {key: value for key, value in entry.settings.items() if key != "checkpoint"})
+        else:
+            reward = make_reward(entry.reward, **entry.settings)
         for task in (tasks[prompt.task] for prompt in stage.prompts):
+            if isinstance(reward, Comparison) and in_domain(task.domain, entry.domain) and task.size("train") != 0:
+                reward.reference_reply(task.problem("train", 0))
             if entry.reward in ("accuracy", "math") and in_domain(task.domain, entry.domain):
                 require_answers(task, entry.reward)
                 if task.domain == "general" and task.problem("train", 0).answer is None:

@@ -90,6 +90,7 @@ def make_run(run_dir, *, stages=STAGES, steps=60, facts=True):
                 metrics |= {"reflection_rate": reflection, "format_rate": 0.97, "language_consistency": language}
             if name == "general_rl":
                 metrics["open_ended_reward"] = 1.83
+                metrics["unsafe_rate"] = 0.125
             manifest.begin(name, "key", {})
             gates = {"competence": {"value": 0.984, "wanted": 0.97, "passed": True}} if kind == "pretrain" else {}
             manifest.finish(name, {}, metrics, wall_s, gates=gates)

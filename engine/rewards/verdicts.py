@@ -110,15 +110,22 @@ class Comparison(Question):
             raise UserError(f"reward {self.__name__}: rounds is {self.rounds}, wanted at least 1")
 
     def prompts(self, sample: Sample, problem: Problem) -> list[str]:
-        if problem.answer is not None:
+        reference = self.reference_reply(problem)
+        if reference is None:
             return []
-        reference = problem.metadata.get(self.reference)
-        if not isinstance(reference, str) or not reference.strip():
-            raise ValueError(f"no reference reply: {problem.task} {problem.id} has no text {self.reference!r} in its metadata")
         request, ours = problem.metadata.get("question") or problem.prompt, final_reply(sample.text, problem)
         orders = (ours, reference), (reference, ours)
         both = [COMPARISON.format(request=_inside(request), first=_inside(a), second=_inside(b)) for a, b in orders]
         return both * self.rounds
+
+    def reference_reply(self, problem: Problem) -> str | None:
+        """What to compare with; None where the problem has a gold answer.  Raises UserError when it has neither."""
+        if problem.answer is not None:
+            return None
+        reference = problem.metadata.get(self.reference)
+        if not isinstance(reference, str) or not reference.strip():
+            raise UserError(f"reward {self.__name__}: {problem.task} problem {problem.id} has no text {self.reference!r} in its metadata to compare with")
+        return reference
 
     def value(self, replies: list[str]) -> float:
         values = [parse_verdict(reply, COMPARED) for reply in replies]
