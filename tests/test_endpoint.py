@@ -124,6 +124,14 @@ def test_the_key_is_in_no_message_file_field_or_log(monkeypatch, tmp_path, caplo
     assert KEY not in repr(kept) + caplog.text + "".join(path.read_text() for path in tmp_path.rglob("*.json"))
 
 
+@pytest.mark.parametrize("key", [f"{KEY}\nX-Evil: 1", f"{KEY} x", f"{KEY}é"])
+def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(monkeypatch, key):
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with pytest.raises(UserError, match="JUDGE_KEY holds") as failure:
+        endpoint("http://127.0.0.1:1", key_env="JUDGE_KEY")
+    assert "secret" not in str(failure.value)
+
+
 def test_a_redirect_does_not_carry_the_key_elsewhere(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with server(lambda *_: "stolen") as (other, stolen), server(lambda *_: (307, {"Location": other}, b"")) as (url, _):

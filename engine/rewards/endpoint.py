@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from athanor.atomic import write_file
 from athanor.errors import UserError
 from athanor.rewards.base import Outcome
 from athanor.rewards.verdicts import Question
@@ -78,9 +77,9 @@ class Endpoint:
             raise UserError(f"{where}: url for {parts.hostname} has a user, a query or a fragment, wanted none: keys belong in the variable key_env")
         if not self.model:
             raise UserError(f"{where}: model is empty, wanted its name at {self.url}")
-        if self.key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
-            raise UserError(f"{where}: key_env is no name of an environment variable; wanted the name, never the key itself")
-        if self.key_env and not os.environ.get(self.key_env):
+        if self.key_env and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,60}", self.key_env):
+            raise UserError(f"{where}: key_env is no name of an environment variable; wanted one in capitals such as JUDGE_KEY, never the key itself")
+        if self.key_env and not self._key():
             raise UserError(f"{where}: the environment variable {self.key_env}, which key_env names, is not set")
         least = {"timeout_s": 1e-3, "retries": 0, "backoff_s": 0, "requests_per_minute": 0, "max_tokens": 1, "temperature": 0}
         for name, bound in least.items():
@@ -103,8 +102,9 @@ class Endpoint:
         reply = self._patiently(json.dumps(body).encode())
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self._lock:
-                write_file(path, json.dumps({"url": self.url, **body, "reply": reply}, ensure_ascii=False))
+            part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")  # two ranks may ask the same at the same time
+            part.write_text(json.dumps({"url": self.url, **body, "reply": reply}, ensure_ascii=False), encoding="utf-8")
+            os.replace(part, path)
         return reply
 
     def _cached(self, body: dict, round: int) -> Path | None:
@@ -137,7 +137,7 @@ class Endpoint:
         """One try."""
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        key = os.environ.get(self.key_env, "") if self.key_env else ""
+        key = self._key()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         connection = kind(parts.hostname, parts.port, timeout=self.timeout_s)
         late, watch, end = threading.Event(), None, time.monotonic() + self.timeout_s
@@ -171,6 +171,13 @@ class Endpoint:
         if not isinstance(reply, str):
             raise EndpointError(f"{parts.hostname}: the reply is a {type(reply).__name__}, wanted text")
         return reply
+
+    def _key(self) -> str:
+        """The key as the environment has it now.  UserError, without it, for what no HTTP header can hold."""
+        key = os.environ.get(self.key_env, "").strip() if self.key_env else ""
+        if not re.fullmatch(r"[!-~]*", key):
+            raise UserError(f"endpoint: the environment variable {self.key_env} holds a space, a line break or a letter beyond ASCII, wanted a key")
+        return key
 
     @staticmethod
     def _hidden(message: str, key: str) -> str:
