@@ -124,7 +124,8 @@ class Comparison(Question):
             return None
         reference = problem.metadata.get(self.reference)
         if not isinstance(reference, str) or not reference.strip():
-            raise UserError(f"reward {self.__name__}: {problem.task} problem {problem.id} has no text {self.reference!r} in its metadata to compare with")
+            where = f"{problem.task} problem {problem.id}"
+            raise UserError(f"reward {self.__name__}: {where} has no text {self.reference!r} in its metadata to compare with")
         return reference
 
     def value(self, replies: list[str]) -> float:

@@ -23,7 +23,7 @@ SYMBOLS += [word for words in (*OPENERS.values(), *KIND.values()) for word in wo
 
 @dataclass(frozen=True, kw_only=True)
 class CourtesyTask:
-    """Requests to greet, thank or invite two people, with a plain reply as a judge's `reference`; draws are pure functions of (seed, stream, index)."""
+    """Requests to greet, thank or invite two people, with a plain reply as a judge's `reference`; a draw is a function of (seed, stream, index)."""
 
     name: str = "courtesy"
     seed: int = 0
