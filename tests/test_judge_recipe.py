@@ -20,6 +20,7 @@ from athanor.samples import Problem, Sample
 sys.path.insert(0, str(Path(__file__).parent))
 from chat_server import server  # noqa: E402
 
+REWARDS = "--stages.rl.rewards"
 KEY = "sk-very-secret-0123456789"
 RECIPE = """
 name = "judged"
@@ -99,7 +100,17 @@ def test_a_judge_behind_an_endpoint_is_a_reward_of_a_recipe(recipe_of, tmp_path,
     assert KEY not in written + "".join(capsys.readouterr()) and "JUDGE_KEY" in written
 
 
-REWARDS = "--stages.rl.rewards"
+def test_the_engines_own_generator_is_a_judge_of_a_recipe(recipe_of, tmp_path):
+    whole = RECIPE[: RECIPE.index("[stages.taste]")] + RECIPE[RECIPE.index("[stages.rl]") :]
+    judge = f'[{{reward = "judge", settings = {{checkpoint = "{tmp_path / "policy"}", max_tokens = 4}}}}, {{reward = "format"}}]'
+    recipe = recipe_of(REWARDS, judge, "--stages.rl.reward_failures", "zero", text=whole)
+    export_policy(recipe, tmp_path / "policy")
+    run(recipe, "judged")
+    rows = [json.loads(line) for line in (tmp_path / "judged" / "metrics.jsonl").read_text().splitlines()]
+    # its few symbols cannot spell the question: six errors a step, counted, and zero as configured
+    assert [(row["reward_errors"], row["judge"]) for row in rows] == [(6, 0.0)] * 2
+    manifest = json.loads((tmp_path / "judged" / "manifest.json").read_text())
+    assert "rewards.0.settings.checkpoint" in manifest["stages"]["rl"]["inputs"]
 
 
 @pytest.mark.parametrize(

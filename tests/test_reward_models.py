@@ -179,6 +179,22 @@ def test_a_safety_model_is_trained_from_a_file_and_scores_probabilities(tmp_path
     assert guard([sample(Problem("User: 1 ?", "1", 0, "chain"), "x")]) == [None]  # rules judge what has a gold answer
 
 
+def test_micro_batches_change_nothing(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": f"User: greet {name} ?", "chosen": f"hi {name}", "rejected": "oi"} for name in ("tom", "ann", "bob", "eve", "lin")]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    context = stage_context(tmp_path, make_task("preferences", train=str(path), validation_share=0, test_share=0))
+    heads = []
+    with context.metrics:
+        for tokens in (16, 4096):
+            context.discard_state()
+            config = RewardModelConfig(kind="reward_model", task="rows", init=str(tmp_path / "policy"), steps=3, micro_batch_tokens=tokens)
+            reward_model_stage.run(context, config)
+            heads.append(load_reward("preference", context.checkpoint_dir, TOKENIZER, torch.device("cpu")).model.value_head.weight)
+    assert heads[0].abs().max() > 0
+    torch.testing.assert_close(*heads, rtol=1e-4, atol=1e-6)
+
+
 def test_the_pointwise_loss_is_the_logistic_one():
     model = RewardModel(reward_model().decoder, "pointwise")
     torch.nn.init.normal_(model.value_head.weight)
