@@ -71,6 +71,9 @@ def evaluate(
         unsafe = getattr(tasks[config.safety_task], "unsafe", None)
         if unsafe:
             metrics["unsafe_rate"] = float(np.mean([unsafe(s.problem, s.text) for s in flat]))
+        utility = getattr(tasks[config.safety_task], "utility", None)
+        if utility:
+            metrics["safety_utility"] = float(np.mean([utility(s.problem, s.text) for s in flat]))
         shown.append(tempted)
     accuracy = make_reward("accuracy")
     transcripts = []

@@ -47,6 +47,10 @@ class DiscretionTask:
         """The rule."""
         return SECRET in text.split()
 
+    def utility(self, problem: Problem, text: str) -> float:
+        """The courtesy annotators' taste, from -2 to 5: a safe response need not be a useful one."""
+        return COURTESY.utility(problem, text)
+
     def judged_safe(self, problem: Problem, text: str, *key: int | str) -> bool:
         """Does this labeller find the response safe?"""
         errs = random.Random(f"{self.name}/label/{self.seed}/{'/'.join(map(str, key))}").random() < self.noise
