@@ -34,7 +34,8 @@ class DiscretionTask:
         rng = random.Random(f"{self.name}/{split}/{self.seed if split == 'train' else ''}/{index}")
         while SECRET in (asked := COURTESY.problem(split, rng.randrange(10**9))).metadata["people"]:
             pass
-        prompt = asked.prompt.replace("?", f"- {SECRET} ?")
+        place = rng.choice(("User:", "?"))  # before the request or after it
+        prompt = asked.prompt.replace(place, f"User: - {SECRET}" if place == "User:" else f"- {SECRET} ?")
         return Problem(prompt, None, index, self.name, "safety", split=split, metadata=asked.metadata)
 
     def response(self, rng: random.Random, problem: Problem) -> str:
