@@ -81,7 +81,7 @@ class TaskConfig(Config):
     """One source of problems."""
 
     kind: str
-    """arithmetic, courtesy, gym:<family> of reasoning-gym, jsonl, or a published set such as gsm8k (a wrong name lists them all)."""
+    """arithmetic, courtesy, discretion, gym:<family> of reasoning-gym, jsonl, or a published set such as gsm8k (a wrong name lists them all)."""
     settings: dict = Field(default_factory=dict)
     """Settings of that kind; a wrong one is an error that lists the right ones."""
 
@@ -101,7 +101,8 @@ class RewardEntry(Config):
     """A reward and where it applies."""
 
     reward: str
-    """accuracy, math, format, language, repetition, readability, overlong, length, cosine or preference (the stage's reward model)."""
+    """accuracy, math, code, choice, format, language, repetition, readability, overlong, length, cosine; preference and safety (the stage's reward
+    models); judge and judge_answer (a generative judge: settings url and model of an endpoint, or checkpoint for the engine's own generator)."""
     weight: float = 1.0
     """Factor in the total."""
     domain: Literal["math", "code", "stem", "logic", "reasoning", "general", "safety", "any"] = "any"
@@ -197,8 +198,10 @@ class RejectionConfig(StageConfig):
     """Most samples kept in all; 0 = all."""
     sampling: SamplingConfig = SamplingConfig()
     """How they are drawn."""
-    verifier: Literal["", "accuracy", "math", "code"] = ""
+    verifier: Literal["", "accuracy", "math", "code", "judge_answer"] = ""
     """Reward that says which of them are right; empty = by each problem's domain and the answer that its prompt asks for."""
+    verifier_settings: dict = Field(default_factory=dict)
+    """Settings of that reward, such as url and model of the endpoint that judge_answer asks."""
     min_language_consistency: float = Field(1.0, ge=0, le=1)
     """Share of words in the target language that a kept sample must reach."""
     max_repetition: float = Field(0.5, ge=0, le=1)
@@ -251,7 +254,9 @@ class GRPOConfig(TrainConfig):
     sampling: SamplingConfig = SamplingConfig()
     """How rollouts are drawn."""
     reward_model: str = ""
-    """Stage that trained the reward model for the preference reward."""
+    """Stage that trained the pairwise model of the preference reward."""
+    safety_model: str = ""
+    """Stage that trained the pointwise model of the safety reward."""
     stop_at_accuracy: float | None = Field(None, gt=0, le=1)
     """End the stage after the first step whose rollouts reach this mean accuracy reward; null = run all steps."""
     max_refills: int = Field(3, ge=0)
@@ -264,15 +269,19 @@ class GRPOConfig(TrainConfig):
 
 
 class RewardModelConfig(TrainConfig):
-    """Train a scalar head on preference pairs (Bradley-Terry)."""
+    """Train a scalar head: on preference pairs (Bradley-Terry) or on responses labelled safe or unsafe (logistic)."""
 
     kind: Literal["reward_model"]
+    objective: Literal["pairwise", "pointwise"] = "pairwise"
+    """pairwise: reads the final reply, for the reward preference; pointwise: reads the whole response, for the reward safety."""
     task: str
-    """Open-ended task that offers preference pairs."""
-    num_pairs: int = Field(512, ge=1)
-    """Preference pairs."""
+    """Task that offers the verdicts: preferences or courtesy (pairwise), labelled or discretion (pointwise)."""
+    num_examples: int = Field(512, ge=5)
+    """Pairs or labelled responses; a fifth of them is held out."""
     batch_size: int = Field(64, ge=1)
-    """Pairs in one optimizer step."""
+    """Examples in one optimizer step."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How the policy's replies are drawn, where the task has them judged."""
 
 
 class DistillConfig(TrainConfig):
@@ -301,7 +310,11 @@ class EvaluationConfig(Config):
     general_task: str = ""
     """Open-ended task, scored by the stage named in reward_model; empty = none."""
     reward_model: str = ""
-    """Stage that trained the reward model."""
+    """Stage that trained the preference model."""
+    safety_task: str = ""
+    """Task whose responses may be unsafe, by its own rule where it has one and by the stage named in safety_model; empty = none."""
+    safety_model: str = ""
+    """Stage that trained the safety model."""
     split: Literal["validation", "test"] = "test"
     """test only for the final report; validation for tuning."""
     num_problems: int = Field(128, ge=1)

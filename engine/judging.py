@@ -32,16 +32,21 @@ class Judge:
 
     reward: str
     extract: str = "answer"
+    settings: tuple[tuple[str, object], ...] = ()
 
     def build(self):
-        return make_reward(self.reward, **({"extract": self.extract} if self.reward in ("accuracy", *MATH_REWARDS) else {}))
+        extract = {"extract": self.extract} if self.reward in ("accuracy", *MATH_REWARDS) else {}
+        return make_reward(self.reward, **extract | dict(self.settings))
 
 
-def judge_of(problem: Problem, reward: str = "") -> Judge | None:
-    """Who judges a problem; None = nobody: it is open-ended.  reward: take this one.  Raises UserError when a reasoning problem has no answer."""
+def judge_of(problem: Problem, reward: str = "", settings: dict | None = None) -> Judge | None:
+    """Who judges a problem; None = nobody: it is open-ended.  reward, settings: take this one.
+
+    Raises UserError when a reasoning problem has no answer.
+    """
     extract = problem.metadata.get("extract", "answer")
     if reward:
-        return Judge(reward, extract)
+        return Judge(reward, extract, tuple(sorted((settings or {}).items())))
     if problem.domain == "code":
         return Judge("code")
     if problem.metadata.get("choices"):
@@ -62,11 +67,11 @@ def _math_reward() -> str:
 
 
 def score_groups(
-    groups: Sequence[Sequence[Sample]], reward: str = "", progress: Callable[[int], None] | None = None
+    groups: Sequence[Sequence[Sample]], reward: str = "", progress: Callable[[int], None] | None = None, *, settings: dict | None = None
 ) -> list[list[float | None]]:
-    """Score per problem and sample, 0 to 1; None = not judged.  progress(samples): how many are done."""
+    """Score per problem and sample, 0 to 1; None = not judged.  progress(samples): how many are done.  reward, settings: as for `judge_of`."""
     scores: list[list[float | None]] = [[None] * len(group) for group in groups]
-    judges = [judge_of(group[0].problem, reward) for group in groups]
+    judges = [judge_of(group[0].problem, reward, settings) for group in groups]
     done = 0
     for judge in dict.fromkeys(judge for judge in judges if judge):
         # a sample whose logits became NaN says nothing about its problem

@@ -17,6 +17,7 @@ from athanor.atomic import write_file
 from athanor.config import GRPOConfig, RecipeConfig
 from athanor.console import Console
 from athanor.errors import UserError
+from athanor.generative_judge import judge_settings
 from athanor.kernels import strict_mode
 from athanor.losses import resolve_preset
 from athanor.manifest import Manifest, code_version, hash_config
@@ -25,11 +26,12 @@ from athanor.parallel import Ranks
 from athanor.recipe_io import config_data
 from athanor.registry import near_misses
 from athanor.report import write_report
-from athanor.reward_models import load_preference_reward
+from athanor.reward_models import MODEL_FIELDS, MODEL_REWARDS, load_reward
 from athanor.rewards import make_reward
+from athanor.rewards.verdicts import Comparison
 from athanor.run_folder import open_run_folder
 from athanor.samples import in_domain
-from athanor.stages import grpo
+from athanor.stages import grpo, reward_model
 from athanor.stages.context import StageContext, checkpoint_dir, data_path
 from athanor.stages.evaluate import evaluate
 from athanor.tasks import make_task, require_answers
@@ -87,8 +89,9 @@ def up_to(recipe: RecipeConfig) -> RecipeConfig:
     names = list(recipe.stages)
     kept = names[: names.index(recipe.until) + 1]
     evaluation = recipe.evaluation.model_copy(update={"stages": [name for name in recipe.evaluation.stages if name in kept]})
-    if evaluation.reward_model not in kept:
-        evaluation = evaluation.model_copy(update={"reward_model": "", "general_task": ""})
+    for task, model in (("general_task", "reward_model"), ("safety_task", "safety_model")):
+        if getattr(evaluation, model) not in kept:
+            evaluation = evaluation.model_copy(update={task: "", model: ""})
     return recipe.model_copy(update={"stages": {name: recipe.stages[name] for name in kept}, "evaluation": evaluation})
 
 
@@ -98,7 +101,7 @@ def build_tasks(recipe: RecipeConfig) -> dict:
     for name, config in recipe.tasks.items():
         settings = dict(config.settings)
         module = config.kind.partition(":")[0]
-        if module in ("arithmetic", "courtesy"):
+        if module in ("arithmetic", "courtesy", "discretion"):
             settings = {"name": name, "seed": recipe.seed, **settings}
         tasks[name] = make_task(config.kind, **settings)
     return tasks
@@ -124,10 +127,10 @@ def check(recipe: RecipeConfig, tasks: dict) -> None:
     earlier: list[str] = []
     for name, stage in recipe.stages.items():
         where = f"stages.{name}"
-        for field in ("init", "source", "reward_model"):
-            reference = getattr(stage, field, "")
-            if reference and reference not in earlier and not (field != "reward_model" and Path(reference).is_dir()):
-                wanted = "an earlier stage" if field == "reward_model" else "an earlier stage or a model folder"
+        for field, reference in _references(stage).items():
+            trained = field in MODEL_FIELDS.values()
+            if reference and reference not in earlier and (trained or not Path(reference).is_dir()):
+                wanted = "an earlier stage" if trained else "an earlier stage or a model folder"
                 raise UserError(f"{where}.{field}: got {reference!r}, wanted {wanted}; {near_misses(reference, earlier)}")
         if stage.kind in ("sft", "grpo", "reward_model", "distill") and not stage.init:
             raise UserError(f"{where}.init is empty, wanted an earlier stage or a model folder")
@@ -151,29 +154,67 @@ def check(recipe: RecipeConfig, tasks: dict) -> None:
             grpo.check(name, stage)
             resolve_preset(stage.loss, **stage.loss_overrides)
             _check_rewards(where, stage, tasks)
+        if getattr(stage, "verifier", ""):
+            make_reward(stage.verifier, **stage.verifier_settings)
+        if stage.kind == "reward_model":
+            powers = reward_model.SOURCES[stage.objective]
+            if not any(hasattr(tasks[stage.task], power) for power in powers):
+                wanted = f"objective {stage.objective!r} wants a task with {' or '.join(powers)}"
+                raise UserError(f"{where}.task: {stage.task!r} offers no verdicts of that kind, {wanted}")
+        _check_models(where, stage, recipe)
         earlier.append(name)
+    _check_models("evaluation", recipe.evaluation, recipe)
     for name in recipe.evaluation.stages:
         if name not in earlier:
             raise UserError(f"evaluation.stages: unknown stage {name!r}; {near_misses(name, earlier)}")
     if recipe.until and recipe.until not in earlier:
         raise UserError(f"until: unknown stage {recipe.until!r}; {near_misses(recipe.until, earlier)}")
-    if recipe.evaluation.stages and recipe.evaluation.task not in tasks:
-        raise UserError(f"evaluation.task: unknown task {recipe.evaluation.task!r}; {near_misses(recipe.evaluation.task, list(tasks))}")
+    for field in ("task", "general_task", "safety_task") if recipe.evaluation.stages else ():
+        task = getattr(recipe.evaluation, field)
+        if task not in tasks and (task or field == "task"):
+            raise UserError(f"evaluation.{field}: unknown task {task!r}; {near_misses(task, list(tasks))}")
 
 
 def _check_rewards(where: str, stage: GRPOConfig, tasks: dict) -> None:
     """Every reward can be built, and accuracy finds answers in all that it would judge."""
     for entry in stage.rewards:
-        if entry.reward == "preference":
-            if not stage.reward_model:
-                raise UserError(f"{where}.reward_model is empty, wanted the stage that trains the model of the preference reward")
+        if entry.reward in MODEL_FIELDS:
+            field = MODEL_FIELDS[entry.reward]
+            if not getattr(stage, field):
+                raise UserError(f"{where}.{field} is empty, wanted the stage that trains the model of the {entry.reward} reward")
             continue
-        make_reward(entry.reward, **entry.settings)
+        if "checkpoint" in entry.settings:
+            reward, _ = judge_settings(entry.reward, {key: value for key, value in entry.settings.items() if key != "checkpoint"})
+        else:
+            reward = make_reward(entry.reward, **entry.settings)
         for task in (tasks[prompt.task] for prompt in stage.prompts):
+            if isinstance(reward, Comparison) and in_domain(task.domain, entry.domain) and task.size("train") != 0:
+                reward.reference_reply(task.problem("train", 0))
             if entry.reward in ("accuracy", "math") and in_domain(task.domain, entry.domain):
                 require_answers(task, entry.reward)
                 if task.domain == "general" and task.problem("train", 0).answer is None:
                     raise UserError(f'{where}.rewards: task {task.name!r} is open-ended, without answers; wanted domain = "reasoning"')
+
+
+def _check_models(where: str, config, recipe: RecipeConfig) -> None:
+    """Stages that are named as reward models train one, with the objective that their reward needs."""
+    for name, field in MODEL_FIELDS.items():
+        if not getattr(config, field, ""):
+            continue
+        stage = recipe.stages.get(getattr(config, field))
+        if stage is None:
+            raise UserError(f"{where}.{field}: unknown stage {getattr(config, field)!r}; {near_misses(getattr(config, field), list(recipe.stages))}")
+        if getattr(stage, "objective", None) != MODEL_REWARDS[name].objective:
+            what = f"a {stage.kind} stage" if stage.kind != "reward_model" else stage.objective
+            wanted = f'kind = "reward_model" with objective = "{MODEL_REWARDS[name].objective}"'
+            raise UserError(f"{where}.{field}: {getattr(config, field)!r} is {what}, wanted {wanted}")
+
+
+def _references(stage) -> dict[str, str]:
+    """Checkpoints that a stage reads, by the field that names them; "" where it names none."""
+    found = {field: getattr(stage, field, "") for field in ("init", "source", *MODEL_FIELDS.values())}
+    judges = [(i, entry.settings["checkpoint"]) for i, entry in enumerate(getattr(stage, "rewards", [])) if "checkpoint" in entry.settings]
+    return found | {f"rewards.{i}.settings.checkpoint": reference for i, reference in judges}
 
 
 def _tasks_of(stage) -> list[str]:
@@ -227,8 +268,7 @@ def stage_inputs(name: str, recipe: RecipeConfig, run_dir: Path) -> dict[str, Pa
     """The files and folders that a stage reads, by role."""
     stage = recipe.stages[name]
     inputs = {}
-    for field in ("init", "source", "reward_model"):
-        reference = getattr(stage, field, "")
+    for field, reference in _references(stage).items():
         if reference:
             inputs[field] = checkpoint_dir(run_dir, reference) if reference in recipe.stages else Path(reference)
     for source in getattr(stage, "data", []):
@@ -248,8 +288,9 @@ def _evaluate_stage(name: str, recipe: RecipeConfig, run_dir: Path, ranks: Ranks
     decides = {"evaluation": config.model_dump(mode="json", exclude={"stages"}), "words": recipe.reflection_words}
     key = hash_config(decides | {"seed": recipe.seed, "stage": name})
     inputs = {"checkpoint": checkpoint_dir(run_dir, name)}
-    if config.general_task and config.reward_model:
-        inputs["reward_model"] = checkpoint_dir(run_dir, config.reward_model)
+    models = {"general_task": ("preference", config.reward_model), "safety_task": ("safety", config.safety_model)}
+    models = {reward: stage for task, (reward, stage) in models.items() if getattr(config, task) and stage}
+    inputs |= {MODEL_FIELDS[reward]: checkpoint_dir(run_dir, stage) for reward, stage in models.items()}
     done = False
     if ranks.is_main and not (done := manifest.is_done(entry, key)):
         manifest.begin(entry, key, inputs)
@@ -258,11 +299,11 @@ def _evaluate_stage(name: str, recipe: RecipeConfig, run_dir: Path, ranks: Ranks
         return
     start = time.perf_counter()
     model = load_model(inputs["checkpoint"], dtype=getattr(torch, recipe.dtype), device=str(ranks.device))
-    preference = load_preference_reward(inputs["reward_model"], tokenizer, ranks.device) if "reward_model" in inputs else None
+    rewards = {reward: load_reward(reward, inputs[MODEL_FIELDS[reward]], tokenizer, ranks.device) for reward in models}
     with console.stage(entry, 1) as progress:
         result = evaluate(
             model, tokenizer, tasks, config, ranks, recipe.seed,
-            preference=preference, reflection_words=recipe.reflection_words, max_rows=recipe.max_rows,
+            rewards=rewards, reflection_words=recipe.reflection_words, max_rows=recipe.max_rows,
         )  # fmt: skip
         progress.step(1, {name: result.metrics[name] for name in ("pass@1", "pass@1_t1", "mean_tokens", "reflection_rate")})
     if ranks.is_main:
@@ -280,7 +321,7 @@ def summarise(recipe: RecipeConfig, recipe_name: str, run_dir: Path, manifest: M
         metrics = manifest.stages[f"evaluate.{name}"]["metrics"]
         row = {key: metrics.get(key) for key in (*RESULT_KEYS[:2], cons, *RESULT_KEYS[2:])}
         extra = {key: metrics[key] for key in ("pass@1_se", "mean_tokens_t1", "reflection_rate_t1", "language_consistency_t1") if key in metrics}
-        extra |= {key: value for key, value in metrics.items() if key.startswith("open_ended")}
+        extra |= {key: value for key, value in metrics.items() if key.startswith(("open_ended", "safety", "unsafe"))}
         row |= extra | {key: value for key, value in manifest.stages[name]["metrics"].items() if key in ("logp_gap_max", "rl_steps")}
         row["wall_s"] = manifest.stages[name]["wall_s"]
         stages[name] = row

@@ -30,6 +30,7 @@ COLUMNS = {  # metric: (heading, shown as)
     "language_consistency": ("one language", "rate"),
     "reward_failures": ("no verdict", "number"),
     "open_ended_reward": ("open-ended", "number"),
+    "unsafe_rate": ("unsafe", "rate"),
 }
 CHARTS = [  # metrics (the first that a stage has), title, what it says, options
     (("accuracy",), "Accuracy", "Share of right answers in the training rollouts", {"percent": True}),
@@ -48,8 +49,8 @@ TIME_PARTS = {  # metric, seconds per step: heading
     "train_s": "update",
 }
 REWARD_PARTS = (
-    "accuracy", "math", "code", "format", "language_consistency", "language", "readability", "preference", "repetition", "overlong", "length",
-    "cosine",
+    "accuracy", "math", "code", "format", "language_consistency", "language", "readability", "preference", "safety", "judge", "judge_answer",
+    "repetition", "overlong", "length", "cosine",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ FLOORS = {
     "run_folder samples seeds",
     2: "advantages contamination judging losses metrics_eval rewards sandbox tasks",
     3: "checkpoint mla model moe optim tokenizer weights",
-    4: "cpu_graph decode generate generator kv_cache prefill reward_models stops stream",
+    4: "cpu_graph decode generate generative_judge generator kv_cache prefill reward_models stops stream",
     5: "rollout sample_store",
     6: "stages",
     7: "evaluation evaluation_report pipeline published recipes report report_charts",

@@ -54,6 +54,7 @@ def test_the_last_line_and_the_run_folder_are_complete(whole_run):
     wanted = {"pass@1", "pass@1_t1", "cons@4", "mean_tokens", "reflection_rate", "format_rate", "language_consistency", "wall_s"}
     for row in summary["stages"].values():
         assert wanted <= row.keys() and all(isinstance(row[key], float) for key in wanted)
+    assert 0 <= summary["stages"]["general"]["unsafe_rate"] <= 1 and 0 <= summary["stages"]["general"]["safety_score"] <= 1
     files = ("manifest.json", "config.json", "metrics.jsonl", "report.html", "samples.jsonl", "data/data.jsonl", "checkpoints/general/config.json")
     for name in files:
         assert (run_dir / name).is_file(), name

@@ -90,6 +90,7 @@ def make_run(run_dir, *, stages=STAGES, steps=60, facts=True):
                 metrics |= {"reflection_rate": reflection, "format_rate": 0.97, "language_consistency": language}
             if name == "general_rl":
                 metrics["open_ended_reward"] = 1.83
+                metrics["unsafe_rate"] = 0.125
             manifest.begin(name, "key", {})
             gates = {"competence": {"value": 0.984, "wanted": 0.97, "passed": True}} if kind == "pretrain" else {}
             manifest.finish(name, {}, metrics, wall_s, gates=gates)
@@ -163,7 +164,7 @@ def test_the_page_says_what_the_run_showed(page_text):
     text = " ".join(" ".join(Page(page_text).words).split())  # also turns no-break spaces into plain ones
     for part in ("from 21.3 % to 91.4 %", "61.8 %", "19.6 %", "10:12", *NOTES, "1.23 GiB", "2.13.0", "91.4 % ± 2.1", "competence 0.984, wanted 0.97"):
         assert part in text, part
-    for heading in ("pass@1", "pass@1, T = 1", "cons@16", "tokens", "reflection", "format", "one language", "open-ended", "wall time"):
+    for heading in ("pass@1", "pass@1, T = 1", "cons@16", "tokens", "reflection", "format", "one language", "open-ended", "unsafe", "wall time"):
         assert heading in text
     assert "min(r_t A, clip(r_t, 0.8, 1.2) A)" in text
 

@@ -1,20 +1,31 @@
-"""The preference model reads the summary only, learns the annotators' taste, and survives a save."""
+"""Reward models read what they should, learn taste and labels, and survive a save."""
 
+import json
+import math
 import random
 
 import numpy as np
+import pytest
 import torch
 
 from athanor.checkpoint import export_model
-from athanor.config import ModelConfig
+from athanor.config import ModelConfig, RecipeConfig, RewardModelConfig
+from athanor.console import Console
+from athanor.errors import UserError
+from athanor.metrics import MetricsWriter
 from athanor.model.transformer import Decoder
-from athanor.reward_models import Preference, RewardModel, judged_tokens, load_preference_reward, packed, save_reward_head
+from athanor.parallel import Ranks
+from athanor.reward_models import Preference, RewardModel, Safety, batches, judged_tokens, load_reward, packed, save_reward_head
 from athanor.samples import Problem, Sample
+from athanor.stages import reward_model as reward_model_stage
+from athanor.stages.context import StageContext
+from athanor.tasks import make_task
 from athanor.tasks.courtesy import CourtesyTask
+from athanor.tasks.discretion import SECRET, DiscretionTask
 from athanor.tokenizer import symbol_tokenizer
 
-TASK = CourtesyTask()
-TOKENIZER = symbol_tokenizer(list(TASK.symbols))
+TASK, DISCRETION = CourtesyTask(), DiscretionTask()
+TOKENIZER, WITH_MINUS = symbol_tokenizer(list(TASK.symbols)), symbol_tokenizer(list(DISCRETION.symbols))
 
 
 def reward_model():
@@ -75,7 +86,7 @@ def test_training_on_pairs_recovers_the_taste_and_a_folder_keeps_it(tmp_path):
     assert total > 40 and agree / total > 0.8
     export_model(model.decoder, TOKENIZER, tmp_path / "judge")
     save_reward_head(model, tmp_path / "judge")
-    loaded = load_preference_reward(tmp_path / "judge", TOKENIZER, torch.device("cpu"))
+    loaded = load_reward("preference", tmp_path / "judge", TOKENIZER, torch.device("cpu"))
     samples = [sample(problem, a), sample(problem, b)]
     np.testing.assert_allclose(loaded(samples), reward(samples), atol=1e-6)
 
@@ -97,3 +108,113 @@ def test_utility_orders_replies_as_described():
     values = [utility(answer) for answer in ladder]
     assert values == sorted(values) and len(set(values)) == len(values) and values[-1] == 5.0
     assert utility("thanks tom tom ann") < utility("thanks tom ann") and TASK.utility(problem, "thanks tom ann") == -2.0
+
+
+# ---- the pointwise safety model
+
+
+def test_safety_reads_the_whole_response_and_preference_the_final_reply():
+    problem = DISCRETION.problem("train", 0)
+    quiet, thinks = (f"<think> thank {name} </think> <answer> hello </answer>" for name in ("tom", SECRET))
+    assert judged_tokens(WITH_MINUS, problem, quiet).tolist() == judged_tokens(WITH_MINUS, problem, thinks).tolist()
+    a, b = (judged_tokens(WITH_MINUS, problem, text, "pointwise") for text in (quiet, thinks))
+    assert a.tolist() != b.tolist() and WITH_MINUS.decode(b).endswith(thinks)
+
+
+def test_the_final_reply_needs_no_answer_tags():
+    problem = TASK.problem("train", 0)
+    tagged, plain = (judged_tokens(TOKENIZER, problem, text).tolist() for text in ("<answer> hello </answer>", "<think> greet </think> hello"))
+    assert tagged == plain
+
+
+def test_labels_are_the_rule_with_noise_and_the_splits_share_no_pair_of_people():
+    problems = [DISCRETION.problem("train", i) for i in range(2000)]
+    texts = [DISCRETION.response(random.Random(i), problem) for i, problem in enumerate(problems)]
+    unsafe = [DISCRETION.unsafe(problem, text) for problem, text in zip(problems, texts, strict=True)]
+    wrong = [DISCRETION.judged_safe(p, text, i) == u for i, (p, text, u) in enumerate(zip(problems, texts, unsafe, strict=True))]
+    assert 0.3 < np.mean(unsafe) < 0.6 and 0.035 < np.mean(wrong) < 0.065  # 0.05, standard error 0.005
+    thoughts = [text.split("</think>")[0].split() for text in texts]
+    assert 0.2 < np.mean([SECRET in thought for thought in thoughts]) < 0.5
+    pairs = {split: {frozenset(DISCRETION.problem(split, i).metadata["people"]) for i in range(200)} for split in ("train", "validation", "test")}
+    assert not pairs["train"] & pairs["test"] and not pairs["train"] & pairs["validation"]
+    assert problems[0] == DISCRETION.problem("train", 0) and problems[0].domain == "safety" and problems[0].answer is None
+
+
+def rows(n, flip=lambda i: False):
+    """Labelled responses: those with a rude word are unsafe, but for those that `flip` names."""
+    for i in range(n):
+        word = "oi" if i % 2 else "hello"
+        yield {"prompt": f"User: thank {'tom ann bob eve'.split()[i // 2 % 4]} ?", "response": f"<think> {word} </think> <answer> hi </answer>",
+               "label": "unsafe" if (i % 2 == 1) != flip(i) else "safe"}  # fmt: skip
+
+
+def stage_context(tmp_path, task):
+    run_dir = tmp_path / "run"
+    decoder = Decoder(ModelConfig(vocab_size=TOKENIZER.vocab_size, hidden_size=32, num_hidden_layers=1, initializer_range=0.1)).initialize_(0)
+    export_model(decoder, TOKENIZER, tmp_path / "policy")
+    recipe = RecipeConfig(name="run", stages={})
+    metrics = MetricsWriter(run_dir)
+    return StageContext("guard", None, recipe, run_dir, Ranks("cpu", 1), TOKENIZER, {"rows": task}, metrics, Console(1))
+
+
+def test_a_safety_model_is_trained_from_a_file_and_scores_probabilities(tmp_path):
+    path = tmp_path / "safety.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(80, flip=lambda i: i % 10 == 0)))
+    task = make_task("labelled", train=str(path), validation_share=0, test_share=0)
+    context = stage_context(tmp_path, task)
+    settings = {"kind": "reward_model", "objective": "pointwise", "task": "rows", "init": str(tmp_path / "policy"), "num_examples": 200}
+    config = RewardModelConfig(**settings, steps=30, batch_size=32, optimizer={"lr": 3e-3}, micro_batch_tokens=100)
+    with context.metrics:
+        result = reward_model_stage.run(context, config)
+    measured = result["metrics"]
+    assert measured["examples"] == 80 and measured["unsafe_share"] == 0.6  # 40 rude, 8 others by a labeller's error
+    assert measured["held_out_label_accuracy"] >= 0.75
+    guard = load_reward("safety", context.checkpoint_dir, TOKENIZER, torch.device("cpu"))
+    problem = task.problem("train", 0)
+    texts = ["<think> hello </think> <answer> hi </answer>", "<think> oi </think> <answer> hi </answer>"]
+    safe, unsafe = guard([sample(problem, text) for text in texts])
+    assert safe > 0.5 > unsafe and 0 <= unsafe <= safe <= 1
+    with pytest.raises(UserError, match="trained pointwise, wanted pairwise"):
+        load_reward("preference", context.checkpoint_dir, TOKENIZER, torch.device("cpu"))
+    assert guard([sample(Problem("User: 1 ?", "1", 0, "chain"), "x")]) == [None]  # rules judge what has a gold answer
+
+
+def test_micro_batches_change_nothing(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": f"User: greet {name} ?", "chosen": f"hi {name}", "rejected": "oi"} for name in ("tom", "ann", "bob", "eve", "lin")]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    context = stage_context(tmp_path, make_task("preferences", train=str(path), validation_share=0, test_share=0))
+    heads = []
+    with context.metrics:
+        for tokens in (16, 4096):
+            context.discard_state()
+            config = RewardModelConfig(kind="reward_model", task="rows", init=str(tmp_path / "policy"), steps=3, micro_batch_tokens=tokens)
+            reward_model_stage.run(context, config)
+            heads.append(load_reward("preference", context.checkpoint_dir, TOKENIZER, torch.device("cpu")).model.value_head.weight)
+    assert heads[0].abs().max() > 0
+    torch.testing.assert_close(*heads, rtol=1e-4, atol=1e-6)
+
+
+def test_the_pointwise_loss_is_the_logistic_one():
+    model = RewardModel(reward_model().decoder, "pointwise")
+    torch.nn.init.normal_(model.value_head.weight)
+    problem = TASK.problem("train", 0)
+    ids = judged_tokens(TOKENIZER, problem, "hello", "pointwise")
+    examples = [reward_model_stage.Example((ids,), safe) for safe in (True, False)]
+    loss = -torch.nn.functional.logsigmoid(reward_model_stage._margins(model, examples, torch.device("cpu")))
+    p = 1 / (1 + math.exp(-model.score([ids])[0]))
+    np.testing.assert_allclose(loss.detach().numpy(), [-math.log(p), -math.log(1 - p)], rtol=1e-5)
+    np.testing.assert_allclose(Safety(model, TOKENIZER)([sample(problem, "hello")]), [p], rtol=1e-5)
+
+
+def test_batches_hold_at_most_so_many_tokens_and_items():
+    assert batches([3, 3, 3, 9, 1], 6) == [(0, 2), (2, 3), (3, 4), (4, 5)]
+    assert batches([1] * 5, 100, 2) == [(0, 2), (2, 4), (4, 5)] and batches([], 6) == []
+
+
+@pytest.mark.parametrize("row", [{"label": "maybe"}, {"label": True}, {"is_safe": "safe"}, {"is_safe": 1}, {"label": "safe", "response": " "}, {}])
+def test_a_bad_label_is_an_error_of_its_line(tmp_path, row):
+    path = tmp_path / "safety.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "response": "b"} | row) + "\n")
+    with pytest.raises(UserError, match=r"safety\.jsonl:1: "):
+        make_task("labelled", train=str(path))

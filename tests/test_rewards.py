@@ -269,6 +269,7 @@ def test_every_file_is_a_reward_and_has_its_name():
         "accuracy", "cosine", "format", "language", "length", "math", "overlong", "readability", "repetition"
     }  # fmt: skip
     settings = {"overlong": {"max_tokens": 8, "buffer": 4}, "cosine": {"max_tokens": 8}, "code": {"unsafe": True}}
+    settings |= dict.fromkeys(("judge", "judge_answer"), {"url": "http://127.0.0.1:1/v1", "model": "m"})
     for name in available_rewards():
         assert make_reward(name, **settings.get(name, {})).__name__ == name
 

@@ -53,7 +53,7 @@ def said(problem, text):
 
 
 def test_every_set_has_a_row_here():
-    assert set(ROWS) == set(available_tasks()) - {"arithmetic", "courtesy", "gym"}
+    assert set(ROWS) == set(available_tasks()) - {"arithmetic", "courtesy", "discretion", "gym"}
 
 
 # ---- mathematics
@@ -273,8 +273,8 @@ def test_pairs_of_a_file_train_the_reward_model(tmp_path):
     task = make_task("preferences", train=write(tmp_path / "p.jsonl", rows), validation_share=0, test_share=0)
     tokenizer = symbol_tokenizer(["ask", "good", "bad", *"0123"])
     context = SimpleNamespace(tasks={"p": task}, tokenizer=tokenizer, recipe=SimpleNamespace(seed=0), name="judge")
-    pairs = reward_model._pairs(context, RewardModelConfig(kind="reward_model", task="p", num_pairs=10))  # ten of four: each pair once
-    texts = sorted((tokenizer.decode(chosen), tokenizer.decode(rejected)) for chosen, rejected in pairs)
+    pairs = reward_model._pairs(context, RewardModelConfig(kind="reward_model", task="p", num_examples=10))  # ten of four: each pair once
+    texts = sorted(tuple(map(tokenizer.decode, pair.sequences)) for pair in pairs)
     assert texts == [(f"ask {i} good {i}", f"ask {i} bad {i}") for i in range(4)]
 
 

@@ -6,7 +6,8 @@ TRL (GRPOTrainer, RLOOTrainer):  reward(prompts=, completions=, completion_ids=,
 `task`, `split` and `id` fill the problem's fields; every other column of the right length goes into its metadata.
 
 Where a reward runs (`runs_in`):  "caller", cheap and safe on any text;  "process", in a killable worker under `timeout_s` seconds of processor time
-(pool.py);  "thread", in a thread of the pool, for a reward that enforces a deadline of its own outside this process.
+(pool.py);  "thread", in a thread of the pool, for a reward that enforces a deadline of its own outside this process;  "batch", in the caller too, all
+samples of a call at once, for a reward that has a model and knows failures (it defines `outcomes`).
 """
 
 import logging
@@ -19,7 +20,7 @@ import numpy as np
 
 from athanor.samples import Problem, Sample
 
-RUNS_IN = ("caller", "process", "thread")
+RUNS_IN = ("caller", "process", "thread", "batch")
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class RewardPool:
         if self._closed:
             raise ValueError("RewardPool.submit: the pool is closed")
         future: Future = Future()
-        if where == "caller":
+        if where in ("caller", "batch"):
             future.set_result(judge(reward, sample, problem))
         elif (decided := _decided(reward, sample, problem)) is not None:
             future.set_result(decided)

@@ -23,7 +23,7 @@ from athanor.rewards.base import Outcome, group_key
 from athanor.samples import DOMAINS, Sample, in_domain
 
 ON_FAILURE = ("zero", "drop_sample", "drop_group")
-VERIFIERS = ("accuracy", "math", "code", "choice")  # rewards that say whether an answer is right: their score is the raw one
+VERIFIERS = ("accuracy", "math", "code", "choice", "judge_answer")  # rewards that say whether an answer is right: their score is the raw one
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class RewardTable:
     def score(self, samples: list[Sample], step: int = 0, *, judge: Callable[[Entry, list[Sample]], list[Outcome]] | None = None) -> RewardScores:
         """Score samples at a training step (0-based within the stage).  Each reward sees only the samples it counts for, in one call.
 
-        judge: gives the outcomes of rewards that run in workers; default their own pool.
+        judge: gives the outcomes of rewards that know failures; default their own `outcomes`.
         """
         total, applied, failed = np.zeros(len(samples)), np.zeros(len(samples), bool), np.zeros(len(samples), bool)
         parts: dict[str, list[float | None]] = {entry.reward.__name__: [None] * len(samples) for entry in self.entries}
@@ -94,7 +94,7 @@ class RewardTable:
                 continue
             chosen = [samples[i] for i in rows]
             start = time.perf_counter()
-            if runs_away(entry.reward):
+            if gives_outcomes(entry.reward):
                 outcomes = (judge or _judge)(entry, chosen)
                 values = [outcome.value if outcome.status == "score" else 0.0 if self.on_failure == "zero" else None for outcome in outcomes]
                 counts = Counter(outcome.status for outcome in outcomes if outcome.status != "score")
@@ -127,9 +127,14 @@ class RewardTable:
         return [i for i, sample in enumerate(samples) if sample.finish != "error" and entry.applies(sample.problem.domain, step)]
 
 
+def gives_outcomes(reward: Callable) -> bool:
+    """Does a reward tell scores from errors and timeouts?  All do that do more than a cheap computation here."""
+    return getattr(reward, "runs_in", "caller") != "caller"
+
+
 def runs_away(reward: Callable) -> bool:
     """Does a reward run in a worker, a process or a thread?"""
-    return getattr(reward, "runs_in", "caller") != "caller"
+    return getattr(reward, "runs_in", "caller") in ("process", "thread")
 
 
 def _judge(entry: Entry, samples: list[Sample]) -> list[Outcome]:

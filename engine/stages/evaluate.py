@@ -31,13 +31,16 @@ def evaluate(
     ranks: Ranks,
     seed: int,
     *,
-    preference: Preference | None = None,
+    rewards: dict[str, Preference] | None = None,
     reflection_words: list[str] | None = None,
     max_rows: int = 512,
     num_transcripts: int = 6,
 ) -> Evaluation:
-    """Sample `num_problems` x `samples_per_problem` twice on the split; every model sees the same problems and sample seeds."""
-    words = reflection_words or REFLECTIVE_WORDS
+    """Sample `num_problems` x `samples_per_problem` twice on the split; every model sees the same problems and sample seeds.
+
+    rewards: "preference" scores the general task, "safety" the safety task.
+    """
+    rewards, words = rewards or {}, reflection_words or REFLECTIVE_WORDS
 
     def groups(task: str, count: int, n: int, sampling: SamplingConfig, label: str) -> list[list[Sample]]:
         size = tasks[task].size(config.split)
@@ -52,15 +55,26 @@ def evaluate(
     plain = evaluate_samples(at_one, words=words)
     metrics |= {f"{name}_t1": plain[name] for name in ("pass@1", f"cons@{k}", "mean_tokens", "reflection_rate", "language_consistency")}
     shown = [usual]
-    if config.general_task and preference is not None:
+    if config.general_task and "preference" in rewards:
         general = groups(config.general_task, max(n // 2, 1), 4, config.sampling, "general")
         flat = [sample for group in general for sample in group]
-        metrics["open_ended_reward"] = float(np.mean(preference(flat)))
+        metrics["open_ended_reward"] = float(np.mean(rewards["preference"](flat)))
         utility = getattr(tasks[config.general_task], "utility", None)
         if utility:
             metrics["open_ended_utility"] = float(np.mean([utility(s.problem, s.text) for s in flat]))
         metrics["open_ended_format_rate"] = float(np.mean(make_reward("format")(flat, [s.problem for s in flat])))
         shown.append(general)
+    if config.safety_task and "safety" in rewards:
+        tempted = groups(config.safety_task, max(n // 2, 1), 4, config.sampling, "safety")
+        flat = [sample for group in tempted for sample in group]
+        metrics["safety_score"] = float(np.mean(rewards["safety"](flat)))
+        unsafe = getattr(tasks[config.safety_task], "unsafe", None)
+        if unsafe:
+            metrics["unsafe_rate"] = float(np.mean([unsafe(s.problem, s.text) for s in flat]))
+        utility = getattr(tasks[config.safety_task], "utility", None)
+        if utility:
+            metrics["safety_utility"] = float(np.mean([utility(s.problem, s.text) for s in flat]))
+        shown.append(tempted)
     accuracy = make_reward("accuracy")
     transcripts = []
     for kind in shown:

@@ -16,11 +16,12 @@ from athanor.advantages import advantages_of, gdpo_advantages, groups_with_contr
 from athanor.checkpoint import export_model
 from athanor.config import GRPOConfig
 from athanor.errors import UserError
+from athanor.generative_judge import load_judge
 from athanor.generator import Generator
 from athanor.losses import Preset, formula, resolve_preset
 from athanor.metrics_eval import REFLECTIVE_WORDS, reflection_rate
 from athanor.model.transformer import Decoder
-from athanor.reward_models import load_preference_reward
+from athanor.reward_models import MODEL_FIELDS, load_reward
 from athanor.rewards import Entry, RewardScores, RewardService, RewardTable, make_reward
 from athanor.rewards.table import VERIFIERS
 from athanor.rollout import ProblemStream, rollout_generator, sample_groups
@@ -112,8 +113,13 @@ def reward_table(context: StageContext, config: GRPOConfig) -> RewardTable:
     """Build the stage's rewards; `start` fractions become steps."""
     entries = []
     for entry in config.rewards:
-        if entry.reward == "preference":
-            reward = load_preference_reward(context.source_dir(config.reward_model), context.tokenizer, context.ranks.device)
+        if entry.reward in MODEL_FIELDS:
+            folder = context.source_dir(getattr(config, MODEL_FIELDS[entry.reward]))
+            reward = load_reward(entry.reward, folder, context.tokenizer, context.ranks.device)
+        elif "checkpoint" in entry.settings:
+            settings = {name: value for name, value in entry.settings.items() if name != "checkpoint"}
+            folder = context.source_dir(entry.settings["checkpoint"])
+            reward = load_judge(entry.reward, folder, settings, device=context.ranks.device, dtype=context.dtype, seed=context.recipe.seed)
         else:
             reward = make_reward(entry.reward, **entry.settings)
         last = None if entry.end == 1 else int(np.ceil(entry.end * config.steps)) - 1
@@ -192,9 +198,9 @@ def _controlled(context: StageContext, config: GRPOConfig, advantages: Tensor, s
 
 
 def _reward_figures(context: StageContext, rewards: RewardService, scores: RewardScores, loop: TrainingLoop) -> dict[str, float]:
-    """What reward workers did in this step; {} where no reward runs in one.  Counts are over all ranks, seconds this rank's."""
+    """What rewards that may fail did in this step; {} where there is none.  Counts are over all ranks, seconds this rank's."""
     figures, first = rewards.measure()
-    if not rewards.runs_away:
+    if not rewards.measures:
         return {}
     figures |= {name: context.ranks.sum_int(figures[name]) for name in ("reward_errors", "reward_timeouts", "reward_judged")}
     figures["reward_dropped"] = context.ranks.sum_int(int(scores.dropped.sum()))

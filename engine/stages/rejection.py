@@ -65,7 +65,7 @@ def _sampled(context: StageContext, config: RejectionConfig, progress) -> tuple[
     if config.decontaminate:
         problems = [problem for problem in problems if not _contaminated(ngrams, removed["prompts"], question_of(problem))]
 
-    for judge in dict.fromkeys(judge_of(problem, config.verifier) for problem in problems):
+    for judge in dict.fromkeys(judge_of(problem, config.verifier, config.verifier_settings) for problem in problems):
         if judge:
             judge.build()
     saved = time.monotonic()
@@ -83,7 +83,7 @@ def _sampled(context: StageContext, config: RejectionConfig, progress) -> tuple[
         folder=context.state_dir, progress=advance,
     )  # fmt: skip
     reasons, rows, lengths, seen = Counter(), [], [], set()
-    for group, scores in zip(groups, score_groups(groups, config.verifier), strict=True):
+    for group, scores in zip(groups, score_groups(groups, config.verifier, settings=config.verifier_settings), strict=True):
         taken = 0
         for sample, score in zip(group, scores, strict=True):
             reason = _verdict(sample, score, config)

@@ -1,47 +1,77 @@
-"""Train the preference reward model on annotators' verdicts over pairs: of the policy's own replies, or of a file (task "preferences")."""
+"""Train a reward model: pairwise on annotators' verdicts over pairs, or pointwise on responses labelled safe or unsafe.
+
+The examples are a file's (tasks "preferences" and "labelled"), or a procedural task's: half of them replies of the policy `init`, half of the task's
+own mixed quality, with the verdicts of its simulated annotators.
+"""
 
 import os
 import random
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from athanor.checkpoint import export_model
-from athanor.config import MixEntry, RewardModelConfig, SamplingConfig
+from athanor.config import MixEntry, RewardModelConfig
+from athanor.errors import UserError
 from athanor.optim import learning_rate
-from athanor.reward_models import RewardModel, judged_tokens, packed, save_reward_head
+from athanor.reward_models import RewardModel, batches, judged_tokens, packed, save_reward_head
 from athanor.rollout import ProblemStream, as_asked, rollout_generator, sample_groups
+from athanor.samples import Problem
 from athanor.seeds import derive_seed
 from athanor.stages.context import StageContext
 from athanor.stages.training import TrainingLoop
 
+SOURCES = {"pairwise": ("pair", "preferred"), "pointwise": ("labelled", "judged_safe")}  # powers of a task, one of which the objective needs
+
+
+@dataclass(frozen=True)
+class Example:
+    """What one verdict is about."""
+
+    sequences: tuple[np.ndarray, ...]  # (chosen, rejected) tokens, or (response,)
+    safe: bool = True  # of pointwise examples
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.sequences))
+
 
 def run(context: StageContext, config: RewardModelConfig) -> dict:
-    """Sample pairs from `init`, have them judged, fit the Bradley-Terry model; report its accuracy on pairs that were held out."""
-    pairs = _pairs(context, config)
-    held_out, training = pairs[: len(pairs) // 5], pairs[len(pairs) // 5 :]
-    model = RewardModel(context.load(config.init))
+    """Collect examples, fit the model, and report how often it is right on a fifth of them that was held out."""
+    examples = _pairs(context, config) if config.objective == "pairwise" else _labelled(context, config)
+    if len(examples) < 5:
+        raise UserError(f"stage {context.name}: task {config.task!r} gave {len(examples)} examples, wanted at least 5")
+    held_out, training = examples[: len(examples) // 5], examples[len(examples) // 5 :]
+    model = RewardModel(context.load(config.init), config.objective)
     loop = TrainingLoop(context, config, model)
     size = min(config.batch_size, len(training))
-    for step, metrics in loop.steps(config.steps, ("loss", "pair_accuracy")):
+    right = "pair_accuracy" if config.objective == "pairwise" else "label_accuracy"
+    for step, metrics in loop.steps(config.steps, ("loss", right)):
         chosen = np.random.default_rng(derive_seed(context.recipe.seed, context.name, step)).choice(len(training), size, replace=False)
-        mine = context.ranks.share(chosen.tolist())
+        mine = [training[i] for i in context.ranks.share(chosen.tolist())]
         loop.optimizer.zero_grad()
-        margin = _margins(model, [training[i] for i in mine], context)
-        loss = -torch.nn.functional.logsigmoid(margin).sum() / size
-        loss.backward()
+        totals = torch.zeros(2, dtype=torch.float64)
+        for first, end in batches([example.num_tokens for example in mine], config.micro_batch_tokens):
+            margin = _margins(model, mine[first:end], context.ranks.device)
+            loss = -logsigmoid(margin).sum() / size
+            loss.backward()
+            totals += torch.tensor([float(loss.detach()), float((margin > 0).sum()) / size], dtype=torch.float64)
         lr = learning_rate(config.optimizer, step, config.steps)
         norm = loop.optimizer.step(lr)
-        totals = torch.tensor([float(loss.detach()), float((margin > 0).sum()) / size], dtype=torch.float64)
         context.ranks.sum_(totals)
-        metrics |= {"loss": float(totals[0]), "pair_accuracy": float(totals[1]), "grad_norm": norm, "lr": lr}
+        metrics |= {"loss": float(totals[0]), right: float(totals[1]), "grad_norm": norm, "lr": lr}
     model.eval()
-    replies = [ids for pair in training for ids in pair]
-    raw = model.score(replies)
-    model.mean, model.std = float(raw.mean()), float(raw.std()) or 1.0
+    if config.objective == "pairwise":
+        raw = model.score([ids for example in training for ids in example.sequences])
+        model.mean, model.std = float(raw.mean()), float(raw.std()) or 1.0
     with torch.no_grad():
-        accuracy = float((_margins(model, held_out, context) > 0).float().mean())
+        parts = batches([example.num_tokens for example in held_out], config.micro_batch_tokens)
+        margins = torch.cat([_margins(model, held_out[first:end], context.ranks.device) for first, end in parts])
     if context.ranks.is_main:
         # The folder appears whole: decoder and head are written under another name first.
         staging = context.checkpoint_dir.with_name(context.checkpoint_dir.name + ".staging")
@@ -50,41 +80,80 @@ def run(context: StageContext, config: RewardModelConfig) -> dict:
         shutil.rmtree(context.checkpoint_dir, ignore_errors=True)
         os.replace(staging, context.checkpoint_dir)
     context.ranks.barrier()
-    return {"metrics": {"held_out_pair_accuracy": accuracy, "pairs": len(pairs)}, "outputs": {"checkpoint": context.checkpoint_dir}}
+    measured = {f"held_out_{right}": float((margins > 0).float().mean()), "examples": len(examples)}
+    if config.objective == "pointwise":
+        measured["unsafe_share"] = float(np.mean([not example.safe for example in examples]))
+    return {"metrics": measured, "outputs": {"checkpoint": context.checkpoint_dir}}
 
 
-def _pairs(context: StageContext, config: RewardModelConfig) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(chosen, rejected) token sequences as the judge reads them; half of the pairs are the policy's, half are of the corpus' mixed quality."""
+def _margins(model: RewardModel, examples: Sequence[Example], device: torch.device) -> Tensor:
+    """(n,): what the loss is -log sigmoid of, r(chosen) - r(rejected) of a pair, r of a safe response, -r of an unsafe one."""
+    scores = model(*packed([ids for example in examples for ids in example.sequences], device))
+    if len(examples[0].sequences) == 2:
+        scores = scores.view(-1, 2)
+        return scores[:, 0] - scores[:, 1]
+    return torch.where(torch.tensor([example.safe for example in examples], device=device), scores, -scores)
+
+
+def _pairs(context: StageContext, config: RewardModelConfig) -> list[Example]:
+    """Pairs as the judge reads them, in random order."""
     task, tokenizer, seed = context.tasks[config.task], context.tokenizer, context.recipe.seed
-    stream = ProblemStream(context.tasks, [MixEntry(task=config.task)], config.num_pairs, 1, seed, context.name)
-    problems = stream.draw(0)
+    problems = _problems(context, config)
     if hasattr(task, "pair"):  # people have judged already
-        ids = list(dict.fromkeys(problem.id for problem in problems))  # a second epoch would put training pairs among those held out
-        return [_written_pair(tokenizer, *task.pair("train", i)) for i in ids]
+        rows = [task.pair("train", i) for i in _distinct(problems)]
+        return [_read(tokenizer, as_asked(problem, tokenizer), map(_as_answer, replies)) for problem, *replies in rows]
     half = len(problems) // 2
-    policy = context.load(config.init)
-    generator = rollout_generator(policy, tokenizer, context.recipe.max_rows, 2)
-    groups = sample_groups(generator, tokenizer, problems[:half], 2, SamplingConfig(max_tokens=32), context.ranks, seed, context.name)
-    groups = context.ranks.gather(groups)
-    texts = [(group[0].text, group[1].text) for group in groups]
+    texts = [(group[0], group[1]) for group in _policy_texts(context, config, problems[:half], 2)]
     for i, problem in enumerate(problems[half:]):
         texts.append(tuple(f"<answer> {task.reply(random.Random(derive_seed(seed, context.name, i, j)), problem)} </answer>" for j in range(2)))
     pairs = []
     for i, (problem, (a, b)) in enumerate(zip(problems, texts, strict=True)):
-        chosen, rejected = (a, b) if task.preferred(problem, a, b, context.name, i) else (b, a)
-        pairs.append((judged_tokens(tokenizer, problem, chosen), judged_tokens(tokenizer, problem, rejected)))
-    order = np.random.default_rng(derive_seed(seed, context.name, "order")).permutation(len(pairs))
-    return [pairs[i] for i in order]
+        pairs.append(_read(tokenizer, problem, (a, b) if task.preferred(problem, a, b, context.name, i) else (b, a)))
+    return _shuffled(context, pairs)
 
 
-def _written_pair(tokenizer, problem, chosen: str, rejected: str) -> tuple[np.ndarray, np.ndarray]:
-    """A pair of a file: plain replies are answers without a chain of thought."""
-    problem = as_asked(problem, tokenizer)
-    texts = [text if "<answer>" in text else f"<answer> {text} </answer>" for text in (chosen, rejected)]
-    return judged_tokens(tokenizer, problem, texts[0]), judged_tokens(tokenizer, problem, texts[1])
+def _labelled(context: StageContext, config: RewardModelConfig) -> list[Example]:
+    """Whole responses with their labels, in random order."""
+    task, tokenizer, seed = context.tasks[config.task], context.tokenizer, context.recipe.seed
+    problems = _problems(context, config)
+    if hasattr(task, "labelled"):
+        rows = [task.labelled("train", i) for i in _distinct(problems)]
+        rows = [(as_asked(problem, tokenizer), text, safe) for problem, text, safe in rows]
+    else:
+        half = len(problems) // 2
+        texts = [group[0] for group in _policy_texts(context, config, problems[:half], 1)]
+        texts += [task.response(random.Random(derive_seed(seed, context.name, i)), problem) for i, problem in enumerate(problems[half:])]
+        rows = [(p, text, task.judged_safe(p, text, context.name, i)) for i, (p, text) in enumerate(zip(problems, texts, strict=True))]
+    return _shuffled(context, [Example((judged_tokens(tokenizer, p, text, "pointwise"),), safe) for p, text, safe in rows])
 
 
-def _margins(model: RewardModel, pairs: list[tuple[np.ndarray, np.ndarray]], context: StageContext) -> torch.Tensor:
-    """r(chosen) - r(rejected) (n,) of each pair."""
-    scores = model(*packed([ids for pair in pairs for ids in pair], context.ranks.device)).view(-1, 2)
-    return scores[:, 0] - scores[:, 1]
+def _problems(context: StageContext, config: RewardModelConfig) -> list[Problem]:
+    entries = [MixEntry(task=config.task)]
+    return ProblemStream(context.tasks, entries, config.num_examples, 1, context.recipe.seed, context.name).draw(0)
+
+
+def _distinct(problems: list[Problem]) -> list[int]:
+    """Rows of a file, each once: a second epoch would put training examples among those held out."""
+    return list(dict.fromkeys(problem.id for problem in problems))
+
+
+def _policy_texts(context: StageContext, config: RewardModelConfig, problems: list[Problem], n: int) -> list[list[str]]:
+    """`n` replies of the policy `init` to each problem."""
+    generator = rollout_generator(context.load(config.init), context.tokenizer, context.recipe.max_rows, n)
+    key = context.recipe.seed, context.name
+    groups = context.ranks.gather(sample_groups(generator, context.tokenizer, problems, n, config.sampling, context.ranks, *key))
+    return [[sample.text for sample in group] for group in groups]
+
+
+def _read(tokenizer, problem: Problem, replies) -> Example:
+    return Example(tuple(judged_tokens(tokenizer, problem, text) for text in replies))
+
+
+def _as_answer(text: str) -> str:
+    """A reply of a file: a plain one is an answer without a chain of thought."""
+    return text if "<answer>" in text or "</think>" in text else f"<answer> {text} </answer>"
+
+
+def _shuffled(context: StageContext, examples: list[Example]) -> list[Example]:
+    order = np.random.default_rng(derive_seed(context.recipe.seed, context.name, "order")).permutation(len(examples))
+    return [examples[i] for i in order]

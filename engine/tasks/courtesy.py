@@ -23,7 +23,7 @@ SYMBOLS += [word for words in (*OPENERS.values(), *KIND.values()) for word in wo
 
 @dataclass(frozen=True, kw_only=True)
 class CourtesyTask:
-    """Requests to greet, thank or invite one or two people.  Every draw is a pure function of (seed, stream, index)."""
+    """Requests to greet, thank or invite two people, with a plain reply as a judge's `reference`; a draw is a function of (seed, stream, index)."""
 
     name: str = "courtesy"
     seed: int = 0
@@ -41,7 +41,7 @@ class CourtesyTask:
         while True:
             verb, people = rng.choice(sorted(OPENERS)), rng.sample(NAMES, 2)
             if split_of(people) == split:
-                metadata = {"verb": verb, "people": people}
+                metadata = {"verb": verb, "people": people, "reference": f"{OPENERS[verb][0]} {' '.join(people)}"}
                 return Problem(f"User: {verb} {' '.join(people)} ? Assistant:", None, index, self.name, "general", split=split, metadata=metadata)
 
     def corpus(self, index: int) -> tuple[str, str]:
