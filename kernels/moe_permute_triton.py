@@ -215,7 +215,7 @@ def ahead_of_time() -> list[AheadOfTime]:
         AheadOfTime("moe_offsets", moe_offsets_kernel, {"totals_ptr": "*i32", "offsets_ptr": "*i32", "E": "i32:16", "align": "i32"}, {"BE": 256},
                     WARPS),
         AheadOfTime("moe_place", moe_place_kernel, {**ints, "offsets_ptr": "*i32", "source_ptr": "*i32", "inverse_ptr": "*i32"}, {"BLOCK": BLOCK},
-                    PLACE_WARPS),
+                    PLACE_WARPS, registers=128),
         *(AheadOfTime(f"moe_gather {s}", moe_gather_kernel, gather, {"SCALED": s, **rows}, WARPS) for s in (False, True)),
         *(AheadOfTime(f"moe_combine {w}", moe_combine_kernel, combine, {"K": 8, "WEIGHTED": w, **rows}, WARPS) for w in (False, True)),
         AheadOfTime("moe_dot", moe_dot_kernel, dot, {"ROWS": DOT_ROWS, "COLUMNS": DOT_COLUMNS}, WARPS),
