@@ -41,22 +41,20 @@ def gdpo_advantages(parts: Tensor, weights: Tensor, group_ids: Tensor) -> Tensor
     if parts.ndim != 2 or weights.shape != parts.shape[1:] or group_ids.shape != parts.shape[:1]:
         raise ValueError(f"gdpo_advantages: parts {tuple(parts.shape)}, weights {tuple(weights.shape)}, group_ids {tuple(group_ids.shape)}; wanted "
                          "(S, K), (K,) and (S,)")  # fmt: skip
-    parts, there = parts.double(), ~torch.isnan(parts)
-    values = torch.where(there, parts, 0.0)
+    if not parts.shape[1]:
+        return torch.zeros(len(parts), dtype=torch.float64)
+    there = ~torch.isnan(parts)
     names, group = torch.unique(group_ids, return_inverse=True)
 
     def per_group(x: Tensor) -> Tensor:
         return torch.zeros(len(names), x.shape[1], dtype=torch.float64).index_add_(0, group, x)[group]
 
-    count = per_group(there.double())
-    centred = torch.where(there, values - per_group(values) / count.clamp_min(1), 0.0)
-    std = (per_group(centred.square()) / (count - 1).clamp_min(1)).sqrt()
-    total = ((centred / (std + GDPO_EPS)) * weights.double()).sum(1)
-    counted = there.any(1)
-    if counted.sum() < 2:
-        return torch.zeros_like(total)
-    mean, spread = total[counted].mean(), total[counted].std()
-    return torch.where(counted, (total - mean) / (spread + GDPO_EPS), 0.0)
+    # group_advantage leaves out NaN and knows a constant group, whose mean need not be its value in floating point: its members get exactly 0
+    centred = torch.stack([group_advantage(column.contiguous(), group_ids, scale="none") for column in parts.double().unbind(1)], 1)
+    std = (per_group(centred.square()) / (per_group(there.double()) - 1).clamp_min(1)).sqrt()
+    total = ((centred / (std + GDPO_EPS)) * weights.double()).sum(1)  # of mean 0 over the batch, because each reward is in each group
+    spread = (total.square().sum() / (there.any(1).sum() - 1).clamp_min(1)).sqrt()
+    return total / (spread + GDPO_EPS)
 
 
 def whiten(advantages: Tensor, weights: Tensor) -> Tensor:

@@ -250,7 +250,7 @@ class GRPOConfig(TrainConfig):
     """Optimizer steps that one rollout is split into (whole groups)."""
     routing_replay: bool = False
     """Mixture of experts: train each token on the experts that it had before the first update of its rollout (GSPO, arXiv 2507.18071, section 5.3),
-    at the cost of one more forward.  Where sampler and trainer agree to the bit these are the sampler's."""
+    at the cost of one more forward for all updates but the first.  Where sampler and trainer agree to the bit these are the sampler's."""
     sampling: SamplingConfig = SamplingConfig()
     """How rollouts are drawn."""
     reward_model: str = ""

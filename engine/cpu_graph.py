@@ -55,6 +55,8 @@ class CpuGraph(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if not self.valid:  # nothing of it will be replayed
+            return result
         self._kept.append(result)
         if DEPENDS_ON_DATA & set(func.tags) or not isinstance(result, Tensor | tuple | list):  # what comes as a number decides on something
             self.valid = False

@@ -131,7 +131,7 @@ class DecodeRows:
     def share(self, offsets: np.ndarray, order: np.ndarray, shared_blocks: np.ndarray) -> None:
         """Groups of rows with a common prompt, as the scheduler has them; dropped where no prompt fills a chunk of the attention."""
         self.shared, prefix_lens = None, shared_blocks * self.cache.block_size
-        if not len(prefix_lens) or prefix_lens.max() < CHUNK:
+        if not len(prefix_lens) or prefix_lens.max() < CHUNK or self.model.config.latent:  # mla_decode reads each row's own
             return
         R, n, P, b = self.capacity, len(order), len(prefix_lens), self.buffers
         whole = np.concatenate((order, np.arange(n, R)))

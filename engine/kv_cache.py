@@ -59,18 +59,18 @@ class PagedKVCache:
 class PrefillAttention:
     """Packed causal attention that also writes keys and values of the packed tokens to their slots."""
 
-    def __init__(self, cache: PagedKVCache, cu_seqlens: Tensor, blocks: Tensor, slots: Tensor):
-        """blocks (T, 1), slots (T,) int32: where each token's key and value go; slot -1 = nowhere."""
-        self.cache, self.cu_seqlens, self.blocks, self.slots = cache, cu_seqlens, blocks, slots
+    def __init__(self, cache: PagedKVCache, cu_seqlens: Tensor, max_seqlen: int, blocks: Tensor, slots: Tensor):
+        """blocks (T, 1), slots (T,) int32: where each token's key and value go; slot -1 = nowhere.  max_seqlen: the longest sequence."""
+        self.cache, self.cu_seqlens, self.max_seqlen, self.blocks, self.slots = cache, cu_seqlens, max_seqlen, blocks, slots
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         q, k = rotation(q, k)
         kv_append(k, v, self.cache.keys[layer], self.cache.values[layer], self.blocks, self.slots)
-        return attention(q, k, v, self.cu_seqlens)
+        return attention(q, k, v, self.cu_seqlens, max_seqlen=self.max_seqlen)
 
     def latent(self, layer: int, x: Latent) -> Tensor:
         append_latent(self.cache, layer, x, self.blocks, self.slots)
-        return packed_latent(x, self.cu_seqlens)
+        return packed_latent(x, self.cu_seqlens, self.max_seqlen)
 
 
 def append_latent(cache: PagedKVCache, layer: int, x: Latent, block_table: Tensor, positions: Tensor) -> None:
@@ -107,7 +107,7 @@ class ContinuedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         q = qkv_append(q, k, v, rotation.cos, rotation.sin, keys, values, self.block_table, self.positions, **rotation.norm)
-        return torch.cat([
+        return joined([
             paged_attention(q[rows], keys, values, self.block_table[rows], lengths, max_seq_len=longest, group_offsets=groups, prefix_lens=prefixes)
             for rows, lengths, longest, groups, prefixes in self.slabs
         ])  # fmt: skip
@@ -115,10 +115,14 @@ class ContinuedAttention:
     def latent(self, layer: int, x: Latent) -> Tensor:
         append_latent(self.cache, layer, x, self.block_table, self.positions)
         q, keys, values = x.queries(), self.cache.keys[layer], self.cache.values[layer]
-        return x.output(torch.cat([
+        return x.output(joined([
             mla_decode(q[rows], keys, values, self.block_table[rows], lengths, rank=x.rank, scale=x.scale, max_seq_len=longest)
             for rows, lengths, longest, _, _ in self.slabs
         ]))  # fmt: skip
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,12 @@ DEEPSEEK_V3 = ("n_shared_experts", "n_group", "topk_group", "routed_scaling_fact
 SPARSE = {"qwen3_moe": (*EXPERTS, *QWEN3_MOE), "deepseek_v3": (*EXPERTS, *DEEPSEEK_V3)}
 
 
+ROPE_NUMBERS = {  # that a rope_scaling of the type must have
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+
+
 class ModelConfig(Config):
     """A decoder; the names are HuggingFace's."""
 
@@ -95,8 +101,10 @@ class ModelConfig(Config):
         if self.rotary_width % 2:
             raise ValueError(f"{'qk_rope_head_dim' if self.latent else 'head_dim'} is {self.rotary_width}, RoPE wants it even")
         scaled = "yarn" if self.latent else "llama3"
-        if self.rope_scaling and self.rope_scaling.get("rope_type", self.rope_scaling.get("type")) not in (scaled, "default"):
+        if self.rope_type not in (scaled, "default"):
             raise ValueError(f"rope_scaling is {self.rope_scaling}, wanted rope_type {scaled} or none")
+        if absent := [key for key in ROPE_NUMBERS.get(self.rope_type, ()) if not isinstance(self.rope_scaling.get(key), (int, float))]:
+            raise ValueError(f"rope_scaling of type {self.rope_type} has no {', '.join(absent)}")
         return self
 
     @model_validator(mode="after")
@@ -119,6 +127,12 @@ class ModelConfig(Config):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is {getattr(self, name)}; deepseek_v3 has one latent for all heads, and qk_*_head_dim and v_head_dim")
         return self
+
+    @property
+    def rope_type(self) -> str:
+        """default, llama3 or yarn; older files call the key `type`."""
+        scaling = self.rope_scaling or {}
+        return scaling.get("rope_type", scaling.get("type")) if scaling else "default"
 
     @property
     def latent(self) -> bool:

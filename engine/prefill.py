@@ -77,7 +77,8 @@ class Prefill:
         else:
             cu_seqlens = np.append(bounds, [bounds[-1] + filler] if filler else []).astype(np.int32)
             blocks, slots = tables[place, positions // size][:, None], np.where(positions < 0, -1, positions % size).astype(np.int32)
-            attend = PrefillAttention(self.cache, *(to_device(x, device) for x in (cu_seqlens, blocks, slots)))
+            cu_seqlens, blocks, slots = (to_device(x, device) for x in (cu_seqlens, blocks, slots))
+            attend = PrefillAttention(self.cache, cu_seqlens, max(int(lengths.max()), filler), blocks, slots)
         hidden = self.model(to_device(tokens, device), to_device(np.maximum(positions, 0), device), attend)
         last = hidden[to_device(bounds[1:] - 1, device)]
         self._last |= {(kind, i): state for state, (i, _, end) in zip(last, piece, strict=True) if end == len(sequences[i].tokens)}

@@ -294,7 +294,7 @@ class Stream(Iterator[Finished]):
     def _finish(self, events: Events) -> None:
         """Turn finished samples into completions."""
         samples = self._samples(events.finished_requests, events.finished_members)
-        for id, sample, generated in zip(events.finished_requests.tolist(), samples.tolist(), events.finished_generated.tolist(), strict=True):
+        for sample, generated in zip(samples.tolist(), events.finished_generated.tolist(), strict=True):
             slot, status = int(self._slot_of[sample]), RUNNING
             if slot == WAITING:
                 values = self._carried.pop(sample, None) or {name: column[0, :0] for name, column in self._columns.items()}
@@ -309,8 +309,6 @@ class Stream(Iterator[Finished]):
             streak = int(self._streak[sample])
             done = Completion(values["tokens"], values["logps"], FINISH[status], values["versions"], values.get("full_logps"), support, streak)
             self._ready.append(Finished(i, sample - int(self._base[i]), done))
-            if status in (STOP, LENGTH) and id in self.scheduler and self.scheduler.waiting_members(id):
-                self.scheduler.set_expected(id, generated)  # siblings tend to be as long as the first of them
 
     def _free(self, slot: int) -> None:
         self._free_slots.append(slot)

@@ -81,6 +81,9 @@ def test_gdpo_normalises_each_reward_in_its_group_and_then_the_batch():
 
 def test_gdpo_without_contrast_is_zero_and_shapes_are_checked():
     assert gdpo_advantages(torch.ones(4, 2), torch.ones(2), torch.tensor([0, 0, 1, 1])).tolist() == [0.0] * 4
+    # three times 0.1 has another mean than 0.1, and the group is constant all the same: exactly 0 beside one that is not
+    mixed = gdpo_advantages(torch.tensor([[0.1], [0.1], [0.1], [0.0], [1.0], [1.0]]).double(), torch.ones(1), torch.tensor([0, 0, 0, 1, 1, 1]))
+    assert mixed[:3].tolist() == [0.0] * 3 and (mixed[3:] != 0).all()
     assert gdpo_advantages(torch.full((2, 1), float("nan")), torch.ones(1), torch.tensor([0, 0])).tolist() == [0.0] * 2
     with pytest.raises(ValueError, match=r"wanted \(S, K\), \(K,\) and \(S,\)"):
         gdpo_advantages(torch.ones(4, 2), torch.ones(3), torch.tensor([0, 0, 1, 1]))

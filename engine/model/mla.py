@@ -120,11 +120,7 @@ def softmax_scale(config: ModelConfig) -> float:
     """1 / sqrt(width of a query), times the square of YaRN's temperature where mscale_all_dim moves it here."""
     scale, yarn = config.width_per_head**-0.5, config.rope_scaling or {}
     weight = yarn.get("mscale_all_dim", 0)
-    return scale * mscale(yarn["factor"], weight) ** 2 if weight and is_yarn(config) else scale
-
-
-def is_yarn(config: ModelConfig) -> bool:
-    return bool(config.rope_scaling) and config.rope_scaling.get("rope_type", config.rope_scaling.get("type")) == "yarn"
+    return scale * mscale(yarn["factor"], weight) ** 2 if weight and config.rope_type == "yarn" else scale
 
 
 def yarn_frequencies(config: ModelConfig, inv_freq: Tensor) -> Tensor:
@@ -146,7 +142,7 @@ def yarn_frequencies(config: ModelConfig, inv_freq: Tensor) -> Tensor:
 
 def rotation_factor(config: ModelConfig) -> float:
     """What cosines and sines are multiplied by: YaRN's temperature, as far as `softmax_scale` does not have it."""
-    if not is_yarn(config):
+    if config.rope_type != "yarn":
         return 1.0
     yarn = config.rope_scaling
     if yarn.get("attention_factor") is not None:

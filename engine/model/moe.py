@@ -22,8 +22,6 @@ from athanor.kernels import fp8_grouped_gemm, grouped_gemm, linear, moe_permute,
 from athanor.kernels.moe_route import scores_of
 from athanor.model.layers import ROW_STEP, Swiglu
 
-FP8_ROWS = 128  # of which a group is a multiple where the weight gradient is computed in FP8
-
 
 @dataclass
 class Routes:
@@ -99,7 +97,7 @@ class Router(nn.Module):
 class MixtureOfExperts(nn.Module):
     """The experts' matrices are stacks (E, N, K); in HuggingFace files each expert has its own (`weights`)."""
 
-    def __init__(self, config: ModelConfig, *, fp8: bool = False):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.num_experts = E
@@ -109,7 +107,7 @@ class MixtureOfExperts(nn.Module):
         for stack in (self.gate_up_proj, self.down_proj):
             nn.init.normal_(stack, std=config.initializer_range)
         self.shared = Swiglu(D, width * config.n_shared_experts) if config.n_shared_experts else None
-        self.fp8 = fp8  # products of the routed experts in block-scaled FP8, forward and dx
+        self.fp8 = False  # products of the routed experts in block-scaled FP8, forward and dx
 
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
         """x (T, D), normed, to what the layer adds (T, D)."""

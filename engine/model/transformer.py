@@ -18,7 +18,7 @@ from athanor.config import ModelConfig
 from athanor.kernels import attention, rope, swiglu
 from athanor.kernels.attention import longest_of
 from athanor.model.layers import ROW_STEP, Linear, RMSNorm, fill_rows
-from athanor.model.mla import Latent, LatentAttention, is_yarn, rotation_factor, yarn_frequencies
+from athanor.model.mla import Latent, LatentAttention, rotation_factor, yarn_frequencies
 from athanor.model.moe import MixtureOfExperts, Routes
 
 __all__ = ["ROW_STEP", "Attend", "Decoder", "DecoderLayer", "PackedAttention", "Rotation", "fill_rows", "fill_tokens", "rope_frequencies"]
@@ -178,11 +178,11 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     """(d/2,) fp32 angular frequencies theta^(-2i/d), with Llama 3.1's or YaRN's scaling when the config asks for it."""
     d = config.rotary_width
     inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d)
-    scaling = config.rope_scaling
-    if not scaling or scaling.get("rope_type", scaling.get("type")) == "default":
+    if config.rope_type == "default":
         return inv_freq
-    if is_yarn(config):
+    if config.rope_type == "yarn":
         return yarn_frequencies(config, inv_freq)
+    scaling = config.rope_scaling
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     original = scaling["original_max_position_embeddings"]
     # Long wavelengths are divided by `factor`, short ones kept, those between interpolated.  The order of operations is the one that the models

@@ -42,11 +42,11 @@ def update_policy(
     advantages: (S,) fp32, one per sample in the order of `groups`.  Raises UserError when the gap is above max_logp_gap.
     """
     G, ranks = config.group_size, context.ranks
-    sums = torch.zeros(len(SUMS), dtype=torch.float64)
-    norms, ratio_max = [], torch.zeros((), dtype=torch.float64)
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=ranks.device)
+    norms, ratio_max = [], torch.zeros((), dtype=torch.float64, device=ranks.device)
     bounds = np.linspace(0, len(groups), config.updates_per_rollout + 1).round().astype(int)
     parts = [
-        _Part(context, config, variant, loop.model, reference, sum(groups[first:end], []), advantages[first * G : end * G])
+        _Part(context, config, variant, loop.model, reference, sum(groups[first:end], []), advantages[first * G : end * G], moved=first > 0)
         for first, end in zip(bounds[:-1], bounds[1:], strict=True)
     ]
     balanced: dict = {}  # of the last update, which is the farthest from the sampler
@@ -94,7 +94,9 @@ def update_policy(
 class _Part:
     """The samples of one optimizer step on this rank, and the loss of each of their micro-batches."""
 
-    def __init__(self, context, config: GRPOConfig, variant: LossVariant, model: Decoder, reference, samples: list[Sample], advantages: Tensor):
+    def __init__(self, context, config: GRPOConfig, variant: LossVariant, model: Decoder, reference, samples: list[Sample], advantages: Tensor,
+                 *, moved: bool):  # fmt: skip
+        """moved: an update of the same rollout goes before this one."""
         self.variant, self.model, self.reference, self.temperature = variant, model, reference, config.sampling.temperature
         self.num_tokens = context.ranks.sum_int(sum(s.num_tokens for s in samples))
         self.num_sequences = context.ranks.sum_int(len(samples))
@@ -103,19 +105,24 @@ class _Part:
         self.samples, self.advantages = [samples[i] for i in live], advantages[live].to(context.ranks.device)
         prompts, completions = [s.prompt_ids for s in self.samples], [s.token_ids for s in self.samples]
         self.batches = pack(prompts, completions, config.micro_batch_tokens, context.ranks.device) if live else []
-        self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
-        self.gap, self.ratio_max = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        self.gap_sums = torch.zeros(3, dtype=torch.float64)  # |trainer - sampler|, the k3 estimate of their KL divergence, tokens
+        # On the device, so that no micro-batch waits for it
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=context.ranks.device)
+        self.gap, self.ratio_max = self.sums.new_zeros(()), self.sums.new_zeros(())
+        self.gap_sums = self.sums.new_zeros(3)  # |trainer - sampler|, the k3 estimate of their KL divergence, tokens
         self.old: dict[int, Tensor] = {}  # the trainer's log-probs before the first update, by batch
         if config.routing_replay and not self.balance.routers:
             raise UserError(f"stage {context.name}: routing_replay is true, but the model has no experts")
         self.recorded: dict[int, Tensor] = {}  # the experts before the first update, by batch
-        if variant.correction != "none" or config.routing_replay:
+        self.corrected = variant.correction != "none"
+        replays = config.routing_replay and moved  # before the first update the routers choose what they would record
+        if self.corrected or replays:
             with torch.no_grad():
                 for batch in self.batches:
                     routes = self.balance.routes(batch)
-                    self.old[id(batch)] = self._score(model, batch, routes).logps
-                    if config.routing_replay and routes is not None:
+                    logps = self._score(model, batch, routes).logps
+                    if self.corrected:
+                        self.old[id(batch)] = logps
+                    if replays:
                         self.recorded[id(batch)] = routes.recorded
 
     def _score(self, model: Decoder, batch: PackedBatch, routes: Routes | None = None) -> LogProbs:
@@ -139,16 +146,15 @@ class _Part:
         if self.reference is not None:
             with torch.no_grad():
                 ref_logps = self._score(self.reference, batch).logps
-        corrected = self.variant.correction != "none"
         advantages = self.advantages[torch.from_numpy(batch.sequences).to(rollout.device)]
         loss, stats = policy_loss(
-            scored.logps, self.old[id(batch)] if corrected else rollout, advantages, batch.loss_cu_seqlens, ref_logps=ref_logps,
-            rollout_logps=rollout if corrected else None, variant=self.variant, num_tokens=self.num_tokens, num_sequences=self.num_sequences,
+            scored.logps, self.old[id(batch)] if self.corrected else rollout, advantages, batch.loss_cu_seqlens, ref_logps=ref_logps,
+            rollout_logps=rollout if self.corrected else None, variant=self.variant, num_tokens=self.num_tokens, num_sequences=self.num_sequences,
         )  # fmt: skip
         stats = {**stats, "entropy_sum": scored.entropy.sum()}
-        self.sums += torch.tensor([float(stats[name]) for name in SUMS], dtype=torch.float64)
-        self.ratio_max = torch.maximum(self.ratio_max, stats["ratio_max"].double().cpu())
+        self.sums += torch.stack([stats[name].detach().double() for name in SUMS])
+        self.ratio_max = torch.maximum(self.ratio_max, stats["ratio_max"].double())
         difference = (scored.logps.detach() - rollout).double()
-        self.gap = torch.maximum(self.gap, difference.abs().max().cpu())
-        self.gap_sums += torch.stack((difference.abs().sum(), (difference.expm1() - difference).sum(), difference.new_tensor(len(rollout)))).cpu()
+        self.gap = torch.maximum(self.gap, difference.abs().max())
+        self.gap_sums += torch.stack((difference.abs().sum(), (difference.expm1() - difference).sum(), difference.new_full((), len(rollout))))
         return loss + self.balance.loss(routes, batch.num_targets / max(self.num_tokens, 1))

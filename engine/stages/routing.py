@@ -18,7 +18,8 @@ class RouterBalance:
         self.model, self.ranks, self.rate, self.alpha = model, ranks, config.router_bias_rate, config.balance_loss
         self.routers = routers(model)
         self.counts: Tensor | None = None  # (layers, E) fp64
-        self.changed = torch.zeros(2, dtype=torch.float64)  # replayed choices that the routers would not have made, and all that were replayed
+        # replayed choices that the routers would not have made, and all that were replayed
+        self.changed = torch.zeros(2, dtype=torch.float64, device=ranks.device)
 
     def routes(self, batch: PackedBatch, replay: Tensor | None = None) -> Routes | None:
         """For a forward over the batch, filler rows behind it or not.  replay: `Routes.recorded` of an earlier one over it."""
@@ -30,10 +31,10 @@ class RouterBalance:
         """alpha times the mean over layers, times the batch's share of the step; counts what the forward chose."""
         if routes is None:
             return 0.0
-        counts = torch.stack(routes.counts).double().cpu()
+        counts = torch.stack(routes.counts).double()
         self.counts = counts if self.counts is None else self.counts + counts
         if routes.replay is not None:
-            self.changed += torch.stack((torch.stack(routes.changed).sum(), (routes.replay >= 0).sum())).double().cpu()
+            self.changed += torch.stack((torch.stack(routes.changed).sum(), (routes.replay >= 0).sum())).double()
         return self.alpha * share * torch.stack(routes.balance).mean() if routes.balance else 0.0
 
     def finish(self) -> dict:
@@ -41,7 +42,7 @@ class RouterBalance:
         if not self.routers:
             return {}
         experts = len(self.routers[0].weight)
-        counts = self.counts if self.counts is not None else torch.zeros(len(self.routers), experts, dtype=torch.float64)
+        counts = self.counts if self.counts is not None else self.changed.new_zeros(len(self.routers), experts)
         self.ranks.sum_(counts, self.changed)
         metrics = {"route_disagreement": float(self.changed[0] / self.changed[1])} if self.changed[1] else {}
         if not counts.any():
