@@ -3,9 +3,8 @@
     python bench/tune.py [--op NAME ...] [--jobs N] [--seconds S] [--json FILE] [--compile-only | --no-compile]
 
 The tables in kernels/*_triton.py are static, so that every rank computes the same bits; this is how their entries are chosen.  A candidate replaces
-one constant of a kernel module while it is measured; the first of each list is what the table holds now.  All candidates are first compiled, by N
-processes that run each of them once, then timed by one process in the order of the list until S seconds have passed.  The last line on stdout is one
-JSON object.
+one constant of a kernel module while it is measured, after what the table holds now.  All candidates are first compiled, by N processes that run each
+of them once, then timed by one process in the order of the list until S seconds have passed.  The last line on stdout is one JSON object.
 """
 
 import argparse
@@ -89,9 +88,12 @@ def sweeps() -> list[Sweep]:
 
 @contextmanager
 def replaced(sweep: Sweep, value) -> Iterator[None]:
+    """value None: as it is."""
     module = importlib.import_module(f"athanor.kernels.{sweep.module}")
     before = getattr(module, sweep.constant)
-    if isinstance(before, dict) and isinstance(value, tuple):
+    if value is None:
+        value = before
+    elif isinstance(before, dict) and isinstance(value, tuple):
         entries = [HOPPER] if HOPPER in before else before
         value = before | {name: type(before[name])(*value) for name in entries}
     setattr(module, sweep.constant, value)
@@ -105,18 +107,18 @@ def cases_of(sweep: Sweep) -> list:
     return [case for case in all_cases("cuda") if case.op == sweep.op and sweep.where.items() <= case.sizes.items()]
 
 
-def compile_once(task: tuple[Sweep, int | None]) -> None:
-    """Run one candidate, or what the table holds, so that its binaries lie in Triton's cache; failures show when it is measured."""
-    sweep, i = task
+def compile_once(task: tuple[Sweep, object]) -> None:
+    """Run one candidate so that its binaries lie in Triton's cache; failures show when it is measured."""
+    sweep, value = task
     for case in cases_of(sweep):
         inputs = {}
         try:
             inputs = inputs_of(case, "cuda")
-            with replaced(sweep, sweep.values[i]):
+            with replaced(sweep, value):
                 case.run(**inputs, backend="triton")
                 torch.cuda.synchronize()
         except Exception as error:  # noqa: BLE001
-            print(f"{sweep.op} {sweep.constant} {sweep.values[i]}: {type(error).__name__}", file=sys.stderr)
+            print(f"{sweep.op} {sweep.constant} {value}: {type(error).__name__}", file=sys.stderr)
         del inputs
         torch.cuda.empty_cache()
 
@@ -131,7 +133,7 @@ def measured(sweep: Sweep, case, gate: Gate, value) -> dict:
             times, queued = times_us({"triton": lambda: run(**gate.inputs)}, "cuda", MIN_REPEATS)["triton"]
             row |= {"median_us": quantile(times, 0.5), "p20_us": quantile(times, 0.2), "p80_us": quantile(times, 0.8), "queued": queued}
     row.pop("comparable", None)
-    return {"op": sweep.op, "sizes": case.sizes, "constant": sweep.constant, "value": str(value)} | row
+    return {"op": sweep.op, "sizes": case.sizes, "constant": sweep.constant, "value": "as it is" if value is None else str(value)} | row
 
 
 def main() -> int:
@@ -146,7 +148,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here")
     wanted = [sweep for sweep in sweeps() if not chosen.op or sweep.op in chosen.op]
-    tasks = [(sweep, i) for sweep in wanted for i in range(len(sweep.values))]
+    tasks = [(sweep, value) for sweep in wanted for value in (None, *sweep.values)]
     if not chosen.no_compile:
         with multiprocessing.get_context("spawn").Pool(chosen.jobs) as pool:
             for done, _ in enumerate(pool.imap_unordered(compile_once, tasks), 1):
@@ -161,7 +163,7 @@ def main() -> int:
                 break
             print(f"{sweep.op} {sizes_of(case)} {sweep.constant}", file=sys.stderr)
             gate = Gate(case, "cuda", counterpart(case, "cuda"))
-            for value in sweep.values:
+            for value in (None, *sweep.values):
                 rows.append(measured(sweep, case, gate, value) | common)
                 if chosen.json:
                     with chosen.json.open("a") as file:
@@ -173,7 +175,7 @@ def main() -> int:
         time_us = (f"{row['median_us']:.1f}", f"{row['p20_us']:.1f}-{row['p80_us']:.1f}") if "median_us" in row else ("", "")
         table.add_row(row["op"], sizes_of(argparse.Namespace(**row)), row["constant"], row["value"], *time_us, row.get("wrong", ""))
     Console(highlight=False, width=200).print(table)
-    print(json.dumps({"mode": "tune"} | common | {"measured": len(rows), "of": sum(len(s.values) * len(cases_of(s)) for s in wanted)}))
+    print(json.dumps({"mode": "tune"} | common | {"measured": len(rows), "of": sum((1 + len(s.values)) * len(cases_of(s)) for s in wanted)}))
     return 0
 
 

@@ -44,6 +44,12 @@ def why_not_triton(call: dict) -> str | None:
     return None
 
 
+def entry_for(table: dict, device: torch.device):
+    """The entry of a table by compute capability (80, 90, 100) for a device: that of the newest generation which is no newer."""
+    capability = 10 * torch.cuda.get_device_capability(device)[0]
+    return table[max((c for c in table if c <= capability), default=80)]
+
+
 def on_device_of(x: Tensor):
     """Context in which a launch goes to x's device: Triton launches on the current one, whichever that is."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -45,17 +45,20 @@ class Fp8GroupedGemmFunction(torch.autograd.Function):
     def forward(ctx, x, w, offsets, weight, wgrad, power_of_two, backend):
         # of the three operations the products alone have a cuda backend
         options = dict(power_of_two=power_of_two, backend=None if backend == "cuda" else backend)
-        (qw, sw), (qw_columns, sw_columns) = weight or fp8_quantize_dual(w, block=(128, 128), **options)
-        keep_fp8 = wgrad == "fp8" and ctx.needs_input_grad[1]
-        rows, kept = fp8_quantize_dual(x, **options) if keep_fp8 else (fp8_quantize(x, **options), (x, None))
-        ctx.save_for_backward(offsets, qw_columns, sw_columns, *kept)
-        ctx.options, ctx.backend, ctx.dtype, ctx.keep_fp8 = options, backend, x.dtype, keep_fp8
+        need_x, need_w, *_ = ctx.needs_input_grad
+        if weight is None:  # its columns are what dx multiplies
+            weight = fp8_quantize_dual(w, block=(128, 128), **options) if need_x else (fp8_quantize(w, block=(128, 128), **options), (None, None))
+        (qw, sw), columns = weight
+        keep_fp8 = wgrad == "fp8" and need_w
+        rows, kept = fp8_quantize_dual(x, **options) if keep_fp8 else (fp8_quantize(x, **options), (x if need_w else None, None))
+        ctx.save_for_backward(offsets, *columns, *kept)
+        ctx.options, ctx.backend, ctx.dtype, ctx.keep_fp8, ctx.experts = options, backend, x.dtype, keep_fp8, qw.shape[0]
         return fp8_grouped_matmul(rows, Quantized(qw, sw), offsets, out_dtype=x.dtype, backend=backend)
 
     @staticmethod
     def backward(ctx, dy):
         offsets, qw, sw, x, sx = ctx.saved_tensors
-        E, (need_x, need_w, *_), rows, dx, dw = qw.shape[0], ctx.needs_input_grad, None, None, None
+        E, (need_x, need_w, *_), rows, dx, dw = ctx.experts, ctx.needs_input_grad, None, None, None
         if ctx.keep_fp8:
             rows, columns = fp8_quantize_dual(dy, **ctx.options)
             dw = fp8_grouped_wgrad(columns, Quantized(x, sx), offsets, E, out_dtype=ctx.dtype, backend=ctx.backend)

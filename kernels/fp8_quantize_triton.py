@@ -67,11 +67,12 @@ def emulates(x: Tensor) -> bool:
 def scales_of(amax_bits, POWER_OF_TWO: tl.constexpr):
     """Scale and factor from the bits of the largest magnitude."""
     amax = tl.maximum(amax_bits.to(tl.float32, bitcast=True), AMAX_FLOOR)
-    scale = tl.div_rn(amax, 448.0)
     if POWER_OF_TWO:
-        exponent = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23
+        # of the power of two at or above amax / 448 = amax / (1.75 x 2^8): a division by a number would be a call of 20 instructions
+        exponent = ((amax.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8
         scale, factor = (exponent << 23).to(tl.float32, bitcast=True), (254 - exponent << 23).to(tl.float32, bitcast=True)
     else:
+        scale = tl.div_rn(amax, 448.0)
         factor = tl.div_rn(448.0, amax)
     finite = amax_bits < 0x7F800000
     return tl.where(finite, scale, float("nan")), tl.where(finite, factor, float("nan"))

@@ -43,9 +43,10 @@ def check_groups(where: str, x: Tensor, w: Tensor, offsets: Tensor) -> None:
 
 
 def check_offsets(where: str, offsets: Tensor, E: int, device: torch.device) -> None:
-    check(offsets.ndim == 1 and E > 0 and offsets.shape[0] in (E, E + 1) and offsets.dtype in (torch.int32, torch.int64) and offsets.device == device,
-          lambda: f"{where}: offsets is {tuple(offsets.shape)} {offsets.dtype} on {offsets.device}; wanted ({E},) or ({E + 1},) int32 or int64 on "
-                  f"{device}")  # fmt: skip
+    check(offsets.ndim == 1 and E > 0 and offsets.shape[0] in (E, E + 1) and offsets.dtype in (torch.int32, torch.int64) and offsets.device == device
+          and offsets.is_contiguous(),
+          lambda: f"{where}: offsets is {tuple(offsets.shape)} {offsets.dtype} on {offsets.device}; wanted ({E},) or ({E + 1},) int32 or int64, "
+                  f"contiguous, on {device}")  # fmt: skip
 
 
 def groups_of(offsets: Tensor, E: int) -> list[tuple[int, int]]:

@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import AheadOfTime, on_device_of
+from ._triton import AheadOfTime, entry_for, on_device_of
 from .linear_logprob_triton import Tiles, _logits, operands
 
-# BM = 64 is the least that Hopper's wgmma takes.  Not measured on a GPU yet; two programs of 4 x (64 + 128) x 64 x 2 = 96 KiB fit on an SM of sm_90.
-# There is no slice of a vocabulary.
+# Not measured.  There is no slice of a vocabulary.
 TILES = {80: Tiles(64, 128, 32, 4, 4, 0), 100: Tiles(64, 128, 64, 4, 4, 0)}
-# sm_90, the fastest of eleven on an H200.  narrow: one program for each of 132 processors where N = 4096.  half: the same for a batch of rows.
+# sm_90, the fastest of eleven on an H200; 64 rows are the least that its wgmma takes.  narrow: one program for each of 132 processors where N =
+# 4096.  half: the same for a batch of rows.
 HOPPER = {"narrow": Tiles(64, 32, 128, 4, 6, 0), "low": Tiles(64, 64, 128, 4, 5, 0), "half": Tiles(128, 64, 64, 4, 5, 0),
           "tall": Tiles(128, 128, 64, 8, 4, 0)}  # fmt: skip
 TILES_FP32 = Tiles(64, 64, 16, 8, 3, 0)  # exact fp32 products, no tensor cores
@@ -37,12 +37,11 @@ def tiles_of(x: Tensor, N: int) -> Tiles:
         return TILES_INTERPRETER
     if x.dtype == torch.float32:
         return TILES_FP32
-    capability = 10 * torch.cuda.get_device_capability(x.device)[0]
-    if capability == 90:
+    if torch.cuda.get_device_capability(x.device)[0] == 9:
         if x.shape[0] <= 128:
             return HOPPER["narrow" if N <= 132 * 32 else "low"]
         return HOPPER["half" if triton.cdiv(x.shape[0], 128) * triton.cdiv(N, 128) < 132 else "tall"]
-    return TILES[max((c for c in TILES if c <= capability), default=80)]
+    return entry_for(TILES, x.device)
 
 
 def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:

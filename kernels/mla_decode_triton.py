@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import AheadOfTime, on_device_of
+from ._triton import AheadOfTime, entry_for, on_device_of
 from .paged_attention import CHUNK
 from .paged_attention_triton import Tiles, paged_attention_merge_kernel
 
@@ -28,8 +28,7 @@ def tiles_of(q: Tensor) -> Tiles:
         return TILES_FP32
     if q.shape[1] <= 16:
         return TILES_FEW
-    capability = 10 * torch.cuda.get_device_capability(q.device)[0]
-    return TILES[max((c for c in TILES if c <= capability), default=80)]
+    return entry_for(TILES, q.device)
 
 
 def mla_decode_triton(q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, rank: int, scale: float,

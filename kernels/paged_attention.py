@@ -20,9 +20,9 @@ and the heads of a block are neighbours.  Keys and values may be views of one al
 keys at a time and wants the tokens of a block to be neighbours instead: `empty_kv_cache` allocates what the device reads fastest.
 
 Traffic.  Keys and values are read once: 2 b d Hkv tokens bytes (b bytes per element, tokens = sum of seq_lens less (G - 1) x the shared chunks of
-each group); the partials are written and read once: 2 x 4 (d + 2) H bytes per row and chunk, 3 % of the keys and values at H / Hkv = 4 in bf16.
-Predictions for an H200 at 4.3 TB/s, from these formulas and not measured: 256 rows x 4096 tokens, 32/8 heads of 128, bf16: 4.29 GB + 0.14 GB = 1.03
-ms (goal 1.10).  16 groups of 16, prefix 2048 + 2048 own: 2.15 + 0.13 + 0.14 GB = 0.56 ms (goal 0.60).
+each group); the partials are written and read once: 2 x 4 (d + 2) H bytes per row and chunk, 3 % of the keys and values at H / Hkv = 4 in bf16. By
+these formulas an H200 (4.25 TB/s) needs for 256 rows x 4096 tokens, 32/8 heads of 128, bf16: 4.29 GB + 0.14 GB = 1.04 ms; it takes 1.06 (goal 1.10).
+16 groups of 16, prefix 2048 + 2048 own: 2.15 + 0.13 + 0.14 GB = 0.57 ms; it takes 0.64 (goal 0.60).
 """
 
 import torch

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dispatch import is_strict
-from ._triton import AheadOfTime, on_device_of
+from ._triton import AheadOfTime, entry_for, on_device_of
 from .paged_attention import CHUNK
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -54,8 +54,7 @@ def tiles_of(q: Tensor, repeat: int, table: dict[int, Tiles]) -> Tiles:
     elif q.shape[2] > 128:
         tiles = TILES_WIDE
     else:
-        capability = 10 * torch.cuda.get_device_capability(q.device)[0]
-        tiles = table[max((c for c in table if c <= capability), default=80)]
+        tiles = entry_for(table, q.device)
     return tiles._replace(BM=max(tiles.BM, triton.next_power_of_2(repeat)))
 
 

@@ -8,6 +8,7 @@ import torch
 from case import Case, differentiated
 
 from athanor import kernels as K
+from athanor.kernels.moe_permute import Places
 
 # T, E, k, scoring, groups
 ROUTES = {
@@ -57,40 +58,40 @@ def route_case(T: int, E: int, k: int, scoring: str, groups: tuple[int, int], dt
 def places_case(T: int, E: int, k: int) -> Case:
     def eager(ids):
         order = ids.flatten().sort(stable=True).indices
-        return (order, torch.bincount(ids.flatten(), minlength=E).cumsum(0))
+        return order, order.argsort().view(T, k), torch.bincount(ids.flatten(), minlength=E).cumsum(0)
 
     def run(ids, backend):
         places = K.moe_places(ids, E, backend=backend)
-        return places.source, places.offsets[1:]
+        return places.source, places.inverse, places.offsets[1:]
 
     return Case("moe_places", {"T": T, "E": E, "k": k}, torch.float32, lambda g: {"ids": choices(g, T, E, k)}, run, eager,
                 "reads the ids, writes source and inverse", bytes=12 * T * k)  # fmt: skip
 
 
 def permute_cases(T: int, E: int, k: int, D: int, dtype: torch.dtype) -> list[Case]:
-    def placed(ids):
-        return K.moe_places(ids, E, backend="reference")
-
     def permuted(x, ids):
         return x[ids.flatten().sort(stable=True).indices // k]
 
-    def unpermuted(y, weights, ids):
-        inverse = ids.flatten().sort(stable=True).indices.argsort().view(T, k)
+    def unpermuted(y, weights, inverse):
         return (y[inverse].to(weights.dtype) * weights[..., None]).sum(1).to(y.dtype)
 
     sizes, b = {"T": T, "E": E, "k": k, "D": D}, dtype.itemsize
     make = lambda g: {"x": rn(g, T, D), "ids": choices(g, T, E, k), "dy": rn(g, T * k, D)}  # noqa: E731
-    back = lambda g: {"y": rn(g, T * k, D), "weights": rn(g, T, k), "ids": choices(g, T, E, k), "dout": rn(g, T, D)}  # noqa: E731
+
+    def back(g):
+        places = K.moe_places(choices(g, T, E, k), E, backend="reference")
+        return {"y": rn(g, T * k, D), "weights": rn(g, T, k), "dout": rn(g, T, D)} | places._asdict()
+
     return [
         Case("moe_permute", sizes, dtype, make,
              lambda x, ids, dy, backend: differentiated(lambda x: K.moe_permute(x, ids, E, backend=backend)[0], x, upstream=dy),
              lambda x, ids, dy: differentiated(lambda x: permuted(x, ids), x, upstream=dy),
              "forward, places included, reads T rows and writes T k; backward the reverse", bytes=2 * T * (k + 1) * D * b, slack=4),
         Case("moe_unpermute", sizes, dtype, back,
-             lambda y, weights, ids, dout, backend: differentiated(lambda y, w: K.moe_unpermute(y, w, placed(ids), backend=backend), y, weights,
-                                                                   upstream=dout),
-             lambda y, weights, ids, dout: differentiated(lambda y, w: unpermuted(y, w, ids), y, weights, upstream=dout),
-             "forward reads T k rows, writes T; backward reads both, writes T k; the places come from the reference",
+             lambda y, weights, dout, offsets, source, inverse, backend: differentiated(
+                 lambda y, w: K.moe_unpermute(y, w, Places(offsets, source, inverse), backend=backend), y, weights, upstream=dout),
+             lambda y, weights, dout, offsets, source, inverse: differentiated(lambda y, w: unpermuted(y, w, inverse), y, weights, upstream=dout),
+             "forward reads T k rows, writes T; backward reads both, writes T k",
              bytes=T * (4 * k + 3) * D * b, fp32=("weights",), slack=4),
     ]  # fmt: skip
 

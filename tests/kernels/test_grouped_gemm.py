@@ -70,6 +70,8 @@ def test_mismatches_are_refused():
     x, w, offsets = torch.ones(4, 3), torch.ones(2, 5, 3), torch.tensor([0, 2, 4])
     with pytest.raises(ValueError, match=r"grouped_gemm: w is \(2, 5, 4\), x is \(4, 3\); wanted"):
         grouped_gemm(x, torch.ones(2, 5, 4), offsets)
+    with pytest.raises(ValueError, match="contiguous, on cpu"):  # a kernel reads them one after the other
+        grouped_gemm(torch.ones(4, 3), torch.ones(2, 5, 3), torch.zeros(3, 2, dtype=torch.int64)[:, 0])
     with pytest.raises(ValueError, match=r"grouped_gemm: offsets is \(4,\) torch.int64 on cpu; wanted \(2,\) or \(3,\)"):
         grouped_gemm(x, w, torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"grouped_gemm: offsets is \(3,\) torch.float32"):

@@ -40,13 +40,13 @@ def expected(z, tokens, variant, temperature, dtype):
     return rows, grad
 
 
-def check(z, tokens, rows, grad, within_rule, variant=FULL, temperature=TEMPERATURE):
+def check(z, tokens, rows, grad, within_rule, variant=FULL, temperature=TEMPERATURE, slack=0.0):
+    """slack: of the largest S, allowed to S beyond the rule."""
     (plain, plain_grad), (want, want_grad) = (expected(z, tokens, variant, temperature, dtype) for dtype in (torch.float32, torch.float64))
     live = tokens.scale != 0  # the reference reads masked rows for m and S
     for name, got, a, b in zip(rows._fields, rows, plain, want, strict=True):
-        # 150,000 terms, each sum of a thread multiplied once for each new maximum: S itself, of which logp takes the logarithm, within 1e-6
-        wide = (b + 5e-7 * b.abs().max()).to(a.dtype) if name == "S" else a
-        within_rule(got[live].cpu(), wide[live].cpu(), b[live].cpu(), name)
+        allowed = a + slack * b.abs().max().to(a.dtype) if name == "S" else a
+        within_rule(got[live].cpu(), allowed[live].cpu(), b[live].cpu(), name)
     within_rule(grad.cpu(), plain_grad.to(grad.dtype).cpu(), want_grad.cpu(), "gradient")
     assert not grad[~live].any() and not rows.logps[~live].any() and not rows.m[~live].any() and (rows.S[~live] == 1).all()
 
@@ -127,7 +127,8 @@ def test_vocabularies_of_models(V, within_rule):
     again = logits_grpo_cuda.rows_cuda(z.clone(), tokens, FULL, TEMPERATURE, torch.empty_like(z))
     assert all(torch.equal(a, b) for a, b in zip(rows, again, strict=True))
     some = torch.arange(0, 300, 30, device=z.device)
-    check(z[some], Tokens(*(x[some] for x in tokens)), Rows(*(x[some] for x in rows)), out[some], within_rule)
+    # 150,000 terms, and a thread's sum is multiplied once more for each new maximum: up to 1.2e-5 of S was seen where the rule allowed 0.6e-5
+    check(z[some], Tokens(*(x[some] for x in tokens)), Rows(*(x[some] for x in rows)), out[some], within_rule, slack=5e-7)
 
 
 @pytest.mark.gpu

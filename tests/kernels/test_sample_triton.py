@@ -316,6 +316,23 @@ def test_a_bracket_that_misses_costs_time_only(options, triton_device, brackets,
     assert above > 0 and (below > 0 or len(options) == 2 and "top_k" in options)
 
 
+def test_a_threshold_of_zero_is_in_its_bracket(triton_device, brackets, generator, monkeypatch):
+    """Below key 0 comes -0, which is no smaller than 0: a row whose least logits are 0 must not be read once more."""
+    if not INTERPRETED:
+        pytest.skip("a compiled kernel cannot be watched")
+    logits, collected, collect = torch.randn(2, 3000, generator=generator).relu(), [], sample_filter_triton.collect
+
+    def watched(*args, **kwargs):
+        collected.append(args[5])
+        return collect(*args, **kwargs)
+
+    monkeypatch.setattr(sample_filter_triton, "collect", watched)
+    out = draw(logits, triton_device, top_p=0.9)
+    assert_references(out, logits, top_p=0.9)
+    segments = -(-3000 // (sample_tiles_triton.TILES * sample_tiles_triton.TILE.value))
+    assert (out.thresholds == 0).all() and (brackets[0][:, 0] == 0).all() and len(collected) == 2 * segments
+
+
 def test_more_allowed_than_there_are(triton_device, generator):
     """Fewer allowed tokens than top-k keeps, and masses too small to be counted."""
     logits = flat_rows(generator)
