@@ -139,9 +139,9 @@ def evaluate_task(
             )  # fmt: skip
         except ValueError as error:  # the generator's word on a prompt or a length
             raise UserError(f"task {name}: {error}") from error
+        scores = ranks.gather(score_groups(ranks.share(groups), options.reward))
         if not ranks.is_main:
             return {}
-        scores = score_groups(groups, options.reward)
         votes = vote_groups(groups, scores, options.reward)
         metrics = all_metrics(groups, scores, votes)
         progress.step(total, {key: metrics[key] for key in ("pass@1", "mean_tokens", "truncated_rate") if key in metrics})

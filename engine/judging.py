@@ -2,7 +2,7 @@
 
     domain "code"                      reward "code": the program is run against the problem's tests; programs do not vote
     metadata has "choices"             reward "choice"; the letter votes
-    the prompt asks for \\boxed{}       the reward for mathematics where there is one, else "accuracy", on the last box
+    metadata has "extract"             reward "math" on what it names, the last box for instance
     anything else with an answer       reward "accuracy" on the <answer> block, or the task's own scorer
 
 Votes are equivalence classes: answers with equal keys (rewards/answers.py) are one, and with a verifier that knows more than keys, so are all right
@@ -11,32 +11,28 @@ answers and all wrong ones that it calls equal.
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
 from itertools import combinations
 
 from athanor.errors import UserError
-from athanor.metrics_eval import answer_vote
-from athanor.rewards import available_rewards, make_reward
-from athanor.rewards.accuracy import Accuracy, extract_answer, scorers
+from athanor.rewards import make_reward
+from athanor.rewards.accuracy import Accuracy, scorers
+from athanor.rewards.answers import answer_key
 from athanor.rewards.choice import chosen_letter
 from athanor.samples import Problem, Sample
 
 BATCH = 256  # samples per call of a reward, between two updates of the progress
-MATH_REWARDS = ("math", "math_accuracy")  # verifiers of mathematics that know more than `same_answer`, the first that is there
 MAX_MERGED = 24  # distinct wrong answers of a problem that are compared with each other; more are left as they are
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A reward by name with the settings that the problem asks for."""
+    """A reward by name with its settings."""
 
     reward: str
-    extract: str = "answer"
     settings: tuple[tuple[str, object], ...] = ()
 
     def build(self):
-        extract = {"extract": self.extract} if self.reward in ("accuracy", *MATH_REWARDS) else {}
-        return make_reward(self.reward, **extract | dict(self.settings))
+        return make_reward(self.reward, **dict(self.settings))
 
 
 def judge_of(problem: Problem, reward: str = "", settings: dict | None = None) -> Judge | None:
@@ -44,26 +40,19 @@ def judge_of(problem: Problem, reward: str = "", settings: dict | None = None) -
 
     Raises UserError when a reasoning problem has no answer.
     """
-    extract = problem.metadata.get("extract", "answer")
     if reward:
-        return Judge(reward, extract, tuple(sorted((settings or {}).items())))
+        return Judge(reward, tuple(sorted((settings or {}).items())))
     if problem.domain == "code":
         return Judge("code")
     if problem.metadata.get("choices"):
         return Judge("choice")
     if problem.task in scorers:
-        return Judge("accuracy", extract)
+        return Judge("accuracy")
     if problem.answer is None:
         if problem.domain not in ("general", "safety"):
             raise UserError(f"{problem.metadata.get('source', f'{problem.task} {problem.id}')}: no gold answer, which a reasoning problem needs")
         return None
-    return Judge(_math_reward() if extract == "boxed" else "accuracy", extract)
-
-
-@lru_cache
-def _math_reward() -> str:
-    known = available_rewards()
-    return next((name for name in MATH_REWARDS if name in known), "accuracy")
+    return Judge("accuracy" if problem.metadata.get("extract", "answer") == "answer" else "math")
 
 
 def score_groups(
@@ -106,13 +95,19 @@ def _votes(group: Sequence[Sample], judge: Judge | None) -> list[Hashable | None
         return [None] * len(group)
     if judge.reward == "choice":
         return [chosen_letter(s.text, s.problem.metadata["choices"], prompt=s.problem.prompt) for s in group]
-    rule = Accuracy(extract=judge.extract if judge.extract in ("answer", "boxed") else "answer")
-    return [answer_vote(sample, rule) for sample in group]
+    answers = [_final_answer(judge)(sample, sample.problem) for sample in group]
+    return [None if answer is None else answer_key(answer) for answer in answers]
+
+
+def _final_answer(judge: Judge) -> Callable[[Sample, Problem], str | None]:
+    """How the judge finds the answer that it compares; the last <answer> block where it compares none."""
+    return getattr(judge.build(), "answer_of", Accuracy().answer_of)
 
 
 def _merge(judge: Judge, chosen: list[int], groups, scores, votes) -> None:
     """Give all right answers of a problem one key, and wrong ones that the verifier calls equal the key of the first."""
     samples, problems, pairs = [], [], []
+    answer_of = _final_answer(judge)
     for i in chosen:
         if groups[i][0].problem.task in scorers:
             continue
@@ -126,8 +121,7 @@ def _merge(judge: Judge, chosen: list[int], groups, scores, votes) -> None:
             for (a, first), (b, second) in combinations(wrong.items(), 2):
                 if isinstance(a, str):  # numbers are exact as they are; text is what a verifier can read as an answer
                     samples.append(second)
-                    gold = extract_answer(first.text, prompt=first.problem.prompt, extract=judge.extract)
-                    problems.append(dataclasses.replace(first.problem, answer=gold))
+                    problems.append(dataclasses.replace(first.problem, answer=answer_of(first, first.problem)))
                     pairs.append((i, a, b))
     if not samples:
         return

@@ -17,8 +17,6 @@ from math import comb
 
 import numpy as np
 
-from athanor.rewards.accuracy import Accuracy, extract_answer
-from athanor.rewards.answers import answer_key
 from athanor.rewards.language import language_consistency
 from athanor.rewards.response import parse_response
 from athanor.samples import Sample
@@ -125,19 +123,22 @@ def clustered_standard_error(groups: Sequence[Sequence[float]]) -> float | None:
     return float(np.std(means, ddof=1) / np.sqrt(len(means)))
 
 
-def evaluate_samples(groups: Sequence[Sequence[Sample]], *, accuracy: Accuracy | None = None, words: Sequence[str] = REFLECTIVE_WORDS) -> dict:
-    """Metrics of groups of samples, one group per problem, of any sizes.
+def evaluate_samples(
+    groups: Sequence[Sequence[Sample]],
+    scores: Sequence[Sequence[float | None]],
+    votes: Sequence[Sequence[Hashable | None]] | None,
+    *,
+    words: Sequence[str] = REFLECTIVE_WORDS,
+) -> dict:
+    """Metrics of groups of samples, one group per problem, of any sizes; scores and votes as for `score_metrics`.
 
     Returns pass@1 and its problem-clustered standard error pass@1_se, cons@k for k = the smallest group, mean_tokens, reflection_rate, format_rate,
     language_consistency, truncated_rate, num_problems, num_samples.  A right sample has accuracy 1 (partial credit is not right).  Problems without
     gold answers do not enter pass@1 and cons@k; a metric with nothing to measure is None.
     """
-    accuracy = Accuracy() if accuracy is None else accuracy
-    groups = [list(group) for group in groups if len(group)]
     if not groups:
         raise ValueError("evaluate_samples: no samples")
-    scores = [accuracy(group) for group in groups]
-    result = score_metrics(scores, [[answer_vote(sample, accuracy) for sample in group] for group in groups])
+    result = score_metrics(scores, votes)
     k = min(len(group) for group in groups)
     return {"pass@1": None, "pass@1_se": None, f"cons@{k}": None} | result | text_metrics(groups, words=words)
 
@@ -182,12 +183,6 @@ def text_metrics(groups: Sequence[Sequence[Sample]], *, words: Sequence[str] = R
         "num_problems": len(groups),
         "num_samples": len(samples),
     }
-
-
-def answer_vote(sample: Sample, accuracy: Accuracy) -> Hashable | None:
-    """Key of a sample's final answer, by which equivalent answers vote together; None = no answer."""
-    answer = extract_answer(sample.text, prompt=sample.problem.prompt, extract=accuracy.extract)
-    return None if answer is None else answer_key(answer, ignore_case=accuracy.ignore_case)
 
 
 @dataclass(frozen=True)

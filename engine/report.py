@@ -16,6 +16,7 @@ from athanor.manifest import Manifest
 from athanor.metrics import read_metrics
 from athanor.metrics_eval import REFLECTIVE_WORDS
 from athanor.report_charts import NUM_SERIES, Series, line_chart
+from athanor.rewards.table import VERIFIERS
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 MAX_PROBLEMS = 12
@@ -33,7 +34,7 @@ COLUMNS = {  # metric: (heading, shown as)
     "unsafe_rate": ("unsafe", "rate"),
 }
 CHARTS = [  # metrics (the first that a stage has), title, what it says, options
-    (("accuracy",), "Accuracy", "Share of right answers in the training rollouts", {"percent": True}),
+    (VERIFIERS, "Accuracy", "Share of right answers in the training rollouts", {"percent": True}),
     (("mean_tokens",), "Response length", "Mean tokens per response", {}),
     (("reflection_rate",), "Reflection", "Share of responses with a reflective word", {"percent": True}),
     (("entropy",), "Entropy", "Nats per token of the sampled distribution", {}),
@@ -48,10 +49,6 @@ TIME_PARTS = {  # metric, seconds per step: heading
     "reward_wait_s": "waiting for rewards",
     "train_s": "update",
 }
-REWARD_PARTS = (
-    "accuracy", "math", "code", "format", "language_consistency", "language", "readability", "preference", "safety", "judge", "judge_answer",
-    "repetition", "overlong", "length", "cosine",
-)  # fmt: skip
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -136,6 +133,7 @@ def _stages(entries: dict, config: dict) -> dict[str, dict]:
             "init": settings.get("init") or settings.get("source") or "",
             "source": ", ".join(_title(n) for n in [settings.get("init") or settings.get("source"), *(settings.get("data") or [])] if n),
             "steps": entry["metrics"].get("rl_steps", settings.get("steps")),
+            "rewards": list(dict.fromkeys(reward["reward"] for reward in settings.get("rewards") or [])),
             "control": settings.get("control") not in (None, "none"),
             "status": entry["status"],
             "metrics": (evaluation.get("metrics") or {}) | entry["metrics"],
@@ -252,7 +250,7 @@ def _rl_charts(rows: list[dict], stages: dict, colors: dict) -> list[dict]:
 def _reward_charts(rows: list[dict], stages: dict, colors: dict) -> list[dict]:
     charts = []
     for name in colors:
-        parts = [part for part in REWARD_PARTS if any(row["stage"] == name and row.get(part) is not None for row in rows)]
+        parts = [part for part in stages[name]["rewards"] if any(row["stage"] == name and row.get(part) is not None for row in rows)]
         lines = [_series(rows, name, part, part.replace("_", " "), slot) for slot, part in enumerate(parts)]
         if lines:
             title = stages[name]["title"]

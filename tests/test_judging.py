@@ -7,7 +7,7 @@ import pytest
 
 from athanor import judging
 from athanor.errors import UserError
-from athanor.judging import MAX_MERGED, _math_reward, judge_of, score_groups, vote_groups
+from athanor.judging import MAX_MERGED, judge_of, score_groups, vote_groups
 from athanor.metrics_eval import cons_at_k
 from athanor.rewards import make_reward
 from athanor.rewards.accuracy import scorers
@@ -36,24 +36,23 @@ def math_reward(monkeypatch):
         __name__ = "math"
         extract: str = "boxed"
 
+        def answer_of(self, sample, problem):
+            return last_boxed(sample.text)
+
         def score(self, sample, problem):
             calls.append(problem.answer)
-            answer = last_boxed(sample.text)
+            answer = self.answer_of(sample, problem)
             classes = [{"x+1", "1+x"}, {"y", "Y+0", "0+y"}]
             if answer == "hard":
                 return None
             return float(answer == problem.answer or any({answer, problem.answer} <= same for same in classes))
 
-    monkeypatch.setattr(judging, "available_rewards", lambda: ["accuracy", "math"])
     monkeypatch.setattr(judging, "make_reward", lambda name, **options: Algebra(**options) if name == "math" else make_reward(name, **options))
-    _math_reward.cache_clear()
-    yield calls
-    _math_reward.cache_clear()
+    return calls
 
 
 def test_the_problem_says_who_judges(monkeypatch):
-    assert judge_of(PLAIN).reward == "accuracy" and judge_of(PLAIN).extract == "answer"
-    assert judge_of(BOXED).extract == "boxed"
+    assert judge_of(PLAIN).reward == "accuracy" and judge_of(BOXED).reward == "math"
     assert judge_of(CHOICE).reward == "choice" and judge_of(CODE).reward == "code" and judge_of(OPEN) is None
     assert judge_of(PLAIN, "format").reward == "format"
     with pytest.raises(UserError, match="here.jsonl:3: no gold answer"):

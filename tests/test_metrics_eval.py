@@ -6,6 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from athanor.judging import score_groups, vote_groups
 from athanor.metrics_eval import (
     clustered_standard_error,
     cons_at_k,
@@ -16,7 +17,6 @@ from athanor.metrics_eval import (
     reflection_rate,
     score_metrics,
 )
-from athanor.rewards import make_reward
 from athanor.samples import Problem, Sample
 
 
@@ -154,9 +154,14 @@ def test_reflection_rate_counts_whole_words():
     assert reflection_rate([]) == 0.0 and reflection_rate(["wait"], words=()) == 0.0
 
 
-def group(texts, answer="4", id=0, language="en", finish="stop", domain="reasoning"):
-    problem = Problem("q", answer, id, "t", domain, language)
+def group(texts, answer="4", id=0, language="en", finish="stop", domain="reasoning", **metadata):
+    problem = Problem("q", answer, id, "t", domain, language, metadata=metadata)
     return [Sample(problem, text, np.arange(len(text.split())), np.zeros(len(text.split()), np.float32), finish) for text in texts]
+
+
+def evaluated(*groups):
+    scores = score_groups(groups)
+    return evaluate_samples(groups, scores, vote_groups(groups, scores))
 
 
 def test_evaluate_samples_by_hand():
@@ -164,9 +169,9 @@ def test_evaluate_samples_by_hand():
     groups = [
         group([right, right, right, wrong]),
         group([wrong, "none", "none", right], id=1, finish="length"),
-        group(["free"] * 4, answer=None, id=2),
+        group(["free"] * 4, answer=None, id=2, domain="general"),
     ]
-    result = evaluate_samples(groups)
+    result = evaluated(*groups)
     assert result == {
         "pass@1": 0.5,
         "pass@1_se": pytest.approx(0.25),  # per-problem means .75 and .25
@@ -183,21 +188,20 @@ def test_evaluate_samples_by_hand():
 
 def test_evaluate_votes_by_equal_answers_not_by_spelling():
     texts = [f"<answer> {a} </answer>" for a in ("0.5", "1/2", "50%", "7", "7")]
-    assert evaluate_samples([group(texts, answer="0.5")])["cons@5"] == 1.0
+    assert evaluated(group(texts, answer="0.5"))["cons@5"] == 1.0
 
 
 def test_evaluate_takes_uneven_groups_and_another_rule():
-    boxed = make_reward("accuracy", extract="boxed")
-    result = evaluate_samples([group(["\\boxed{4}", "\\boxed{5}"]), group(["\\boxed{4}"], id=1), []], accuracy=boxed)
+    result = evaluated(group(["\\boxed{4}", "\\boxed{5}"], extract="boxed"), group(["\\boxed{4}"], id=1, extract="boxed"))
     assert result["pass@1"] == 0.75 and result["cons@1"] == 0.75
 
 
 def test_evaluate_without_answers_measures_the_rest():
-    result = evaluate_samples([group(["so", "so 则"], answer=None, domain="general")])
+    result = evaluated(group(["so", "so 则"], answer=None, domain="general"))
     assert result["pass@1"] is None and result["cons@2"] is None and result["pass@1_se"] is None
     assert result["language_consistency"] == 0.75
     with pytest.raises(ValueError, match="no samples"):
-        evaluate_samples([[]])
+        evaluate_samples([], [], [])
 
 
 def test_standard_error_is_clustered_by_problem():

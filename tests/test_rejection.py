@@ -33,7 +33,7 @@ BOXED = Problem("p", "2", 0, "math", metadata={"extract": "boxed"})
 def verdict(text, finish="stop", problem=PROBLEM, **changes):
     tokens = np.array([hash(word) % 1000 for word in text.split()])
     sample = Sample(problem, text, tokens, np.zeros(len(tokens)), finish)
-    return rejection._verdict(sample, score_groups([[sample]])[0][0], RejectionConfig(kind="rejection", **changes))
+    return rejection._unusable(sample) or rejection._verdict(sample, score_groups([[sample]])[0][0], RejectionConfig(kind="rejection", **changes))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,17 @@ def test_duplicates_and_surplus_are_dropped_and_counted(monkeypatch, tmp_path):
     assert statistics == wanted | {"tasks": {"chain": {"prompts": 1, "sampled": 5, "kept": 2, "acceptance": 0.4, "mean_tokens": mean_tokens}}}
 
 
+def test_what_cannot_stay_is_not_judged(monkeypatch, tmp_path):
+    judged = []
+    monkeypatch.setattr(rejection, "score_groups", lambda groups, *a, **k: judged.extend(groups) or score_groups(groups, *a, **k))
+    wrong = GOOD.replace("<answer> 2", "<answer> 3")
+    drawn = [("2", "stop"), (wrong, "stop"), (GOOD, "length"), (GOOD, "stop")]
+    group = [Sample(PROBLEM, text, np.arange(3), np.zeros(3), finish) for text, finish in drawn]
+    rows, metrics = run_on(monkeypatch, context_of(tmp_path), [group])
+    assert [[sample.text for sample in group] for group in judged] == [[wrong], [GOOD]] and len(rows) == 1
+    assert metrics["dropped_format"] == metrics["dropped_incorrect"] == metrics["dropped_truncated"] == 1
+
+
 def test_what_an_evaluation_set_holds_is_removed_and_counted_per_set(monkeypatch, tmp_path):
     asked = "A farmer has nine cows and sells four of them at the market today, how many stay?"
     solution = "nine cows less four cows leaves five cows on the old farm by the river"
@@ -185,6 +196,7 @@ class Killed(BaseException):
 def test_a_killed_stage_samples_only_what_is_missing(checkpoint, tmp_path, monkeypatch, after):
     (tmp_path / "model").symlink_to(checkpoint / "model")
     judged = []
+    monkeypatch.setattr(rejection, "_unusable", lambda sample: None)
     monkeypatch.setattr(rejection, "_verdict", lambda sample, score, config: judged.append((sample.text, sample.token_ids.tolist())) or "kept")
     whole, reasons, statistics = collect(context_path(tmp_path, "whole"))
     reference, judged[:] = list(judged), []

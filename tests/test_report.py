@@ -41,6 +41,8 @@ def make_run(run_dir, *, stages=STAGES, steps=60, facts=True):
     config["evaluation"] = {"num_problems": 128, "samples_per_problem": 16, "split": "test", "sampling": {"temperature": 0.6, "top_p": 0.95}}
     for name, (kind, init, *_) in stages.items():
         config["stages"][name] = {"kind": kind, "init": init, "steps": steps, "label": f"What {name.replace('_', ' ')} is in the terms of R1"}
+        if kind == "grpo":
+            config["stages"][name]["rewards"] = [{"reward": "accuracy", "weight": 1.0}, {"reward": "format", "weight": 1.0}]
     (run_dir / "config.json").write_text(json.dumps(config))
     manifest = Manifest(run_dir, seed=3)
     manifest.declare([*stages, *(f"evaluate.{name}" for name, values in stages.items() if values[2] is not None)])

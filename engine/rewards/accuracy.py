@@ -1,6 +1,6 @@
 """Accuracy reward of R1: 1 when the final answer equals the gold one, otherwise 0; None when the problem has no gold answer.
 
-Extraction (setting `extract`), always outside the chain of thought (see response.py):
+Extraction (setting `extract`, or the problem's own in its metadata), always outside the chain of thought (see response.py):
   "answer"  the last <answer> ... </answer> block;
   "boxed"   the last \\boxed{...} after the chain of thought.
 Nothing extracted = 0.  Comparison: `same_answer` (answers.py), unless the problem's task has registered its own scorer, which gets the extracted
@@ -48,13 +48,20 @@ class Accuracy(Reward):
             raise ValueError(f"reward accuracy: wanted a column `answer` (or `solution`), got {sorted(columns)}")
         return super().__call__(samples, problems, completions=completions, **columns)
 
+    def answer_of(self, sample: Sample, problem: Problem) -> str | None:
+        """The final answer by the problem's rule, or else by this reward's.  Raises ValueError when it is none of the rules here."""
+        rule = problem.metadata.get("extract", self.extract)
+        if rule not in ("answer", "boxed"):
+            raise ValueError(f"reward accuracy: extract is {rule!r} in the problem's metadata, wanted 'answer' or 'boxed'")
+        return extract_answer(sample.text, prompt=problem.prompt, extract=rule)
+
     def score(self, sample: Sample, problem: Problem) -> float | None:
         scorer = scorers.get(problem.task)
         if scorer is None and problem.answer is None:
             return None
         if self.require_format and not parse_response(sample.text, prompt=problem.prompt).well_formed:
             return 0.0
-        answer = extract_answer(sample.text, prompt=problem.prompt, extract=self.extract)
+        answer = self.answer_of(sample, problem)
         if answer is None:
             return 0.0
         if scorer is not None:

@@ -13,6 +13,7 @@ Not covered: problems with several right outputs (special judges) and interactiv
 """
 
 import ast
+import builtins
 import json
 import math
 import re
@@ -88,7 +89,7 @@ def _from_asserts(metadata: dict) -> Tests:
         calls = [node.func.id for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     except (SyntaxError, TypeError) as error:
         raise UserError(f"reward code: test_list cannot be read: {error}") from None
-    own = [name for name in calls if name not in ("set", "sorted", "list", "tuple", "abs", "round", "len", "str", "sum", "math")]
+    own = [name for name in calls if not hasattr(builtins, name)]
     entry = metadata.get("entry_point") or (own[0] if own else None)
     if entry is None:
         raise UserError("reward code: test_list calls no function; name it in entry_point")

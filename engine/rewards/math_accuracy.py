@@ -71,7 +71,7 @@ class Math(Reward):
             return Outcome("score", None)
         if self.require_format and not parse_response(sample.text, prompt=problem.prompt).well_formed:
             return Outcome("score", 0.0)
-        gold, answer = self._texts(sample, problem)
+        gold, answer = inner_answer(problem.answer), self.answer_of(sample, problem)
         if not gold.strip():
             return Outcome("error", message="the gold answer is empty")
         verdict = False if answer is None else settle(answer, gold)
@@ -82,14 +82,15 @@ class Math(Reward):
         decided = self.quick(sample, problem)
         if decided is not None:
             return decided
-        gold, answer = self._texts(sample, problem)
+        gold, answer = inner_answer(problem.answer), self.answer_of(sample, problem)
         return float(equivalent(answer, gold))
 
-    def _texts(self, sample: Sample, problem: Problem) -> tuple[str, str | None]:
+    def answer_of(self, sample: Sample, problem: Problem) -> str | None:
+        """The final answer by the problem's rule, or else by this reward's.  Raises ValueError for an unknown rule."""
         rule = problem.metadata.get("extract", self.extract)
         if rule not in RULES:
             raise ValueError(f"extract is {rule!r} in the problem's metadata, wanted one of {', '.join(RULES)}")
-        return inner_answer(problem.answer), find_answer(sample.text, prompt=problem.prompt, rule=rule)
+        return find_answer(sample.text, prompt=problem.prompt, rule=rule)
 
 
 make = Math

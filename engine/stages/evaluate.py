@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from athanor.config import EvaluationConfig, SamplingConfig
+from athanor.judging import score_groups, vote_groups
 from athanor.metrics_eval import REFLECTIVE_WORDS, evaluate_samples
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
@@ -47,40 +48,34 @@ def evaluate(
         problems = [tasks[task].problem(config.split, i) for i in range(count if size is None else min(count, size))]
         return ranks.gather(sample_groups(generator, tokenizer, problems, n, sampling, ranks, seed, "evaluate", label))
 
+    def judged(groups: list[list[Sample]]) -> tuple[list[list[float | None]], dict]:
+        scores = ranks.gather(score_groups(ranks.share(groups)))
+        return scores, evaluate_samples(groups, scores, vote_groups(groups, scores), words=words)
+
     n, k = config.num_problems, config.samples_per_problem
     generator = rollout_generator(model, tokenizer, max_rows, max(k, 4))
     usual = groups(config.task, n, k, config.sampling, "usual")
-    at_one = groups(config.task, n, k, SamplingConfig(max_tokens=config.sampling.max_tokens), "t1")
-    metrics = evaluate_samples(usual, words=words)
-    plain = evaluate_samples(at_one, words=words)
+    scores, metrics = judged(usual)
+    _, plain = judged(groups(config.task, n, k, SamplingConfig(max_tokens=config.sampling.max_tokens), "t1"))
     metrics |= {f"{name}_t1": plain[name] for name in ("pass@1", f"cons@{k}", "mean_tokens", "reflection_rate", "language_consistency")}
-    shown = [usual]
-    if config.general_task and "preference" in rewards:
-        general = groups(config.general_task, max(n // 2, 1), 4, config.sampling, "general")
-        flat = [sample for group in general for sample in group]
-        metrics["open_ended_reward"] = float(np.mean(rewards["preference"](flat)))
-        utility = getattr(tasks[config.general_task], "utility", None)
-        if utility:
-            metrics["open_ended_utility"] = float(np.mean([utility(s.problem, s.text) for s in flat]))
-        metrics["open_ended_format_rate"] = float(np.mean(make_reward("format")(flat, [s.problem for s in flat])))
-        shown.append(general)
-    if config.safety_task and "safety" in rewards:
-        tempted = groups(config.safety_task, max(n // 2, 1), 4, config.sampling, "safety")
-        flat = [sample for group in tempted for sample in group]
-        metrics["safety_score"] = float(np.mean(rewards["safety"](flat)))
-        unsafe = getattr(tasks[config.safety_task], "unsafe", None)
-        if unsafe:
-            metrics["unsafe_rate"] = float(np.mean([unsafe(s.problem, s.text) for s in flat]))
-        utility = getattr(tasks[config.safety_task], "utility", None)
-        if utility:
-            metrics["safety_utility"] = float(np.mean([utility(s.problem, s.text) for s in flat]))
-        shown.append(tempted)
-    accuracy = make_reward("accuracy")
+    shown = [(usual, scores)]
+    for label, task, reward, score, prefix in (
+        ("general", config.general_task, "preference", "open_ended_reward", "open_ended"),
+        ("safety", config.safety_task, "safety", "safety_score", "safety"),
+    ):
+        if not task or reward not in rewards:
+            continue
+        answers = groups(task, max(n // 2, 1), 4, config.sampling, label)
+        flat = [sample for group in answers for sample in group]
+        metrics[score] = float(np.mean(rewards[reward](flat)))
+        metrics[f"{prefix}_format_rate"] = float(np.mean(make_reward("format")(flat, [s.problem for s in flat])))
+        for name, measure in ((f"{prefix}_utility", "utility"), ("unsafe_rate", "unsafe")):  # what the task's own annotators know
+            if hasattr(tasks[task], measure):
+                metrics[name] = float(np.mean([getattr(tasks[task], measure)(s.problem, s.text) for s in flat]))
+        shown.append((answers, [[None] * len(group) for group in answers]))
     transcripts = []
-    for kind in shown:
-        for group in kind[: num_transcripts if kind is usual else 2]:
-            s = group[0]
-            correct = None if s.problem.answer is None else bool(accuracy([s], [s.problem])[0])
+    for i, (kind, scores) in enumerate(shown):
+        for (s, *_), (score, *_) in list(zip(kind, scores, strict=True))[: 2 if i else num_transcripts]:
             row = {"problem_id": s.problem.id, "task": s.problem.task, "prompt": s.problem.prompt, "answer": s.problem.answer}
-            transcripts.append(row | {"text": s.text, "correct": correct, "finish": s.finish})
+            transcripts.append(row | {"text": s.text, "correct": None if score is None else score >= 1.0, "finish": s.finish})
     return Evaluation(metrics, transcripts)

@@ -32,7 +32,7 @@ from athanor.stages.policy_update import update_policy
 from athanor.stages.training import TrainingLoop
 from athanor.weights import load_model, weights_hash
 
-SHOWN = ("reward", "accuracy", "math", "code", "mean_tokens", "reflection_rate", "logp_gap_max", "tokens_per_s")
+SHOWN = ("reward", *VERIFIERS, "mean_tokens", "reflection_rate", "logp_gap_max", "tokens_per_s")
 
 
 def run(context: StageContext, config: GRPOConfig) -> dict:

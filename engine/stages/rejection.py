@@ -83,10 +83,12 @@ def _sampled(context: StageContext, config: RejectionConfig, progress) -> tuple[
         folder=context.state_dir, progress=advance,
     )  # fmt: skip
     reasons, rows, lengths, seen = Counter(), [], [], set()
-    for group, scores in zip(groups, score_groups(groups, config.verifier, settings=config.verifier_settings), strict=True):
+    worth_judging = [[sample] for group in groups for sample in group if not _unusable(sample)]
+    scores = iter(context.ranks.gather(score_groups(context.ranks.share(worth_judging), config.verifier, settings=config.verifier_settings)))
+    for group in groups:
         taken = 0
-        for sample, score in zip(group, scores, strict=True):
-            reason = _verdict(sample, score, config)
+        for sample in group:
+            reason = _unusable(sample) or _verdict(sample, next(scores)[0], config)
             row = _row(context.name, sample.problem, sample.text)
             if reason == "kept" and config.decontaminate and _contaminated(ngrams, removed["samples"], sample.text):
                 reason = "contaminated"
@@ -130,13 +132,15 @@ def _per_task(groups: list[list[Sample]], rows: list[dict], lengths: list[int]) 
     return tasks
 
 
-def _verdict(sample: Sample, score: float | None, config: RejectionConfig) -> str:
-    """ "kept", or the first reason against it.  score: the verifier's; None for open-ended problems, and where it gave up."""
-    response = parse_response(sample.text, prompt=sample.problem.prompt)
+def _unusable(sample: Sample) -> str | None:
+    """Why a sample cannot stay whatever its answer is: it never ended, or it is not well formed."""
     if sample.finish != "stop":
         return "truncated" if sample.finish == "length" else sample.finish
-    if not _well_formed(response, sample.problem):
-        return "format"
+    return None if _well_formed(parse_response(sample.text, prompt=sample.problem.prompt), sample.problem) else "format"
+
+
+def _verdict(sample: Sample, score: float | None, config: RejectionConfig) -> str:
+    """ "kept", or the first reason against a usable sample.  score: the verifier's; None for open-ended problems, and where it gave up."""
     if score is None and judge_of(sample.problem, config.verifier):
         return "unjudged"
     if score is not None and score < 1:

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import logging
 import math
 import re
 from functools import lru_cache
@@ -81,7 +82,9 @@ class GymTask:
             value = float(self._score_answer(answer, entry))
         except SandboxError:
             raise
-        except Exception:  # third-party code on hostile text: whatever it raises, the answer was not recognised as right
+        except Exception as error:  # third-party code on hostile text: whatever it raises, the answer was not recognised as right
+            if not self.num_scorer_errors:
+                logging.getLogger("athanor.tasks").warning("task %s: first error of its scorer, which counts as 0: %r", self.name, error)
             self.num_scorer_errors += 1
             return 0.0
         if not math.isfinite(value) or value < self.junk_threshold - 1e-9:
