@@ -23,6 +23,8 @@ class Case:
     rivals: dict[str, Callable[..., tuple]] = field(default_factory=dict)  # further ones, by name; None in place of an output they do not give
     slack: float | tuple[float, ...] = 2  # ulp of the largest value that the gate allows beyond twice the eager error; of all outputs or of each
     gate: "Case | None" = None  # the same operation where an fp64 oracle is affordable, tile edges crossed; needed only if this size is too large
+    compared: Callable[..., tuple] | None = None  # (outputs, **inputs) -> the tensors to compare, where two right answers may differ in the outputs
+    floors: dict[str, Callable] = field(default_factory=dict)  # parts of the work, timed beside it and held against nothing
     fp32: tuple[str, ...] = ()  # inputs that are fp32 whatever the dtype, as log-probs and advantages are
     rows: tuple[str, ...] = ()  # inputs whose first axis is rows that do not influence each other: a sample of rows is checked at full size
 

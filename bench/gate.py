@@ -111,8 +111,8 @@ class Gate:
             self.small = Gate(replace(small, dtype=case.dtype), device)
             self.sample()
             return
-        self.plain = case.eager(**self.inputs)
-        self.oracle = case.eager(**in_fp64(self.inputs))
+        self.plain = self.compared(case.eager(**self.inputs), self.inputs)
+        self.oracle = self.compared(case.eager(**in_fp64(self.inputs)), in_fp64(self.inputs))
 
     def sample(self) -> None:
         """The oracle of a few rows of the full size: first, last, and random ones between."""
@@ -134,6 +134,9 @@ class Gate:
         sizes = " ".join(f"{k}={v}" for k, v in self.small.case.sizes.items())
         return f"fp64 at {sizes}; here finite" + ("" if self.chosen is None else f" and {len(self.chosen)} rows in fp64")
 
+    def compared(self, outputs: tuple, inputs: dict) -> tuple:
+        return self.case.compared(outputs, **inputs) if self.case.compared else outputs
+
     def call(self, function: Callable[..., tuple]) -> tuple:
         copies = {k: v.clone() for k, v in self.inputs.items()}  # some peers work in place
         with poisoned():
@@ -142,7 +145,7 @@ class Gate:
     def check(self, function: Callable[..., tuple]) -> Verdict:
         """function: (**inputs) -> outputs, in the case's dtype."""
         if self.small is None:
-            got = self.call(function)
+            got = self.compared(self.call(function), self.inputs)
             return compare(got, self.plain, self.oracle, self.case.slack)
         verdict = self.small.check(function)
         if verdict.wrong:

@@ -114,6 +114,9 @@ def rows_of(case, device: str, ceiling: dict | None, repeats: int, say: Callable
             if row.pop("comparable", False):
                 contenders[name] = peer.timed(**inputs) if hasattr(peer, "timed") else lambda peer=peer: peer(**inputs)
             rows.append({"kind": "peer"} | row)
+        for name, floor in case.floors.items():
+            contenders[name] = lambda floor=floor: floor(**inputs)
+            rows.append({"kind": "floor", "backend": name})
         say(f"{case.op} {sizes_of(case)}: timing {', '.join(contenders)}")
         times = times_us(contenders, device, repeats)
         eager_us = quantile(times["eager"][0], 0.5)

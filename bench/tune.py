@@ -50,6 +50,20 @@ def sweeps() -> list[Sweep]:
         Sweep("linear_logprob", "linear_logprob_triton", "TILES",
               [(*wide, 1024), (128, 256, 64, 8, 4, 1024), (*wide, 4096), (*wide, 1024, 8), (*wide, 1024, 32), (128, 128, 64, 4, 4, 1024),
                (128, 128, 64, 8, 4, 1024), (256, 128, 64, 8, 3, 1024), (128, 256, 128, 8, 2, 1024), (64, 256, 64, 4, 4, 1024)], {"backward": 0}),
+        Sweep("fp8_quantize", "fp8_quantize_triton", "TALL",
+              [(16, 2, 1, 0, 64), (16, 2, 16, 0, 64), (16, 2, 32, 0, 64), (16, 2, 8, 0, 80), (16, 1, 8, 2, None), (16, 1, 8, 3, None),
+               (16, 1, 16, 3, None), (16, 2, 8, 2, 64)], {"layouts": 2}),
+        Sweep("group_advantage", "group_advantage_triton", "OTHERS", [128, 512, 1024]),
+        Sweep("group_advantage", "group_advantage_triton", "MEMBERS", [2, 4, 16]),
+        Sweep("moe_places", "moe_permute_triton", "SCAN_BLOCKS", [32, 64, 256]),
+        Sweep("moe_places", "moe_permute_triton", "PLACE_WARPS", [4, 16]),
+        Sweep("mla_decode", "mla_decode_triton", "CHUNK", [256, 512, 2048]),
+        Sweep("mla_decode", "mla_decode_triton", "TILES",
+              [(64, 64, 8, 2), (64, 32, 4, 2), (64, 16, 4, 3), (64, 32, 8, 3), (128, 32, 8, 2), (64, 64, 4, 2)], {"H": 128}),
+        Sweep("mla_decode", "mla_decode_triton", "TILES_FEW",
+              [(16, 32, 4, 3), (16, 64, 4, 2), (16, 64, 8, 2), (16, 32, 8, 3), (16, 16, 4, 3), (16, 32, 2, 3)], {"H": 16}),
+        Sweep("moe_route", "moe_route_triton", "TILE", [512, 2048, 256]),
+        Sweep("moe_route", "moe_route_triton", "WARPS", [1, 2, 8]),
         Sweep("paged_attention", "paged_attention_triton", "TILES_DECODE",
               [(16, 64, 4, 4), (16, 64, 4, 5), (16, 64, 4, 3), (16, 32, 4, 6), (16, 64, 2, 6), (16, 128, 4, 4), (64, 32, 4, 5), (64, 32, 4, 6)]),
         Sweep("attention", "attention_triton", "TILES", [(64, 32, 4, 5), (128, 64, 8, 3), (128, 32, 8, 4), (64, 64, 4, 3), (128, 128, 8, 2)]),
@@ -96,6 +110,8 @@ def replaced(sweep: Sweep, value) -> Iterator[None]:
     elif isinstance(before, dict) and isinstance(value, tuple):
         entries = [HOPPER] if HOPPER in before else before
         value = before | {name: type(before[name])(*value) for name in entries}
+    elif isinstance(before, tuple):
+        value = type(before)(*value)
     setattr(module, sweep.constant, value)
     try:
         yield

@@ -69,6 +69,7 @@ class AheadOfTime:
     matrix: bool = False  # tl.dot on tensor cores: wgmma on sm_90, mma on sm_80
     capabilities: tuple[int, ...] = (80, 90, 100)  # that these tiles are for
     stack: int = 16  # bytes per thread: the few that some ptxas versions reserve are a called slow path's frame
+    maxnreg: int | None = None  # registers per thread that the launch allows the compiler
     contract: bool = True  # a product and a sum into one rounding, where the compiler likes: enable_fp_fusion of a launch
 
     def compile(self, capability: int):
@@ -86,7 +87,8 @@ class AheadOfTime:
         divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if self.signature.get(name, "").endswith(":16")}
         source = ASTSource(self.kernel, signature, {(names.index(name),): value for name, value in self.constants.items()}, divisible)
         return triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                              options={"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.contract})  # fmt: skip
+                              options={"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.contract,
+                                       "maxnreg": self.maxnreg})  # fmt: skip
 
 
 def resources(compiled, folder: Path) -> dict[str, int]:

@@ -10,6 +10,8 @@ On an H200 (4.25 TB/s), 32768 x 7168 bf16: rows alone move 712 MB, 168 us, and t
 100 registers leave one program on a processor.  To try first: 64 registers, by `maxnreg`, for two.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,14 +21,24 @@ from ._triton import AheadOfTime, interpreting, on_device_of
 from .fp8_quantize import LEAST_AMAX, Quantized, empty_layout
 
 ROWS, WARPS = 32, 4  # rows of a program that scales rows alone: 32 numbers per thread
-WARPS_TILE = 16  # of a tile of 128 x 128: 32 numbers per thread; with 64 it spills
 AMAX_FLOOR = tl.constexpr(LEAST_AMAX)
+
+
+class Tall(NamedTuple):
+    """How tiles of 128 x 128 are done."""
+
+    num_warps: int  # 16: 32 numbers per thread; the order of rows in fp8_quantize_kernel is made for it
+    programs: int  # per processor, if they take tile after tile
+    group: int  # tiles above each other before the next ones to the right: DRAM pages are longer than a tile's side
+    stages: int  # tiles on their way to a program; 0: each program does one tile
+    registers: int | None  # per thread, where both layouts are written and scales are powers of two: dividing takes more, and would spill
+
+
+TALL = Tall(16, 2, 8, 0, 64)
 
 
 def fp8_quantize_triton(x: Tensor, layouts: tuple, power_of_two: bool) -> tuple[Quantized, ...]:
     x = x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-    if len(layouts) == 2 and x.dtype == torch.float32 and x.is_cuda:
-        return in_two_launches(x, layouts, power_of_two)
     results = [empty_layout(x, layout) for layout in layouts]
     if not x.numel():
         return tuple(results)
@@ -35,27 +47,28 @@ def fp8_quantize_triton(x: Tensor, layouts: tuple, power_of_two: bool) -> tuple[
     rows = results[0] if square or by_row else None
     columns = results[-1] if len(results) == 2 or not (square or by_row) else None
     some, q_stride = (rows or columns), lambda result, axis: result.q.stride(axis) if result else 0
-    height = 128 if square or columns else ROWS
-    grid = batch * triton.cdiv(R, height) * triton.cdiv(C, 128)
+    tall = square or columns is not None
+    tiles = batch * triton.cdiv(R, 128 if tall else ROWS) * triton.cdiv(C, 128)
+    limited = rows is not None and columns is not None and power_of_two and not emulates(x)
+    launch = launch_of(tiles, tall, limited, x.device)
     with on_device_of(x):
-        fp8_quantize_kernel[(grid,)](
+        fp8_quantize_kernel[(launch["programs"],)](
             x, (rows or some).q.view(torch.uint8), (rows or some).scales, (columns or some).q.view(torch.uint8), (columns or some).scales, R, C,
             x.stride(-2), x.stride(0) if x.ndim == 3 else 0, q_stride(columns, -1), q_stride(columns, 0) if x.ndim == 3 else 0,
-            (rows or some).scales.stride(-1), (columns or some).scales.stride(-2),
-            SQUARE=square, BY_ROW=rows is not None, BY_COLUMN=columns is not None, POWER_OF_TWO=power_of_two, EMULATE=emulates(x), HEIGHT=height,
-            num_warps=WARPS_TILE if height == 128 else WARPS)  # fmt: skip
+            (rows or some).scales.stride(-1), (columns or some).scales.stride(-2), tiles,
+            SQUARE=square, BY_ROW=rows is not None, BY_COLUMN=columns is not None, POWER_OF_TWO=power_of_two, EMULATE=emulates(x),
+            **launch)  # fmt: skip
     return tuple(results)
 
 
-def in_two_launches(x: Tensor, layouts: tuple, power_of_two: bool) -> tuple[Quantized, Quantized]:
-    """Both layouts of fp32.  From one launch an H200 got wrong numbers, from fp32 alone and under Triton 3.6; why is not known (LOG.md)."""
-    (first,) = fp8_quantize_triton(x, layouts[:1], power_of_two)
-    if layouts[1] != "columns":
-        return first, fp8_quantize_triton(x, layouts[1:], power_of_two)[0]
-    second = empty_layout(x, "columns")
-    second.q.view(torch.uint8).copy_(first.q.view(torch.uint8))
-    second.scales.copy_(first.scales)
-    return first, second
+def launch_of(tiles: int, tall: bool, limited: bool, device: torch.device) -> dict:
+    """Grid, compile-time values and options that the shape of the tiles decides."""
+    if not tall:
+        return {"programs": tiles, "HEIGHT": ROWS, "GROUP": 1, "STAGES": 0, "num_warps": WARPS}
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    programs = min(tiles, TALL.programs * processors) if TALL.stages else tiles
+    return {"programs": programs, "HEIGHT": 128, "GROUP": TALL.group, "STAGES": TALL.stages,
+            "num_warps": TALL.num_warps, "maxnreg": TALL.registers if limited else None}  # fmt: skip
 
 
 def emulates(x: Tensor) -> bool:
@@ -91,22 +104,48 @@ def e4m3_bits(y, EMULATE: tl.constexpr):
         code = tl.where(size > 0x7F800000, 0x7F, code) | ((bits >> 24) & 0x80)
         return code.to(tl.uint8)
     else:
-        return y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        # Not y.to(tl.float8e4nv): where one thread stores the halves of its words and also takes them apart, ptxas 12.8 reads the latter from registers
+        # that nothing wrote (LOG.md).  Here they exist inside the block alone.
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
+            "=r,r,r,r,r", [y.to(tl.int32, bitcast=True)], dtype=tl.uint8, is_pure=True, pack=4)
 
 
-# The number of rows changes from step to step and is not specialised, nor is the stride that follows from it.
-@triton.jit(do_not_specialize=["R", "scales_stride"])
-def fp8_quantize_kernel(
-    x_ptr, q_ptr, scales_ptr, qt_ptr, column_scales_ptr, R, C, x_stride, x_batch_stride, qt_stride, qt_batch_stride, scales_stride,
+@triton.jit
+def store_transposed(code, qt_at, qt_stride, R, C):
+    """Store a tile of codes (128, 128), its rows in the order of fp8_quantize_kernel, by columns, as words of four rows.
+
+    Through shared memory, where the layouts are exchanged, go 4,096 words instead of 16,384 bytes.  R, C: what is left of x.  The padding of a
+    column's storage, up to a multiple of 16 bytes, is written too, with 0.
+    """
+    two = tl.arange(0, 2)
+    words = tl.sum(tl.reshape(code, [2, 32, 2, 128]).to(tl.int32) << (8 * two)[:, None, None, None], 0)
+    words = tl.sum(words << (16 * two)[None, :, None], 1)
+    word, column = tl.arange(0, 32), tl.arange(0, 128)
+    mask = (column < C)[:, None] & (word < tl.cdiv(R, 16) * 4)[None, :]
+    at = qt_at.to(tl.pointer_type(tl.int32)) + (column[:, None] * (qt_stride // 4) + word[None, :])
+    tl.store(at, tl.trans(words), mask=mask)
+
+
+@triton.jit
+def quantize_tile(
+    tile, x_ptr, q_ptr, scales_ptr, qt_ptr, column_scales_ptr, R, C, x_stride, x_batch_stride, qt_stride, qt_batch_stride, scales_stride,
     column_scales_stride,
     SQUARE: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr, POWER_OF_TWO: tl.constexpr, EMULATE: tl.constexpr, HEIGHT: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """q_ptr: (.., R, C) contiguous; scales_ptr: 1 x 128 by column block with stride scales_stride, 128 x 128 contiguous.  qt_ptr: (.., C, R)."""
     tiles_c, tiles_r = tl.cdiv(C, 128), tl.cdiv(R, HEIGHT)
-    pid = tl.program_id(0)
-    batch, tile_r, tile_c = (pid // (tiles_c * tiles_r)).to(tl.int64), (pid // tiles_c % tiles_r).to(tl.int64), pid % tiles_c
+    batch, within = (tile // (tiles_c * tiles_r)).to(tl.int64), tile % (tiles_c * tiles_r)
+    first = within // (GROUP * tiles_c) * GROUP
+    high = tl.minimum(GROUP, tiles_r - first)
+    within = within % (GROUP * tiles_c)
+    tile_r, tile_c = (first + within % high).to(tl.int64), within // high
     row0, column0 = tile_r * HEIGHT, tile_c * 128
+    # With 16 warps a thread holds rows i and i + 64 of the tile, and its neighbour in a column i + 1: in this order they are four rows that follow
+    # each other in x, which store_transposed makes a word of.
     row, column = tl.arange(0, HEIGHT), tl.arange(0, 128)
+    if HEIGHT == 128:
+        row = row % 64 // 2 * 4 + row % 2 * 2 + row // 64
     rows, columns = (row0 + row).to(tl.int32), column0 + column
     mask = (rows < R)[:, None] & (columns < C)[None, :]
     # 64 bits for where the tile begins, 32 within it: in 64 each of a thread's addresses would take two registers more
@@ -114,9 +153,7 @@ def fp8_quantize_kernel(
     x = tl.load(x_at + (row[:, None] * x_stride + column[None, :]), mask=mask, other=0.0).to(tl.float32)
     size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     q_at = q_ptr + ((batch * R + row0) * C + column0) + (row[:, None] * C + column[None, :])
-    qt_at = qt_ptr + (batch * qt_batch_stride + column0.to(tl.int64) * qt_stride + row0) + (column[:, None] * qt_stride + row[None, :])
-    # the padding of a column's storage is written too, with 0: so the mask holds for 16 bytes at once
-    qt_mask = (columns < C)[:, None] & (rows < tl.cdiv(R, 16) * 16)[None, :]
+    qt_at = qt_ptr + (batch * qt_batch_stride + column0.to(tl.int64) * qt_stride + row0)
     if SQUARE:
         scale, factor = scales_of(tl.max(tl.max(size, 1), 0), POWER_OF_TWO)
         code = e4m3_bits(x * factor, EMULATE)
@@ -124,7 +161,7 @@ def fp8_quantize_kernel(
         at = (batch * tiles_r + tile_r) * tiles_c + tile_c
         tl.store(scales_ptr + at, scale)
         if BY_COLUMN:
-            tl.store(qt_at, tl.trans(code), mask=qt_mask)
+            store_transposed(code, qt_at, qt_stride, R - row0, C - column0)
             tl.store(column_scales_ptr + at, scale)
     else:
         if BY_ROW:
@@ -133,21 +170,45 @@ def fp8_quantize_kernel(
             tl.store(scales_ptr + tile_c.to(tl.int64) * scales_stride + rows, scale, mask=rows < R)
         if BY_COLUMN:
             scale, factor = scales_of(tl.max(size, 0), POWER_OF_TWO)
-            tl.store(qt_at, tl.trans(e4m3_bits(x * factor[None, :], EMULATE)), mask=qt_mask)
+            store_transposed(e4m3_bits(x * factor[None, :], EMULATE), qt_at, qt_stride, R - row0, C - column0)
             tl.store(column_scales_ptr + tile_r * column_scales_stride + columns, scale, mask=columns < C)
+
+
+# The number of rows changes from step to step and is not specialised, nor is the stride that follows from it.
+@triton.jit(do_not_specialize=["R", "scales_stride", "tiles", "programs"])
+def fp8_quantize_kernel(
+    x_ptr, q_ptr, scales_ptr, qt_ptr, column_scales_ptr, R, C, x_stride, x_batch_stride, qt_stride, qt_batch_stride, scales_stride,
+    column_scales_stride, tiles, programs,
+    SQUARE: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr, POWER_OF_TWO: tl.constexpr, EMULATE: tl.constexpr, HEIGHT: tl.constexpr,
+    GROUP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """q_ptr: (.., R, C) contiguous; scales_ptr: 1 x 128 by column block with stride scales_stride, 128 x 128 contiguous.  qt_ptr: (.., C, R).
+
+    STAGES 0: a program per tile; else programs take tile after tile and load the next ones meanwhile.
+    """
+    if STAGES:
+        for tile in tl.range(tl.program_id(0), tiles, programs, num_stages=STAGES):
+            quantize_tile(tile, x_ptr, q_ptr, scales_ptr, qt_ptr, column_scales_ptr, R, C, x_stride, x_batch_stride, qt_stride, qt_batch_stride,
+                          scales_stride, column_scales_stride, SQUARE, BY_ROW, BY_COLUMN, POWER_OF_TWO, EMULATE, HEIGHT, GROUP)  # fmt: skip
+    else:
+        quantize_tile(tl.program_id(0), x_ptr, q_ptr, scales_ptr, qt_ptr, column_scales_ptr, R, C, x_stride, x_batch_stride, qt_stride,
+                      qt_batch_stride, scales_stride, column_scales_stride, SQUARE, BY_ROW, BY_COLUMN, POWER_OF_TWO, EMULATE, HEIGHT,
+                      GROUP)  # fmt: skip
 
 
 def ahead_of_time() -> list[AheadOfTime]:
     pointers = {"x_ptr": "*bf16:16", "q_ptr": "*u8:16", "scales_ptr": "*fp32:16", "qt_ptr": "*u8:16", "column_scales_ptr": "*fp32:16"}
     integers = ["C", "x_stride", "x_batch_stride", "qt_stride", "qt_batch_stride", "column_scales_stride"]
-    signature = pointers | dict.fromkeys(integers, "i32:16") | {"R": "i32", "scales_stride": "i32"}
+    signature = pointers | dict.fromkeys(integers, "i32:16") | dict.fromkeys(("R", "scales_stride", "tiles", "programs"), "i32")
     cases = []
-    for name, square, by_row, by_column, height in [("rows", False, True, False, ROWS), ("dual", False, True, True, 128),
-                                                    ("columns", False, False, True, 128), ("square dual", True, True, True, 128)]:  # fmt: skip
+    for name, square, by_row, by_column in [("rows", False, True, False), ("dual", False, True, True), ("columns", False, False, True),
+                                            ("square dual", True, True, True)]:  # fmt: skip
         for emulate, capabilities in ((False, (90, 100)), (True, (80,))):
             for power_of_two in (True, False):
-                constants = dict(SQUARE=square, BY_ROW=by_row, BY_COLUMN=by_column, POWER_OF_TWO=power_of_two, EMULATE=emulate, HEIGHT=height)
+                launch = launch_of(1, by_column, by_row and by_column and power_of_two and not emulate, torch.device("cpu"))
+                constants = dict(SQUARE=square, BY_ROW=by_row, BY_COLUMN=by_column, POWER_OF_TWO=power_of_two, EMULATE=emulate)
+                constants |= {key: launch[key] for key in ("HEIGHT", "GROUP", "STAGES")}
                 label = f"fp8_quantize {name} {'2^n' if power_of_two else 'fp32'}{' emulated' * emulate}"
-                cases.append(AheadOfTime(label, fp8_quantize_kernel, signature, constants, WARPS_TILE if height == 128 else WARPS, registers=168,
-                                         capabilities=capabilities))  # fmt: skip
+                cases.append(AheadOfTime(label, fp8_quantize_kernel, signature, constants, launch["num_warps"], registers=168,
+                                         capabilities=capabilities, maxnreg=launch.get("maxnreg"), stack=24))  # fmt: skip
     return cases

@@ -24,7 +24,7 @@ def mla_decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: T
     """Attend from one token per row to the first seq_lens[row] tokens of its blocks; forward only.
 
     q: (R, H, d), d = rank + the width of the rotated key, absorbed: in the space of the latent.  key_cache, value_cache: (num_blocks, 1, block_size,
-    d) in q's dtype, block_size a divisor of CHUNK, with the same numbers in both: one tensor, or on a CPU the two layouts of `empty_kv_cache`.
+    d) in q's dtype, block_size a divisor of 256, with the same numbers in both: one tensor, or on a CPU the two layouts of `empty_kv_cache`.
     block_table: (R, max_blocks) int32, seq_lens: (R,) int32, max_seq_len: as in `paged_attention`.
     Returns (R, H, rank) in q's dtype; 0 for a row without tokens.
     Raises ValueError on a mismatch of shapes or dtypes and, on CPU, on lengths that the table cannot hold.

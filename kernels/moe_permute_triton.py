@@ -19,7 +19,7 @@ from ._triton import AheadOfTime, on_device_of
 from .moe_permute import num_rows
 from .swiglu_triton import neighbours, tile, tile_of
 
-BLOCK, EXPERTS, SCAN_BLOCKS, WARPS = 128, 64, 32, 4  # choices, experts and blocks of choices per tile.  Not measured on a GPU yet
+BLOCK, EXPERTS, SCAN_BLOCKS, WARPS = 128, 64, 128, 4  # choices, experts and blocks of choices per tile
 PLACE_WARPS = 8  # every choice of a block is compared with every other
 DOT_ROWS, DOT_COLUMNS = 8, 256
 

@@ -11,6 +11,11 @@ from athanor.kernels import mla_decode_triton as module  # noqa: E402
 LENS = [0, 1, 15, 16, 17, 256, 257, 530]  # nothing, around a block, around a chunk, three chunks
 
 
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 256)
+
+
 def inputs(generator, H, rank, rotated, block, dtype):
     R, d, columns = len(LENS), rank + rotated, -(-max(LENS) // block) + 1
     table = torch.randperm(R * columns, generator=generator).view(R, columns).to(torch.int32)

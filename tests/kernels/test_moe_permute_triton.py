@@ -52,8 +52,12 @@ def test_sums_and_gradients_err_no_more_than_the_reference(T, k, E, D, dtype, tr
         moved = [t.to(triton_device) for t in (x, ids, weights, dy, dout)]
         got = there_and_back(*moved, E, align, "triton")
         assert torch.equal(got[0], plain[0])
-        for a, b, c, what in zip(got[1:], plain[1:], oracle[1:], ("dx", "out", "dy", "dweights"), strict=True):
+        for a, b, c, what in zip(got[1:4], plain[1:4], oracle[1:4], ("dx", "out", "dy"), strict=True):
             within_rule(a, b, c, what)
+        # a weight's gradient is a sum over D that may cancel to anything: its error is one of the sum of magnitudes
+        mass = there_and_back(x.double(), ids, weights.double(), dy.double().abs(), dout.double().abs(), E, align)[4]
+        allowed = 2 * (plain[4].double() - oracle[4]).abs() + 2 * torch.finfo(torch.float32).eps * mass
+        assert got[4].dtype == torch.float32 and ((got[4].double() - oracle[4]).abs() <= allowed).all()
 
 
 def test_padding_and_rows_of_nobody_have_no_influence(triton_device, poisoned, generator):
