@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._triton import AheadOfTime, on_device_of
 
-MEMBERS, OTHERS, WARPS = 8, 256, 4
+MEMBERS, OTHERS, WARPS = 4, 1024, 4
 
 
 def group_advantage_triton(rewards: Tensor, group_ids: Tensor, scale: str, baseline: str, eps: float) -> Tensor:

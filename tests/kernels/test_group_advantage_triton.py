@@ -19,8 +19,8 @@ def oracle(rewards, ids, scale, baseline, eps=1e-6):
     return torch.from_numpy(out)
 
 
-# every setting on groups of about 16; then one row, a group in two blocks of 256, and empty
-CASES = [(48, 3, *setting) for setting in SETTINGS] + [(1, 1, "std", "mean"), (300, 1, "std", "leave_one_out"), (0, 2, "batch", "mean")]
+# every setting on groups of about 16; then one row, a group in two blocks of 1024, and empty
+CASES = [(48, 3, *setting) for setting in SETTINGS] + [(1, 1, "std", "mean"), (1100, 1, "std", "leave_one_out"), (0, 2, "batch", "mean")]
 
 
 @pytest.mark.parametrize("S, groups, scale, baseline", CASES)
