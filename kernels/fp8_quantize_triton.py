@@ -6,8 +6,10 @@ cost one read.  Magnitudes are compared as integers, in whose order NaN is the l
 The cast to e4m3 is cvt.rn.satfinite from sm_89 on.  Where there is none (sm_80, and the interpreter, whose cast truncates) integer arithmetic gives
 the same bits.
 
-On an H200 (4.25 TB/s), 32768 x 7168 bf16: rows alone move 712 MB, 168 us, and take 169.  Both layouts move 954 MB, 224 us, and take 688: 16 warps of
-100 registers leave one program on a processor.  To try first: 64 registers, by `maxnreg`, for two.
+On an H200 (4.25 TB/s), 32768 x 7168 bf16: rows alone move 712 MB, 168 us, and take 169.  Both layouts move 954 MB, 224 us, and take 453 (688 when
+columns went through shared memory byte by byte): 1,070 instructions per thread and tile are 265 us of issue slots; a tile's place in the order and
+prefetching do not matter.  To try first: columns from a copy of the tile in which a thread holds them, as it holds rows: 680 instructions.
+Blocks of 128 x 128 with their transpose, 8 x 2048 x 7168: 83 us at least, 133.
 """
 
 from typing import NamedTuple
@@ -104,8 +106,8 @@ def e4m3_bits(y, EMULATE: tl.constexpr):
         code = tl.where(size > 0x7F800000, 0x7F, code) | ((bits >> 24) & 0x80)
         return code.to(tl.uint8)
     else:
-        # Not y.to(tl.float8e4nv): where one thread stores the halves of its words and also takes them apart, ptxas 12.8 reads the latter from registers
-        # that nothing wrote (LOG.md).  Here they exist inside the block alone.
+        # Not y.to(tl.float8e4nv): where a thread stores the halves of its words and also takes them apart, ptxas 12.8 reads the latter from
+        # registers that nothing wrote (LOG.md).  Here halves exist inside the block alone.
         return tl.inline_asm_elementwise(
             "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
             "=r,r,r,r,r", [y.to(tl.int32, bitcast=True)], dtype=tl.uint8, is_pure=True, pack=4)

