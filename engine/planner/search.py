@@ -75,6 +75,7 @@ class Plan:
 
 def make_plan(config: ModelConfig, settings: PlanConfig) -> Plan:
     """The fastest layout that fits; where none does, the one that lacks least (`fits` is False).  UserError where the ranks cannot be divided so."""
+    settings = settings.model_copy(update={"workload": settings.workload.over({})})
     param_bytes, compute_bytes, *_ = PRECISIONS[settings.workload.precision]
     planner = _Planner(config, settings, resolve_cluster(settings.cluster, compute_bytes))
     best, best_key = None, (inf, inf)
@@ -104,7 +105,7 @@ class _Planner:
         self.param_bytes, self.compute_bytes, self.grad_bytes, self.moment_bytes = PRECISIONS[w.precision]
         self.model: Model = describe(config)
         self.machine = Machine(cluster, settings.assume, self.compute_bytes)
-        self.lengths = Lengths(w.mean_tokens or w.max_tokens / 2, w.max_tokens)
+        self.lengths = Lengths(w.mean_tokens, w.max_tokens)
         self.samples = w.group_size * (w.prompts_per_step or 1)
         self.on_cpu = cluster.gpu == "cpu"
         self.budget = cluster.memory * settings.assume.usable_memory

@@ -9,34 +9,45 @@ from athanor.planner.cluster import ClusterConfig
 
 
 class WorkloadConfig(Config):
-    """One step of reinforcement learning: a rollout and the updates on it.  A recipe's stage fills in what it says."""
+    """One step: a rollout and the updates on it, or a supervised step.  null = what the recipe's stage says, or `BARE_SHAPE`."""
 
-    prompts_per_step: int = Field(32, ge=0)
+    prompts_per_step: int | None = Field(None, ge=0)
     """Questions per rollout; 0 = a supervised step without rollout."""
-    group_size: int = Field(16, ge=1)
+    group_size: int | None = Field(None, ge=1)
     """Completions per question, G; of a supervised step, its sequences."""
-    updates_per_rollout: int = Field(1, ge=1)
+    updates_per_rollout: int | None = Field(None, ge=1)
     """Optimizer steps that one rollout is split into."""
-    num_steps: int = Field(1, ge=1)
-    """Rollouts of the whole run."""
-    prompt_tokens: float = Field(122, ge=1)
-    """Mean tokens of a prompt (R1's math prompts: 122)."""
-    max_tokens: int = Field(1024, ge=1)
+    num_steps: int | None = Field(None, ge=1)
+    """Rollouts, or supervised steps, of the whole stage."""
+    prompt_tokens: float | None = Field(None, ge=0)
+    """Mean tokens of a prompt; of a recipe, measured on its first training problems."""
+    max_tokens: int | None = Field(None, ge=1)
     """Longest completion in tokens."""
-    mean_tokens: float = Field(0, ge=0)
-    """Mean completion; 0 = half of max_tokens."""
-    micro_batch_tokens: int = Field(0, ge=0)
+    mean_tokens: float | None = Field(None, gt=0)
+    """Mean tokens of a completion; null = half of max_tokens."""
+    micro_batch_tokens: int | None = Field(None, ge=0)
     """Packed tokens of one forward, at least the longest sequence; 0 = one of 1, 2 and 4 times that."""
-    max_rows: int = Field(512, ge=1)
+    max_rows: int | None = Field(None, ge=1)
     """Samples that decode at once on one rank."""
-    scoring_passes: int = Field(1, ge=0)
+    scoring_passes: int | None = Field(None, ge=0)
     """Forwards over all tokens that are not the update's own: 1 for a reference policy (KL), 1 for a correction's old log-probs."""
-    reference: bool = True
+    reference: bool | None = None
     """Whether a reference policy is in memory."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """Optimizer; adamw has two moments for each parameter, muon one for each matrix."""
-    precision: Literal["float32", "bfloat16", "mixed"] = "mixed"
+    optimizer: Literal["adamw", "muon"] | None = None
+    """adamw has two moments for each parameter, muon one for each matrix."""
+    precision: Literal["float32", "bfloat16", "mixed"] | None = None
     """float32 or bfloat16: all in that type.  mixed: computes in bf16, keeps parameters, gradients and moments in fp32."""
+
+    def over(self, values: dict) -> "WorkloadConfig":
+        """The same with `values`, then `BARE_SHAPE`, where it says nothing."""
+        given = {name: value for name, value in self.model_dump().items() if value is not None}
+        filled = {**BARE_SHAPE, **values, **given}
+        return WorkloadConfig(**{"mean_tokens": filled["max_tokens"] / 2, **filled})
+
+
+# The hyper-parameters of R1-Zero where they are known (arXiv 2501.12948v2): 32 questions x 16, KL to a reference; math prompts of 122 tokens.
+BARE_SHAPE = dict(prompts_per_step=32, group_size=16, updates_per_rollout=1, num_steps=1, prompt_tokens=122, max_tokens=8192, micro_batch_tokens=0,
+                  max_rows=512, scoring_passes=1, reference=True, optimizer="adamw", precision="mixed")  # fmt: skip
 
 
 class Assumptions(Config):
