@@ -155,7 +155,8 @@ class Kept:
     """Bytes that one forward keeps for its backward."""
 
     layers: float  # by the layers, or their inputs where these are computed again
-    top: float  # outside the layers: angles, last norm, rows of the head
+    top: float  # outside the layers: angles, ids, the stream before the last norm
+    head: float  # normed rows, and the trained ones among them: gone when the backward of the layers begins
     working: float  # what the backward of one layer needs besides, its activations included where they are computed again
 
 
@@ -168,11 +169,11 @@ def activations(config: ModelConfig, tokens: int, layout: Layout, compute_bytes:
     kinds = [config.is_sparse(i) for i in range(config.num_hidden_layers)]
     full = {kind: layer_bytes(config, kinds.index(kind), tokens, layout, compute_bytes, split, imbalance, on_cpu) for kind in set(kinds)}
     working = max(_backward_bytes(config, kinds.index(kind), tokens, layout, compute_bytes, imbalance, on_cpu) for kind in set(kinds))
-    # cos and sin, ids, positions and rows; the stream before the last norm, the normed rows, and the trained ones among them
-    top = tokens * (config.rotary_width * compute_bytes + 4 * 8 + D * compute_bytes * (2 + 1 / split))
+    top = tokens * (config.rotary_width * compute_bytes + 4 * 8 + D * compute_bytes / split)  # cos and sin; ids, positions, rows and targets
+    head = tokens * 2 * D * compute_bytes
     if layout.activation_checkpointing:
-        return Kept(config.num_hidden_layers * tokens * 2 * D / split * compute_bytes, top, max(full.values()) + working)
-    return Kept(sum(full[kind] for kind in kinds), top, working)
+        return Kept(config.num_hidden_layers * tokens * 2 * D / split * compute_bytes, top, head, max(full.values()) + working)
+    return Kept(sum(full[kind] for kind in kinds), top, head, working)
 
 
 def layer_bytes(config: ModelConfig, index: int, T: int, layout: Layout, size: int, split: int, imbalance: float, on_cpu: bool) -> float:
@@ -215,11 +216,11 @@ def _expert_rows(config: ModelConfig, T: int, layout: Layout, imbalance: float, 
 
 
 def _backward_bytes(config: ModelConfig, index: int, T: int, layout: Layout, size: int, imbalance: float, on_cpu: bool) -> float:
-    """Gradients that live at once in the backward of a layer's MLP: of its hidden numbers, of both halves before them, and of the stream."""
+    """Gradients that live at once in the backward of SwiGLU: of both halves before it, of the stream, of what came out less what was kept of that."""
     D = config.hidden_size
     if not config.is_sparse(index):
-        return T * (3 * config.intermediate_size / layout.tensor + 2 * D) * size
-    return (_expert_rows(config, T, layout, imbalance, on_cpu) * (3 * config.moe_intermediate_size + D) + T * 2 * D) * size
+        return T * (2 * config.intermediate_size / layout.tensor + 2 * D) * size
+    return (_expert_rows(config, T, layout, imbalance, on_cpu) * 2 * config.moe_intermediate_size + T * 2 * D) * size
 
 
 def linear_logprob_bytes(rows: int, vocab: int, hidden: int, size: int, *, on_cpu: bool) -> tuple[float, float]:

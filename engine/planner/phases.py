@@ -63,6 +63,7 @@ class Model:
     experts: float  # parameters of routed experts, all of them
     head: float  # V D
     attention: float  # operations per token and token of context
+    decode_attention: float  # the same in decoding, where a latent is not multiplied out
     num_sparse: int  # layers with experts
 
     @property
@@ -72,13 +73,14 @@ class Model:
 
 def describe(config: ModelConfig) -> Model:
     weights = weights_of(config)
-    values = config.v_head_dim if config.latent else config.width_per_head
+    H, values = config.num_hidden_layers * config.num_attention_heads, config.v_head_dim if config.latent else config.width_per_head
     return Model(
         config,
         dense=float(sum(w.numel for w in weights if len(w.shape) == 2 and not w.table)),
         experts=float(sum(w.numel for w in weights if w.expert)),
         head=float(config.vocab_size * config.hidden_size),
-        attention=2.0 * config.num_hidden_layers * config.num_attention_heads * (config.width_per_head + values),
+        attention=2.0 * H * (config.width_per_head + values),
+        decode_attention=2.0 * H * (config.cache_width + (config.kv_lora_rank or config.cache_width)),
         num_sparse=sum(config.is_sparse(i) for i in range(config.num_hidden_layers)),
     )
 
@@ -163,7 +165,9 @@ class Machine:
             tokens = rows * sampler.expert / t
             met = model.experts / sampler.expert * (1 - (1 - config.num_experts_per_tok / config.num_experts) ** tokens)
         read = ((model.dense + model.head) / t + met) * size + rows * context * kv_token_bytes
-        computed = self.forward_s(model, rows, rows * context, rows, sampler)
+        # pairs at the rate of decoding: forward_s counts operations per pair
+        pairs = rows * context * model.decode_attention / model.attention
+        computed = self.forward_s(model, rows, pairs, rows, sampler)
         seconds = max(read / self.bandwidth, computed) + config.num_hidden_layers * a.layer_latency_us * 1e-6
         if t > 1:  # two all-reduces per layer
             once = 2 * self.cluster.gather_s(rows * config.hidden_size * size, t) / a.network_efficiency + self.latency

@@ -154,6 +154,9 @@ class _Planner:
                                   on_cpu=self.on_cpu)  # fmt: skip
         rows = tokens if self.workload.prompts_per_step == 0 else ceil(tokens * self.lengths.mean / self.tokens)
         held, call = memory.linear_logprob_bytes(rows, ceil(self.config.vocab_size / layout.tensor), self.config.hidden_size, size, on_cpu=self.on_cpu)
+        # The gradient of the head: in a buffer of its own while it is made, until that of the embedding is there too where they are one.
+        head = 0 if gathered else self.config.vocab_size * self.config.hidden_size * self.grad_bytes
+        tied = head if self.config.tie_word_embeddings else 0
         return {
             "parameters": local * self.param_bytes,
             "gradients": local * self.grad_bytes,
@@ -161,7 +164,7 @@ class _Planner:
             "reference": local * self.param_bytes if self.workload.reference else 0,
             "gathered": gathered,
             "activations": kept.layers + kept.top,
-            "workspace": held + max(call, kept.working),  # the head's backward is over when that of the layers begins
+            "workspace": held + max(kept.head + call + head, kept.working + tied),  # the head's backward comes before that of the layers
         }
 
     def _training_phases(self, layout: Layout, count: int, mean: float, longest: float) -> dict[str, float]:
