@@ -39,11 +39,14 @@ class Lengths:
         """Share of samples longer than t."""
         return 1.0 if self.tau == math.inf else math.exp(-t / self.tau)
 
+    def going(self, t: float, samples: float) -> float:
+        """Probability that any of so many samples is longer than t."""
+        return -math.expm1(samples * math.log1p(-self.alive(t))) if self.alive(t) < 1 else 1.0
+
     def expected_longest(self, samples: float) -> float:
-        """Mean of the longest of so many samples: tau x the harmonic number, at most the limit."""
-        if self.tau == math.inf:
-            return float(self.longest)
-        return min(float(self.longest), self.tau * (math.log(max(samples, 1.0)) + 0.5772))
+        """Mean of the longest of so many samples: the integral of `going`."""
+        width = self.longest / POINTS
+        return width * sum(self.going((i + 0.5) * width, samples) for i in range(POINTS))
 
     @cached_property
     def second_moment(self) -> float:
@@ -108,7 +111,8 @@ class Machine:
         """
         a, peak = self.assume, self.cluster.flops
         full = a.expert_imbalance if layout.expert > 1 else 1.0
-        products = 2 * (model.dense * tokens + model.head * trained) / a.matmul_efficiency + 2 * model.active_experts * tokens * full / a.expert_efficiency
+        products = 2 * (model.dense * tokens + model.head * trained) / a.matmul_efficiency
+        products += 2 * model.active_experts * tokens * full / a.expert_efficiency
         return (products + model.attention * pairs / a.attention_efficiency) / peak / layout.tensor + moved_bytes / self.bandwidth
 
     def exchange_s(self, model: Model, tokens: float, layout: Layout) -> float:
@@ -187,10 +191,10 @@ class Machine:
         if samples > rows:
             steps = (samples - rows) / rows * lengths.mean
             steady = steps * self.decode_step_s(model, rows, prompt + lengths.second_moment / (2 * lengths.mean), kv_token_bytes, sampler)
-        end = lengths.expected_longest(total)
-        drain, width = 0.0, end / POINTS
+        drain, width = 0.0, lengths.longest / POINTS
         for i in range(POINTS):
             t = (i + 0.5) * width
-            alive = max(rows * lengths.alive(t), 1.0)
-            drain += width * self.decode_step_s(model, alive, prompt + t, kv_token_bytes, sampler)
+            going = lengths.going(t, total)
+            alive = max(rows * lengths.alive(t) / going, min(rows, 1.0)) if going > 1e-9 else 1.0
+            drain += width * going * self.decode_step_s(model, alive, prompt + t, kv_token_bytes, sampler)
         return steady + drain, drain

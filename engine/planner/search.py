@@ -111,6 +111,7 @@ class _Planner:
         self.budget = cluster.memory * settings.assume.usable_memory
         self.longest = ceil(w.prompt_tokens) + w.max_tokens - 1
         self.owned, self.decode = cache(self._owned), cache(self._decode)  # of few values each, in thousands of layouts
+        self.longest_drawn = self.lengths.expected_longest(self.samples / w.updates_per_rollout)  # of one update
         # tokens, and pairs of token and context, of one sequence
         self.tokens = w.prompt_tokens + self.lengths.mean
         self.pairs = (w.prompt_tokens**2 + 2 * w.prompt_tokens * self.lengths.mean + self.lengths.second_moment) / 2
@@ -141,7 +142,7 @@ class _Planner:
         w, a = self.workload, self.assume
         groups = layout.shard * layout.replicate
         mean = self.samples / w.updates_per_rollout / groups  # sequences of a group and update
-        longest = self.lengths.expected_longest(self.samples / w.updates_per_rollout)
+        longest = self.longest_drawn
         count = ceil(max(mean * self.tokens, w.prompt_tokens + longest) / (micro_batch_tokens * a.packing) - 1e-9)
         tokens_at_once = ceil(min(micro_batch_tokens, max(mean * self.tokens, w.prompt_tokens + longest)))
         return Training(layout, micro_batch_tokens, count, self._training_memory(layout, tokens_at_once),
@@ -153,7 +154,8 @@ class _Planner:
         kept = memory.activations(self.config, tokens, layout, size, sequence_parallel=a.sequence_parallel, imbalance=a.expert_imbalance,
                                   on_cpu=self.on_cpu)  # fmt: skip
         rows = tokens if self.workload.prompts_per_step == 0 else ceil(tokens * self.lengths.mean / self.tokens)
-        held, call = memory.linear_logprob_bytes(rows, ceil(self.config.vocab_size / layout.tensor), self.config.hidden_size, size, on_cpu=self.on_cpu)
+        vocab = ceil(self.config.vocab_size / layout.tensor)
+        held, call = memory.linear_logprob_bytes(rows, vocab, self.config.hidden_size, size, on_cpu=self.on_cpu)
         # The gradient of the head: in a buffer of its own while it is made, until that of the embedding is there too where they are one.
         head = 0 if gathered else self.config.vocab_size * self.config.hidden_size * self.grad_bytes
         tied = head if self.config.tie_word_embeddings else 0

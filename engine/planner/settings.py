@@ -68,11 +68,11 @@ class Assumptions(Config):
     collective_latency_us: float = Field(30, ge=0)
     """Fixed cost of one collective."""
     layer_latency_us: float = Field(50, ge=0)
-    """Time of one layer of a decode step beyond what it reads and computes (Qwen3-0.6B on an H200: 1.98 ms a step, 0.58 of them bandwidth, 28 layers)."""
+    """Time of a layer of a decode step beyond what it reads and computes (Qwen3-0.6B on an H200: 1.98 ms a step, 0.58 by bandwidth, 28 layers)."""
     expert_imbalance: float = Field(1.2, ge=1)
     """Load of the fullest expert rank over the mean."""
     expert_sends: int = Field(0, ge=0)
-    """Copies of a token that cross the network to reach its experts; 0 = one for each expert (DeepSeek-V3's dispatch: one for each of at most 4 nodes)."""
+    """Copies of a token that cross the network to its experts; 0 = one for each of them (DeepSeek-V3's dispatch: one for each of at most 4 nodes)."""
     sequence_parallel: bool = True
     """Tensor parallel ranks split the residual stream between them along the tokens (arXiv 2205.05198)."""
     packing: float = Field(0.95, gt=0, le=1)
