@@ -76,14 +76,14 @@ class Model:
 
 def describe(config: ModelConfig) -> Model:
     weights = weights_of(config)
-    H, values = config.num_hidden_layers * config.num_attention_heads, config.v_head_dim if config.latent else config.width_per_head
+    heads, values = config.num_hidden_layers * config.num_attention_heads, config.v_head_dim if config.latent else config.width_per_head
     return Model(
         config,
         dense=float(sum(w.numel for w in weights if len(w.shape) == 2 and not w.table)),
         experts=float(sum(w.numel for w in weights if w.expert)),
         head=float(config.vocab_size * config.hidden_size),
-        attention=2.0 * H * (config.width_per_head + values),
-        decode_attention=2.0 * H * (config.cache_width + (config.kv_lora_rank or config.cache_width)),
+        attention=2.0 * heads * (config.width_per_head + values),
+        decode_attention=2.0 * heads * (config.cache_width + (config.kv_lora_rank or config.cache_width)),
         num_sparse=sum(config.is_sparse(i) for i in range(config.num_hidden_layers)),
     )
 

@@ -5,6 +5,7 @@ from athanor.planner.memory import num_active, num_parameters
 from athanor.planner.search import Plan
 
 GB = 1e9
+UNBUILT = "tensor and expert parallelism are planned here and not built into this engine yet"
 
 
 def as_data(plan: Plan, name: str) -> dict:
@@ -54,6 +55,7 @@ def as_text(plan: Plan, name: str) -> str:
         f"update      {plan.training.micro_batches} micro-batch{'es' if plan.training.micro_batches > 1 else ''} of up to {plan.training.micro_batch_tokens} tokens per rank",
     ]
     tables = [("training", plan.training.memory)]
+    planned = [("tensor", layout.tensor), ("expert", layout.expert)]
     if sampler:
         lines.append(
             f"rollout     tensor = {sampler.layout.tensor}  expert = {sampler.layout.expert}; in flight {sampler.rows} samples and pages for "
@@ -61,6 +63,10 @@ def as_text(plan: Plan, name: str) -> str:
             f"{sampler.rows * (c.world // sampler.layout.tensor)} samples in all"
         )
         tables.append(("rollout", sampler.memory))
+        planned += [("rollout_tensor", sampler.layout.tensor), ("rollout_expert", sampler.layout.expert)]
+    if any(size > 1 for _, size in planned):
+        flags = " ".join(f"--plan.layout.{key} 1" for key, _ in planned)
+        lines.append(f"note        {UNBUILT}; without them: {flags}")
     lines += ["", f"{'GB per rank':<18}" + "".join(f"{title:>12}" for title, _ in tables)]
     for key in dict.fromkeys(key for _, table in tables for key in table):
         lines.append(f"  {key:<16}" + "".join(f"{_gb(table.get(key)):>12}" for _, table in tables))
