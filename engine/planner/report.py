@@ -52,7 +52,8 @@ def as_text(plan: Plan, name: str) -> str:
         "",
         f"[parallel]  shard = {layout.shard}  replicate = {layout.replicate}  tensor = {layout.tensor}  expert = {layout.expert}  "
         f"activation_checkpointing = {str(layout.activation_checkpointing).lower()}",
-        f"update      {plan.training.micro_batches} micro-batch{'es' if plan.training.micro_batches > 1 else ''} of up to {plan.training.micro_batch_tokens} tokens per rank",
+        f"update      {plan.training.micro_batches} micro-batch{'es' if plan.training.micro_batches > 1 else ''} of up to "
+        f"{plan.training.micro_batch_tokens} tokens per rank",
     ]
     tables = [("training", plan.training.memory)]
     planned = [("tensor", layout.tensor), ("expert", layout.expert)]
