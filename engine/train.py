@@ -14,11 +14,13 @@ sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != os.path.dirna
 
 SWITCHES = ("quick", "debug", "overwrite", "help")
 USAGE = """usage: torchrun engine/train.py [RECIPE] [--key.path VALUE ...] [--quick] [--overwrite] [--debug]
+       torchrun engine/train.py [RECIPE or SHAPE] --plan [--plan.key.path VALUE ...]     (--plan --help lists all)
        torchrun engine/train.py eval --model DIR --task NAME [--data FILE] [--k K] [--limit N] ...   (eval --help lists all)
 
   RECIPE        a packaged recipe ({recipes}) or a TOML file; default: tiny
   --quick       the recipe's [quick] settings: all stages in a minute or two, no claims
   --overwrite   start afresh in a run folder that exists
+  --plan        print memory and time per rank and the parallel layout that fits a cluster; nothing runs
   --debug       tracebacks
   --help        this text
 
@@ -34,7 +36,8 @@ def main(argv: list[str]) -> int:
         print(f"train.py: {error}; install the package first: pip install -e .", file=sys.stderr)
         return 2
     try:
-        result = _evaluate(argv[1:]) if argv[:1] == ["eval"] else _train(argv)
+        run = _evaluate if argv[:1] == ["eval"] else _plan if "--plan" in argv else _train
+        result = run([argument for argument in argv if argument != "--debug"])
     except UserError as error:
         if debug:
             raise
@@ -72,6 +75,12 @@ def _evaluate(argv: list[str]) -> dict:
     from athanor.evaluation import command
 
     _keep_freed_memory()
+    return command(argv[1:])
+
+
+def _plan(argv: list[str]) -> dict:
+    from athanor.planner.command import command
+
     return command(argv)
 
 

@@ -22,7 +22,7 @@ FLOORS = {
     4: "cpu_graph decode generate generative_judge generator kv_cache prefill reward_models stops stream",
     5: "rollout sample_store",
     6: "stages",
-    7: "evaluation evaluation_report pipeline published recipes report report_charts",
+    7: "evaluation evaluation_report pipeline planner published recipes report report_charts shapes",
     8: "train",
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units.split()}

@@ -85,6 +85,7 @@ def optimizer_step(optimizer: Optimizer, batches: list[PackedBatch], loss_of: Ca
         loss = loss_of(batch)
         loss.backward()
         total += float(loss.detach())
+        del loss  # its graph holds what linear_logprob keeps on a CPU, which the next forward would find beside its own
     return total, optimizer.step(lr)
 
 
