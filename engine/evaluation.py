@@ -99,10 +99,10 @@ def command(argv: list[str]) -> dict:
             budget = _max_tokens(entry, options, tokenizer, model.config.max_position_embeddings)
             drawn = sampling.model_copy(update={"max_tokens": budget})
             results[entry.task.name] = evaluate_task(entry, out, facts, drawn, generator, tokenizer, ranks, console, options)
-        if not ranks.is_main:
-            return {}
-        console.note(f"results: {write_results(out)}")
-        return {"model": options.model, "out": str(out), "results": results}
+        if ranks.is_main:
+            console.note(f"results: {write_results(out)}")
+        ranks.barrier()
+        return {"model": options.model, "out": str(out), "results": results} if ranks.is_main else {}
     finally:
         ranks.close()
 

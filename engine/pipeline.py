@@ -64,22 +64,29 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
                 _run_stage(name, recipe, run_dir, ranks, tokenizer, tasks, metrics, console, manifest)
             for name in recipe.evaluation.stages:
                 _evaluate_stage(name, recipe, run_dir, ranks, tokenizer, tasks, console, manifest)
-        if not ranks.is_main:
-            return {}
-        # Peak of this process; a resumed run reports the largest of its processes.
-        peak = max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, manifest.data["run"].get("peak_memory_gib", 0.0))
-        wall = sum(entry["wall_s"] for entry in manifest.stages.values())
-        manifest.set_run_facts(peak_memory_gib=round(peak, 3), wall_s=round(wall, 1), last_start_wall_s=round(time.time() - started, 1))
-        summary = summarise(recipe, recipe_name, run_dir, manifest)
-        _write_samples(recipe, run_dir)
-        report = write_report(run_dir)
-        console.table(summary["stages"])
-        console.note(f"report: {report}")
+        summary = {}
+        if ranks.is_main:
+            summary = finish(recipe, recipe_name, run_dir, manifest, console, started)
+        ranks.barrier()
         return summary
     finally:
         if lock:
             lock.release()
         ranks.close()
+
+
+def finish(recipe: RecipeConfig, recipe_name: str, run_dir: Path, manifest: Manifest, console: Console, started: float) -> dict:
+    """Write samples and report of a run whose stages are done; return its summary (rank 0)."""
+    # Peak of this process; a resumed run reports the largest of its processes.
+    peak = max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, manifest.data["run"].get("peak_memory_gib", 0.0))
+    wall = sum(entry["wall_s"] for entry in manifest.stages.values())
+    manifest.set_run_facts(peak_memory_gib=round(peak, 3), wall_s=round(wall, 1), last_start_wall_s=round(time.time() - started, 1))
+    summary = summarise(recipe, recipe_name, run_dir, manifest)
+    _write_samples(recipe, run_dir)
+    report = write_report(run_dir)
+    console.table(summary["stages"])
+    console.note(f"report: {report}")
+    return summary
 
 
 def up_to(recipe: RecipeConfig) -> RecipeConfig:
