@@ -20,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ._cuda import limits
 from ._triton import AheadOfTime, on_device_of
 from .grouped_gemm_triton import fill_outside, tile_map_of
 
@@ -33,7 +34,7 @@ def fp8_grouped_matmul_hopper(x, x_scales, w, w_scales, offsets, out, out_dtype)
     if not y.numel():
         return y
     tile_map, slots = tile_map_of(offsets, T, E, BM.value)
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    programs = limits(x.device)[0]
     with on_device_of(x):
         fp8_grouped_gemm_hopper_kernel[(programs,)](
             TensorDescriptor.from_tensor(x, [64, 128], OPERAND), TensorDescriptor.from_tensor(w.flatten(0, 1), [128, 128], OPERAND), x_scales,

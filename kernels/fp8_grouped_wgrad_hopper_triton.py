@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ._cuda import limits
 from ._triton import AheadOfTime, on_device_of
 from .fp8_grouped_gemm_hopper_triton import OPERAND
 
@@ -29,7 +30,7 @@ def fp8_grouped_wgrad_hopper(dy, dy_scales, x, x_scales, offsets, experts, out_d
     if not T or not dw.numel():
         return dw.zero_()
     tiles = experts * triton.cdiv(N, 128) * triton.cdiv(K, 128)
-    programs = min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    programs = min(tiles, limits(x.device)[0])
     with on_device_of(x):
         fp8_grouped_wgrad_hopper_kernel[(programs,)](
             TensorDescriptor.from_tensor(dy.T, [64, 128], OPERAND), TensorDescriptor.from_tensor(x.T, [128, 128], OPERAND),

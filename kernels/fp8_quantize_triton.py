@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._cuda import limits
 from ._triton import AheadOfTime, interpreting, on_device_of
 from .fp8_quantize import LEAST_AMAX, Quantized, empty_layout
 
@@ -67,7 +68,7 @@ def launch_of(tiles: int, tall: bool, limited: bool, device: torch.device) -> di
     """Grid, compile-time values and options that the shape of the tiles decides."""
     if not tall:
         return {"programs": tiles, "HEIGHT": ROWS, "GROUP": 1, "STAGES": 0, "num_warps": WARPS}
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    processors = limits(device)[0] if device.type == "cuda" else 2
     programs = min(tiles, TALL.programs * processors) if TALL.stages else tiles
     return {"programs": programs, "HEIGHT": 128, "GROUP": TALL.group, "STAGES": TALL.stages,
             "num_warps": TALL.num_warps, "maxnreg": TALL.registers if limited else None}  # fmt: skip
@@ -210,7 +211,8 @@ def ahead_of_time() -> list[AheadOfTime]:
                 launch = launch_of(1, by_column, by_row and by_column and power_of_two and not emulate, torch.device("cpu"))
                 constants = dict(SQUARE=square, BY_ROW=by_row, BY_COLUMN=by_column, POWER_OF_TWO=power_of_two, EMULATE=emulate)
                 constants |= {key: launch[key] for key in ("HEIGHT", "GROUP", "STAGES")}
-                label = f"fp8_quantize {name} {'2^n' if power_of_two else 'fp32'}{' emulated' * emulate}"
-                cases.append(AheadOfTime(label, fp8_quantize_kernel, signature, constants, launch["num_warps"], registers=168,
-                                         capabilities=capabilities, maxnreg=launch.get("maxnreg"), stack=24))  # fmt: skip
+                for x, kind in (("*bf16:16", ""), ("*fp32:16", " of fp32"))[: 2 if by_column and power_of_two else 1]:
+                    label = f"fp8_quantize {name}{kind} {'2^n' if power_of_two else 'fp32'}{' emulated' * emulate}"
+                    cases.append(AheadOfTime(label, fp8_quantize_kernel, signature | {"x_ptr": x}, constants, launch["num_warps"], registers=168,
+                                             capabilities=capabilities, maxnreg=launch.get("maxnreg"), stack=24))  # fmt: skip
     return cases

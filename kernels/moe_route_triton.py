@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton import AheadOfTime, on_device_of
+from .moe_route import TINY as LEAST_SUM
 
 TILE, WARPS = 1024, 4  # scores per program: 8 per thread
 COUNT_ROWS, COUNT_EXPERTS = 256, 8  # 32 x 32 took 22 us of 70 for T = 16384, E = 128 on an H200; this entry has not been measured
-TINY = tl.constexpr(1e-20)
+TINY = tl.constexpr(LEAST_SUM)
 
 
 def moe_route_triton(logits: Tensor, k: int, scoring: str, bias: Tensor | None, groups: tuple[int, int], normalize: bool, scale: float,
