@@ -30,7 +30,8 @@ class Ranks:
         # Ranks that share cores and spin on each other's threads are 20-100 times slower: each gets its own share.
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if use_cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+            # gloo too: scalars, and state that is kept in CPU memory, are summed where they are.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
     @property
     def is_main(self) -> bool:
@@ -57,9 +58,16 @@ class Ranks:
         dist.all_reduce(tensor)
         return int(tensor)
 
+    def max_int(self, value: int) -> int:
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
     def sum_gradients_(self, parameters: list[Tensor]) -> None:
         """Sum gradients in one flat bucket, in the order of `parameters`; a missing gradient counts as zero."""
-        if self.world == 1:
+        if self.world == 1 or not parameters:
             return
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
         dist.all_reduce(flat)

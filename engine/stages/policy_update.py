@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from athanor.batch import PackedBatch, pack
+from athanor.batch import PackedBatch
 from athanor.config import GRPOConfig
 from athanor.errors import UserError
 from athanor.kernels import LogProbs, LossVariant, is_strict, policy_loss
@@ -21,7 +21,7 @@ from athanor.optim import learning_rate
 from athanor.samples import Sample
 from athanor.stages.context import StageContext
 from athanor.stages.routing import RouterBalance
-from athanor.stages.training import TrainingLoop, completion_logprobs, optimizer_step
+from athanor.stages.training import TrainingLoop, completion_logprobs, optimizer_step, packed_batches
 
 ROUNDING_GAP, EXACT_LIMIT = 1e-5, 1e-3  # nats; fp32 rounding in another order is about the first
 SUMS = ("num_tokens", "ratio_sum", "clip_low", "clip_high", "old_kl_sum", "ref_kl_sum", "entropy_sum", "weight_sum", "rollout_kl_sum")
@@ -104,7 +104,7 @@ class _Part:
         self.balance = RouterBalance(model, config, context.ranks)
         self.samples, self.advantages = [samples[i] for i in live], advantages[live].to(context.ranks.device)
         prompts, completions = [s.prompt_ids for s in self.samples], [s.token_ids for s in self.samples]
-        self.batches = pack(prompts, completions, config.micro_batch_tokens, context.ranks.device) if live else []
+        self.batches = packed_batches(model, context.ranks, prompts, completions, config.micro_batch_tokens)
         # On the device, so that no micro-batch waits for it
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=context.ranks.device)
         self.gap, self.ratio_max = self.sums.new_zeros(()), self.sums.new_zeros(())
@@ -129,9 +129,9 @@ class _Part:
         return completion_logprobs(model, batch, self.temperature, self._column(batch, "support"), routes)
 
     def _column(self, batch: PackedBatch, name: str):
-        """A column of the batch's samples end to end on its device: `logps`, or the pair of `support` (None without truncation)."""
+        """A column of the batch's samples end to end on its device: `logps`, or the pair of `support` (None without truncation or samples)."""
         values = [getattr(self.samples[i], name) for i in batch.sequences]
-        if values[0] is None:
+        if not values or values[0] is None:
             return None
         joined = [np.concatenate(v) for v in (zip(*values, strict=True) if name == "support" else [values])]
         tensors = [torch.from_numpy(x).to(batch.input_ids.device) for x in joined]
@@ -146,6 +146,8 @@ class _Part:
         if self.reference is not None:
             with torch.no_grad():
                 ref_logps = self._score(self.reference, batch).logps
+        if not batch.num_targets:  # nothing but the calls that other ranks wait for
+            return scored.logps.sum() + self.balance.loss(routes, 0.0)
         advantages = self.advantages[torch.from_numpy(batch.sequences).to(rollout.device)]
         loss, stats = policy_loss(
             scored.logps, self.old[id(batch)] if self.corrected else rollout, advantages, batch.loss_cu_seqlens, ref_logps=ref_logps,

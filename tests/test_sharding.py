@@ -1,0 +1,121 @@
+"""Training split over ranks against one process: gradients, weights, what the rollout reads, and a whole RL run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import sharding_worker  # noqa: E402
+
+from athanor.config import ParallelConfig  # noqa: E402
+from athanor.errors import UserError  # noqa: E402
+from athanor.parallel import Ranks  # noqa: E402
+from athanor.sharding import shard_size  # noqa: E402
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def launch(world: int, *arguments, timeout: int = 240) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "0", "--standalone", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process computes."""
+    return sharding_worker.results(Ranks("cpu", threads=1))
+
+
+def distance(found: dict, wanted: dict) -> float:
+    """The largest |a - b| / |b| of a parameter, in norms."""
+    assert found.keys() == wanted.keys()
+    return max(float((found[name].double() - x.double()).norm() / x.double().norm().clamp_min(1e-30)) for name, x in wanted.items())
+
+
+def same_bits(one: dict, other: dict) -> bool:
+    return all(torch.equal(one[part][name], x) for part in ("gradients", "weights") for name, x in other[part].items())
+
+
+def test_recomputing_activations_changes_no_bit(alone):
+    """One process, where a shard is the whole: forward twice, and with experts whose routes are recorded."""
+    for kept, recomputed in (("fsdp", "fsdp, recomputed, kept"), ("fsdp, sparse", "fsdp, sparse, recomputed")):
+        assert same_bits(alone[recomputed], alone[kept]) and alone[recomputed]["figures"] == alone[kept]["figures"]
+
+
+def compare_with_one_process(found: dict, alone: dict) -> None:
+    for name, case in found.items():
+        wanted = alone.get(name) or alone[name.replace("hsdp", "fsdp")]
+        assert distance(case["gradients"], wanted["gradients"]) < 1e-6, name
+        # Muon multiplies in bf16: a last bit of the gradient is up to 2^-9 of an update.
+        assert distance(case["weights"], wanted["weights"]) < (2e-3 if "muon" in name else 1e-6), name
+        for (loss, norm), (one_loss, one_norm) in zip(case["figures"], wanted["figures"], strict=True):
+            assert loss == pytest.approx(one_loss, rel=1e-4 if "muon" in name else 2e-6), name
+            assert norm == pytest.approx(one_norm, rel=1e-3 if "muon" in name else 2e-6), name
+    for kept, recomputed in (("fsdp", "fsdp, recomputed, kept"), ("fsdp, sparse", "fsdp, sparse, recomputed")):
+        assert same_bits(found[recomputed], found[kept])
+
+
+@pytest.mark.multiproc
+def test_two_ranks_train_as_one_however_they_are_split(tmp_path, alone):
+    launch(2, HERE / "sharding_worker.py", tmp_path / "two.pt")
+    found = torch.load(tmp_path / "two.pt")
+    compare_with_one_process(found, alone)
+    # With one micro-batch, two ranks have one order to add in; with several, replicas add their own first.
+    one, other = found["replicate, one batch"]["gradients"], found["fsdp, one batch"]["gradients"]
+    assert distance(one, other) < 1e-7
+    with pytest.raises(AssertionError):
+        compare_with_one_process({"fsdp": found["fsdp, untied"]}, {"fsdp": alone["fsdp"]})  # the comparison can fail
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_four_ranks_train_as_one_however_they_are_split(tmp_path, alone):
+    launch(4, HERE / "sharding_worker.py", tmp_path / "four.pt")
+    found = torch.load(tmp_path / "four.pt")
+    assert "hsdp" in found
+    compare_with_one_process(found, alone)
+
+
+def test_a_shard_that_does_not_divide_the_ranks_is_an_error():
+    ranks = Ranks("cpu", threads=1)
+    assert shard_size(ParallelConfig(), ranks) == shard_size(ParallelConfig(shard=0), ranks) == 1
+    with pytest.raises(UserError, match="parallel.shard is 3, wanted 0 .all. or a divisor of the 1 ranks"):
+        shard_size(ParallelConfig(shard=3), ranks)
+    with pytest.raises(ValueError, match="offload is true, which takes split parameters"):
+        ParallelConfig(offload=True)
+
+
+def run_recipe(folder: Path, world: int, *changes: str) -> tuple[list[dict], Path]:
+    """Metrics and run folder of base model, RL with a KL term, SFT and a reward model of the micro recipe."""
+    options = ["--until", "judge", "--stages.zero.steps", "3", "--stages.base.steps", "20", "--stages.base.optimizer.name", "adamw", "--device", "cpu",
+               "--stages.base.optimizer.eps", "1e-3", "--run_root", str(folder), "--verify_weights", "true", *changes]  # fmt: skip
+    launch(world, HERE.parent / "engine" / "train.py", HERE / "micro_recipe.toml", *options)
+    return [json.loads(line) for line in (folder / "micro" / "metrics.jsonl").read_text().splitlines()], folder / "micro"
+
+
+SPLIT = ("--parallel.shard", "0", "--parallel.activation_checkpointing", "true", "--stages.zero.micro_batch_tokens", "64")
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.parametrize("world, changes", [(2, SPLIT), (4, ("--parallel.shard", "2", *SPLIT[2:]))], ids=["fsdp", "hsdp"])
+def test_a_sharded_run_draws_the_samples_of_one_process(tmp_path, world, changes):
+    alone, _ = run_recipe(tmp_path / "one", 1)
+    split, _ = run_recipe(tmp_path / "split", world, *changes)
+    assert [(row["stage"], row["step"]) for row in alone] == [(row["stage"], row["step"]) for row in split]
+    for one, other in zip(alone, split, strict=True):
+        # Rewards, lengths and the like are means over samples, equal as long as each sample is.
+        for name in ("reward", "mean_tokens", "truncated_rate", "accuracy", "format", "zero_advantage_rate", "pair_accuracy", "tokens"):
+            assert one.get(name) == (None if name not in one else pytest.approx(other[name], rel=1e-12)), (name, one, other)
+        for name in ("loss", "entropy", "grad_norm", "kl_ref"):
+            assert one.get(name) == (None if name not in one else pytest.approx(other[name], rel=1e-3, abs=1e-7)), (name, one, other)
+        assert other.get("logp_gap_max", 0) < 1e-5
