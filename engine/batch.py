@@ -30,6 +30,14 @@ class PackedBatch:
         return len(self.targets)
 
 
+def work_of(length: int, hidden_size: int) -> float:
+    """What a sequence of `length` tokens costs a dense decoder, in tokens of a short one: attention adds length / 12 hidden_size to each.
+
+    Per token and layer the matrices cost about 24 D^2 operations, attention 4 D for each of the length / 2 tokens before it, on the mean.
+    """
+    return length * (1 + length / (12 * hidden_size))
+
+
 def pack(prompts: list[np.ndarray], completions: list[np.ndarray], micro_batch_tokens: int, device: torch.device | str = "cpu") -> list[PackedBatch]:
     """Best-fit pack S sequences (prompt (p,) int64, completion (c,) int64) into as few micro-batches as fit; a longer sequence gets its own.
 

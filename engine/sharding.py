@@ -11,7 +11,6 @@ Left out: splitting a layer's products over ranks (tensor parallelism); a model 
 
 import contextvars
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -236,9 +235,12 @@ class _Recomputed:
         def run(x, residual):
             nonlocal first
             adding, first = first, False
-            own = None if routes is None else replace(routes, ids=list(before), counts=[], changed=[], balance=[])
+            if routes is None:
+                return context.run(self.forward, x, residual, cos, sin, attend)
+            own = Routes(routes.replay, routes.num_tokens, routes.cu_seqlens)
+            own.ids += before
             out = context.run(self.forward, x, residual, cos, sin, attend, own)
-            if adding and own is not None:
+            if adding:
                 routes.ids += own.ids[len(before) :]
                 for name in ("counts", "changed", "balance"):
                     getattr(routes, name).extend(getattr(own, name))

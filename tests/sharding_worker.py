@@ -30,9 +30,11 @@ OPTIMIZERS = {
 STEPS = 3
 
 
-def sequences(step: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Nine sequences of 4 to 40 tokens: ranks get different numbers of them and of micro-batches."""
+def sequences(step: int, tokens: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Nine sequences of 4 to 40 tokens, or of `tokens` inputs where these are few: ranks get different numbers of them and of micro-batches."""
     rng = np.random.default_rng(step)
+    if tokens == 16:
+        return [rng.integers(67, size=6) for _ in range(9)], [rng.integers(67, size=11) for _ in range(9)]
     return [rng.integers(67, size=n) for n in rng.integers(1, 12, 9)], [rng.integers(67, size=n) for n in rng.integers(3, 28, 9)]
 
 
@@ -46,7 +48,7 @@ def train(ranks: Ranks, model, optimizer, steps, tokens: int) -> list[tuple[floa
     """Loss and gradient norm of each step."""
     config, figures = TrainConfig(balance_loss=0.01), []
     for step in steps:
-        prompts, completions = sequences(step)
+        prompts, completions = sequences(step, tokens)
         mine = ranks.share(list(range(9)))
         batches = packed_batches(model, ranks, [prompts[i] for i in mine], [completions[i] for i in mine], tokens)
         num_targets = ranks.sum_int(sum(b.num_targets for b in batches))

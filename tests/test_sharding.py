@@ -23,7 +23,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def launch(world: int, *arguments, timeout: int = 240) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "0", "--standalone", *map(str, arguments)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "0", "--standalone"]
+    command = [*launcher, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
@@ -96,8 +97,8 @@ def test_a_shard_that_does_not_divide_the_ranks_is_an_error():
 
 def run_recipe(folder: Path, world: int, *changes: str) -> tuple[list[dict], Path]:
     """Metrics and run folder of base model, RL with a KL term, SFT and a reward model of the micro recipe."""
-    options = ["--until", "judge", "--stages.zero.steps", "3", "--stages.base.steps", "20", "--stages.base.optimizer.name", "adamw", "--device", "cpu",
-               "--stages.base.optimizer.eps", "1e-3", "--run_root", str(folder), "--verify_weights", "true", *changes]  # fmt: skip
+    options = ["--until", "judge", "--stages.zero.steps", "3", "--stages.base.steps", "20", "--stages.base.optimizer.name", "adamw",
+               "--stages.base.optimizer.eps", "1e-3", "--device", "cpu", "--run_root", str(folder), "--verify_weights", "true", *changes]  # fmt: skip
     launch(world, HERE.parent / "engine" / "train.py", HERE / "micro_recipe.toml", *options)
     return [json.loads(line) for line in (folder / "micro" / "metrics.jsonl").read_text().splitlines()], folder / "micro"
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from athanor.batch import work_of
 from athanor.config import DistillConfig, SFTConfig
 from athanor.errors import UserError
 from athanor.model.transformer import Decoder
@@ -40,7 +41,7 @@ def fit(context: StageContext, config: SFTConfig | DistillConfig, model: Decoder
             if epoch not in orders:
                 orders = {epoch: np.random.default_rng(derive_seed(context.recipe.seed, context.name, epoch)).permutation(n)}
             chosen.append(int(orders[epoch][at]))
-        chosen = context.ranks.share(chosen)
+        chosen = context.ranks.share(chosen, [work_of(len(prompts[i]) + len(completions[i]), model.config.hidden_size) for i in chosen])
         texts = [prompts[i] for i in chosen], [completions[i] for i in chosen]
         batches = packed_batches(model, context.ranks, *texts, config.micro_batch_tokens)
         num_targets = context.ranks.sum_int(sum(b.num_targets for b in batches))
