@@ -62,7 +62,8 @@ def save_state(folder: str | Path, step: int, model: nn.Module, optimizer: Optim
         try:
             with _without_advice():
                 writer = HuggingFaceStorageWriter(str(tmp), save_distributed=True)
-                dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=not split)
+                tensors = {name: value.contiguous() for name, value in _tensors(model, optimizer).items()}
+                dcp.save(tensors, storage_writer=writer, no_dist=not split)
         except dcp.api.CheckpointException as error:
             raise OSError(_reason(error)) from error
         files = sorted(file.name for file in tmp.glob("*.safetensors"))

@@ -1,11 +1,17 @@
-"""What every rank of the tests of sharding runs: the same training on another layout, the result whole and written by rank 0."""
+"""What every rank of the tests of sharding runs: the same training on another layout, with states saved and read; results whole, by rank 0."""
 
+import json
+import os
+import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 from sparse_models import FAMILIES
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+from athanor.checkpoint import load_latest_state, save_state
 from athanor.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from athanor.model.transformer import Decoder
 from athanor.optim import Optimizer
@@ -13,7 +19,7 @@ from athanor.parallel import Ranks
 from athanor.sharding import FullWeights, WholeParameters, parallelize_, split_parameters, whole
 from athanor.stages.routing import RouterBalance
 from athanor.stages.training import cross_entropy_step, packed_batches
-from athanor.weights import weights_hash
+from athanor.weights import hand_over, weights_hash, write_model
 
 # Widths that two and four ranks do not divide: the last rank of a parameter holds fewer rows, or none.
 SHAPE = dict(vocab_size=67, hidden_size=20, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=10, intermediate_size=27)
@@ -100,9 +106,48 @@ def results(ranks: Ranks) -> dict[str, dict]:
     return {name: result(ranks, *case, tokens=tokens, **options) for name, (case, tokens, options) in cases(ranks.world).items()}
 
 
+def whole_state(model, optimizer) -> dict[str, torch.Tensor]:
+    parameters = WholeParameters(model)
+    state = {f"model.{n}": parameters[n].clone() for n in parameters.names}
+    return state | {f"optimizer.{n}": whole(value, value.dtype).clone() for n, value in optimizer.state_tensors().items()}
+
+
+def save(ranks: Ranks, folder: Path, case: tuple, parallel: dict, dies: bool = False) -> dict[str, dict]:
+    """States after one and two steps, of which two are kept; the weights as a HuggingFace folder; and two steps more for comparison."""
+    model, optimizer = build(ranks, *case, **parallel)
+    for step in range(2):
+        train(ranks, model, optimizer, [step], 48)
+        if dies and step == 1 and ranks.rank == 1:
+            HuggingFaceStorageWriter.write_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        save_state(folder, step + 1, model, optimizer, {"step": step + 1}, ranks)
+    saved = whole_state(model, optimizer)
+    if ranks.is_main:
+        (folder / "hf").mkdir()
+        write_model(model, folder / "hf", max_shard_bytes=4000)
+    else:
+        hand_over(model)
+    ranks.barrier()
+    train(ranks, model, optimizer, [2, 3], 48)
+    return {"saved": saved, "later": whole_state(model, optimizer)}
+
+
+def load(ranks: Ranks, folder: Path, case: tuple, parallel: dict) -> dict[str, dict]:
+    model, optimizer = build(ranks, *case, seed=1, **parallel)
+    state = load_latest_state(folder, model, optimizer, ranks)
+    assert state.extra == {"step": state.step}
+    loaded = whole_state(model, optimizer)
+    train(ranks, model, optimizer, [2, 3], 48)
+    return {"step": state.step, "loaded": loaded, "later": whole_state(model, optimizer)}
+
+
 if __name__ == "__main__":
     ranks = Ranks("cpu", threads=1)
-    found = results(ranks)
+    job, target, *rest = sys.argv[1:]
+    if job == "train":
+        found = results(ranks)
+    else:
+        folder, case, parallel, *more = rest
+        found = {"save": save, "load": load}[job](ranks, Path(folder), json.loads(case), json.loads(parallel), *more)
     if ranks.is_main:
-        torch.save(found, sys.argv[1])
+        torch.save(found, target)
     ranks.close()
