@@ -53,8 +53,8 @@ def run(context: StageContext, config: RewardModelConfig) -> dict:
     right = "pair_accuracy" if config.objective == "pairwise" else "label_accuracy"
     for step, metrics in loop.steps(config.steps, ("loss", right)):
         chosen = np.random.default_rng(derive_seed(context.recipe.seed, context.name, step)).choice(len(training), size, replace=False)
-        examples = [training[i] for i in chosen.tolist()]
-        mine = context.ranks.share(examples, [example.num_tokens for example in examples])
+        drawn = [training[i] for i in chosen.tolist()]
+        mine = context.ranks.share(drawn, [example.num_tokens for example in drawn])
         loop.optimizer.zero_grad()
         totals = torch.zeros(2, dtype=torch.float64)
         parts = [mine[first:end] for first, end in batches([example.num_tokens for example in mine], config.micro_batch_tokens)]
