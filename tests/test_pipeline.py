@@ -214,5 +214,5 @@ def test_unknown_recipe_and_help():
     script = [sys.executable, str(ROOT / "engine" / "train.py")]
     unknown = subprocess.run([*script, "tinny"], capture_output=True, text=True, env=ENVIRONMENT)
     assert unknown.returncode == 2 and "tiny" in unknown.stderr and len(unknown.stderr.splitlines()) == 1
-    text = subprocess.run([*script, "--help"], capture_output=True, text=True, env=ENVIRONMENT)
+    text = subprocess.run([*script, "--help", "all"], capture_output=True, text=True, env=ENVIRONMENT)
     assert text.returncode == 0 and "stages.<name>" in text.stdout and "group_size" in text.stdout
