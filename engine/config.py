@@ -291,7 +291,7 @@ class DistillConfig(TrainConfig):
 
     kind: Literal["distill"]
     data: list[str]
-    """Rejection stages that sampled the teacher."""
+    """Rejection stages that sampled the teacher, or JSONL files with prompt and completion."""
     batch_size: int = Field(64, ge=1)
     """Examples in one optimizer step."""
 
@@ -377,7 +377,11 @@ class RecipeConfig(Config):
     tokenizer: TokenizerConfig = TokenizerConfig()
     """Tokenizer of all models."""
     models: dict[str, ModelConfig] = {}
-    """Model shapes by name."""
+    """Model shapes by name; of a checkpoint of the same name, what `--dry-run` takes while its folder is not there."""
+    checkpoints: dict[str, str] = {}
+    """Model folders by name; tokenizer.path, init and source may say the name."""
+    downloads: dict[str, str] = {}
+    """Where the files and folders that this recipe names come from, by path: the message when one is missing."""
     tasks: dict[str, TaskConfig] = {}
     """Problem sources by name."""
     stages: dict[str, Stage] = {}
@@ -388,3 +392,7 @@ class RecipeConfig(Config):
     """Words that count as reflection; empty = the report's list."""
     report_notes: list[str] = []
     """What the report should say plainly about this run's data."""
+
+    def folder(self, reference: str) -> str:
+        """The folder that a reference to a checkpoint means, where it is no stage."""
+        return self.checkpoints.get(reference, reference)
