@@ -1,7 +1,7 @@
 """train.py --dry-run: everything about a recipe that can be known before it runs, and nothing run or written.
 
 Checks the recipe as a run would, with the data that is there; builds every model on the meta device with its true shape - config.json of its folder,
-or while that is missing the shape in [models] - and puts a short packed batch through the dense ones; adds up steps, samples and tokens per stage.
+or while that is missing the shape in [models] - and puts a short packed batch through layers of the dense ones; adds up steps, samples and tokens per stage.
 What is missing is listed with where it comes from.  Time and memory on a given machine are another question.
 """
 
@@ -78,12 +78,13 @@ def dry_run(recipe: RecipeConfig, name: str) -> dict:
 
 
 def meta_shape(config: ModelConfig, source: str) -> Shape:
-    """Build a model on the meta device, see that a HuggingFace folder's tensors are exactly its parameters, and run the dense ones.
+    """Build a model on the meta device, see that a HuggingFace folder's tensors are exactly its parameters, and run two layers of a dense one.
 
     The forward of a mixture of experts depends on what its router says, which the meta device does not know.
     """
     with torch.device("meta"):
         model = Decoder(config)
+        short = Decoder(config.model_copy(update={"num_hidden_layers": min(2, config.num_hidden_layers)}))
     parameters = sum(p.numel() for p in model.parameters())
     stored = sum(torch.Size(place.shape).numel() for place in hf_tensors(config).values())
     if stored != parameters:
@@ -91,8 +92,8 @@ def meta_shape(config: ModelConfig, source: str) -> Shape:
     if not any(map(config.is_sparse, range(config.num_hidden_layers))):
         ids = torch.zeros(PACKED[-1], dtype=torch.int64, device="meta")
         with use_backend("reference"), torch.no_grad():
-            hidden = model(ids, torch.zeros_like(ids), PackedAttention(torch.tensor(PACKED, dtype=torch.int32)))
-        wanted = (PACKED[-1], model.lm_head_weight.shape[1])
+            hidden = short(ids, torch.zeros_like(ids), PackedAttention(torch.tensor(PACKED, dtype=torch.int32)))
+        wanted = (PACKED[-1], short.lm_head_weight.shape[1])
         if tuple(hidden.shape) != wanted:
             raise UserError(f"{source}: hidden states are {tuple(hidden.shape)}, lm_head wants {wanted}")
     return Shape(config, source, parameters)
