@@ -19,10 +19,10 @@ FLOORS = {
     "recipe_io registry run_folder samples seeds",
     2: "advantages contamination detectors judging losses metrics_eval rewards sandbox tasks",
     3: "checkpoint mla model moe optim sharding tokenizer weights",
-    4: "cpu_graph decode generate generative_judge generator kv_cache prefill reward_models stops stream",
+    4: "chat cpu_graph decode generate generative_judge generator kv_cache prefill reward_models stops stream",
     5: "rollout sample_store",
     6: "stages",
-    7: "__main__ catalogue chat doctor dry_run evaluation evaluation_report pipeline planner published recipes report report_charts shapes transcripts",
+    7: "__main__ catalogue doctor dry_run evaluation evaluation_report pipeline planner published recipes report report_charts shapes transcripts",
     8: "train",
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units.split()}
