@@ -103,13 +103,14 @@ def _table(rows: dict[str, str]) -> str:
 def _docstring(group: str, name: str) -> str:
     """Docstring of the file of a task or reward, which is not imported for it."""
     file = {"math": "math_accuracy"}.get(name, name) if group == "rewards" else name
-    path = Path(importlib.import_module(f"athanor.{group}").__file__).with_name(f"{file}.py")
+    path = Path(__file__).with_name(group) / f"{file}.py"
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
 
 def _settings(group: str, name: str) -> str:
     file = {"math": "math_accuracy"}.get(name, name) if group == "rewards" else name
-    parameters = inspect.signature(importlib.import_module(f"athanor.{group}.{file}").make, eval_str=True).parameters.values()
+    module = importlib.import_module(f"athanor.rewards.{file}" if group == "rewards" else f"athanor.tasks.{file}")
+    parameters = inspect.signature(module.make, eval_str=True).parameters.values()
     shown = []
     for p in parameters:
         if p.kind is p.POSITIONAL_ONLY:
@@ -117,8 +118,7 @@ def _settings(group: str, name: str) -> str:
         elif p.kind is p.VAR_KEYWORD:
             shown.append(f"  **{p.name}")
         else:
-            default = "required" if p.default is p.empty else f"default {p.default!r}" if not isinstance(p.default, type(inspect)) else ""
-            default = "default as described" if "factory" in default else default
+            default = "required" if p.default is p.empty else "default {} or []" if "factory" in repr(p.default) else f"default {p.default!r}"
             shown.append(f"  {p.name} {type_name(p.annotation)}  ({default})")
     return "\n".join(shown) or "  none"
 

@@ -1,7 +1,8 @@
 """A conversation with a checkpoint on the terminal, or with whoever writes lines into a pipe: `python -m athanor.generate --model DIR --chat`.
 
-A line is a message.  The folder's chat template renders the conversation; a folder without one needs a template of its own (`--template`), under which
-each message stands alone.  Chains of thought are shown dimmed or folded and do not go back into the conversation, as R1's and Qwen3's templates have it.
+A line is a message. The folder's chat template renders the conversation; a folder without one needs a template of its own (`--template`), under
+which each message stands alone. Chains of thought are shown dimmed or folded and do not go back into the conversation, as R1's and Qwen3's
+templates have it.
 """
 
 import contextlib

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from athanor.model_config import Config, ModelConfig
+from athanor.watch_config import DetectorConfig, TranscriptConfig
 
 
 class OptimizerConfig(Config):
@@ -268,6 +269,10 @@ class GRPOConfig(TrainConfig):
     (on a CPU, and on CUDA in strict mode), where from 1e-5 on there is a warning, and no limit elsewhere."""
     control: Literal["none", "shuffle", "flip"] = "none"
     """Negative control: shuffle the advantages inside the batch, or flip their sign."""
+    detectors: DetectorConfig = DetectorConfig()
+    """Warnings."""
+    transcripts: TranscriptConfig = TranscriptConfig()
+    """Samples to read."""
 
 
 class RewardModelConfig(TrainConfig):
@@ -366,6 +371,8 @@ class RecipeConfig(Config):
     """Sequences that decode at once."""
     strict: bool = False
     """On CUDA, take kernels whose sums do not depend on the batch: sampled log-probs equal the trainer's bit for bit.  On a CPU they do anyway."""
+    loggers: list[Literal["wandb", "trackio"]] = []
+    """Services that get the metrics besides metrics.jsonl and TensorBoard; each must be installed, and is set up by its own environment variables."""
     verify_weights: bool = False
     """Hash the weights after every RL step and again before the next rollout; stop when the sampler reads other ones."""
     reuse: str = ""

@@ -1,7 +1,8 @@
 """train.py --dry-run: everything about a recipe that can be known before it runs, and nothing run or written.
 
-Checks the recipe as a run would, with the data that is there; builds every model on the meta device with its true shape - config.json of its folder,
-or while that is missing the shape in [models] - and puts a short packed batch through layers of the dense ones; adds up steps, samples and tokens per stage.
+Checks the recipe as a run would, with the data that is there; builds every model on the meta device with its true shape - config.json of its
+folder, or while that is missing the shape in [models] - and puts a short packed batch through layers of the dense ones; adds up steps, samples and
+tokens per stage.
 What is missing is listed with where it comes from.  Time and memory on a given machine are another question.
 """
 

@@ -1,6 +1,7 @@
 """Command line:  python -m athanor.generate --model DIR --prompt TEXT [--prompt TEXT ...] [-n N] ...   or   --model DIR --chat
 
---chat without a prompt is a conversation (chat.py): on a terminal, or with the lines of a pipe as messages.  One sample is shown token by token, several as they finish.  With --json every sample is one JSON object on stdout and nothing else is.
+--chat without a prompt is a conversation (chat.py): on a terminal, or with the lines of a pipe as messages. One sample is shown token by token,
+several as they finish. With --json every sample is one JSON object on stdout and nothing else is.
 Exit codes: 0, 2 for what the user can fix (one line on stderr), 130 when interrupted.
 """
 

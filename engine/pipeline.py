@@ -22,7 +22,7 @@ from athanor.generative_judge import judge_settings
 from athanor.kernels import strict_mode
 from athanor.losses import resolve_preset
 from athanor.manifest import Manifest, code_version, hash_config
-from athanor.metrics import MetricsWriter
+from athanor.metrics import MetricsWriter, check_loggers
 from athanor.parallel import Ranks
 from athanor.recipe_inputs import missing_inputs
 from athanor.recipe_io import config_data
@@ -39,9 +39,10 @@ from athanor.stages.context import StageContext, checkpoint_dir, data_source
 from athanor.stages.evaluate import evaluate
 from athanor.tasks import make_task, require_answers
 from athanor.tokenizer import Tokenizer, symbol_tokenizer
+from athanor.transcripts import write_page
 from athanor.weights import load_model
 
-LOCATION_KEYS = ("name", "run_root", "reuse", "until", "threads", "max_rows", "report_notes", "parallel")
+LOCATION_KEYS = ("name", "run_root", "reuse", "until", "threads", "max_rows", "report_notes", "parallel", "loggers", "downloads")
 RESULT_KEYS = ("pass@1", "pass@1_t1", "mean_tokens", "reflection_rate", "format_rate", "language_consistency")
 
 
@@ -61,7 +62,7 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
     lock = open_run_folder(run_dir, config_data(whole), overwrite=overwrite, ignore=LOCATION_KEYS) if ranks.is_main else None
     ranks.barrier()
     try:
-        with strict_mode(recipe.strict), MetricsWriter(run_dir) as metrics:
+        with strict_mode(recipe.strict), MetricsWriter(run_dir, loggers=recipe.loggers, config=config_data(whole)) as metrics:
             manifest = Manifest(run_dir, seed=recipe.seed)
             if ranks.is_main:
                 manifest.declare([*whole.stages, *(f"evaluate.{name}" for name in whole.evaluation.stages)])
@@ -93,6 +94,8 @@ def finish(recipe: RecipeConfig, recipe_name: str, run_dir: Path, manifest: Mani
     report = write_report(run_dir)
     console.table(summary["stages"])
     console.note(f"report: {report}")
+    if page := write_page(run_dir):
+        console.note(f"transcripts: {page}")
     return summary
 
 
@@ -190,6 +193,7 @@ def check(recipe: RecipeConfig, tasks: dict) -> None:
     for name in recipe.evaluation.stages:
         if name not in earlier:
             raise UserError(f"evaluation.stages: unknown stage {name!r}; {near_misses(name, earlier)}")
+    check_loggers(recipe.loggers)
     if recipe.until and recipe.until not in earlier:
         raise UserError(f"until: unknown stage {recipe.until!r}; {near_misses(recipe.until, earlier)}")
     for field in ("task", "general_task", "safety_task") if recipe.evaluation.stages else ():
@@ -252,7 +256,7 @@ def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenize
     used = {task: recipe.tasks[task].model_dump() for task in sorted(set(_tasks_of(stage)))}
     shape = recipe.models[stage.model].model_dump() if stage.kind == "pretrain" else None
     # Everything that decides the stage's result besides its inputs' bytes; how often it saves and what it is called in the report do not.
-    own = stage.model_dump(mode="json", exclude={"label", "save_every", "keep_states"})
+    own = stage.model_dump(mode="json", exclude={"label", "save_every", "keep_states", "detectors", "transcripts"})
     vocabulary = [tokenizer.id_to_token(i) for i in range(tokenizer.vocab_size)]
     facts = {"stage": own, "tasks": used, "model": shape, "vocabulary": vocabulary, "name": name}
     facts |= {"seed": recipe.seed, "dtype": recipe.dtype, "strict": recipe.strict}

@@ -27,8 +27,8 @@ def train(*arguments):
 def test_the_list_has_a_line_for_everything_that_a_recipe_can_name():
     text = listing()
     sections = dict(zip(("recipes", "tasks", "rewards", "losses", "stages"), text.split("\n\n"), strict=True))
-    known = {"recipes": recipe_names(), "tasks": available_tasks(), "rewards": [*available_rewards(), "preference", "safety"], "losses": list(PRESETS),
-             "stages": ["pretrain", "sft", "rejection", "grpo", "reward_model", "distill"]}  # fmt: skip
+    known = {"recipes": recipe_names(), "tasks": available_tasks(), "rewards": [*available_rewards(), "preference", "safety"],
+             "losses": list(PRESETS), "stages": ["pretrain", "sft", "rejection", "grpo", "reward_model", "distill"]}  # fmt: skip
     for group, names in known.items():
         lines = [line for line in sections[group].splitlines()[1:] if line[2] != " "]
         assert [line.split()[0] for line in lines] == list(names), group
@@ -63,7 +63,9 @@ def test_all_fields_are_still_listed():
     assert all(f"--{field.path} " in text for field in list_fields(RecipeConfig))
 
 
-@pytest.mark.parametrize("topic, near", [("rewards.maht", "math"), ("losses.gropo", "grpo"), ("evalution", "evaluation"), ("stages.gpro", "grpo"), ("zzz", "all")])
+@pytest.mark.parametrize(
+    "topic, near", [("rewards.maht", "math"), ("losses.gropo", "grpo"), ("evalution", "evaluation"), ("stages.gpro", "grpo"), ("zzz", "all")]
+)
 def test_an_unknown_topic_names_what_there_is(topic, near):
     with pytest.raises(UserError, match=topic) as error:
         help_on(topic)

@@ -197,9 +197,8 @@ def make(
     fields = [field.name for field in dataclasses.fields(known[family][1]) if field.name not in ("seed", "size")]
     for key in config:
         if key not in fields:
-            raise UserError(
-                f"task {full_name}: unknown setting {key!r}: {near_misses(key, [*fields, 'seed', 'template', 'system', 'language', 'domain', 'name'])}"
-            )
+            own = ["seed", "template", "system", "language", "domain", "name"]
+            raise UserError(f"task {full_name}: unknown setting {key!r}: {near_misses(key, [*fields, *own])}")
     if not 0 <= junk_threshold <= 1:
         raise UserError(f"task {full_name}: junk_threshold is {junk_threshold}, wanted 0 to 1")
     check_template(template)
