@@ -85,7 +85,7 @@ def recipe_line(name: str) -> str:
 def first_sentence(text: str | None) -> str:
     """Up to the first full stop, or the colon before an example or a list, without line breaks; "eq. 7" is no end."""
     paragraph = (text or "").split("\n\n")[0].replace("\n", " ")
-    return " ".join(re.split(r"(?<!\beq)(?<!\betc)\.(?=\s|$)|:(?=\s\s|$)", paragraph, maxsplit=1)[0].split())
+    return " ".join(re.split(r"(?<!\beq)(?<!\bDr)(?<!\betc)\.(?=\s|$)|:(?=\s\s|$)", paragraph, maxsplit=1)[0].split())
 
 
 def stage_kinds() -> dict[str, type]:

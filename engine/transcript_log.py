@@ -6,6 +6,7 @@ under the distribution that was sampled from). A resumed stage cuts the file bac
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,12 @@ def write_transcripts(
 ) -> None:
     """Append the best and the worst samples of a step.  samples, scores and advantages are this rank's, in one order."""
     judged = [i for i in range(len(samples)) if scores.applied[i]]
-    order = sorted(judged, key=lambda i: -scores.total[i])  # of equals the earlier ones
-    if len(order) > config.num:
-        half = config.num // 2
-        chosen = [(i, "best") for i in order[: config.num - half]] + [(i, "worst") for i in order[len(order) - half :]]
-    else:
-        chosen = [(i, "best" if place < len(order) / 2 else "worst") for place, i in enumerate(order)]
+    seen = Counter()
+    nth = {i: seen.update([samples[i].problem.id]) or seen[samples[i].problem.id] for i in judged}  # of equals one of each problem first
+    num = min(config.num, len(judged))
+    best = sorted(judged, key=lambda i: (-scores.total[i], nth[i]))[: num - num // 2]
+    worst = sorted(set(judged) - set(best), key=lambda i: (scores.total[i], nth[i], i))[: num // 2]
+    chosen = [(i, "best") for i in best] + [(i, "worst") for i in reversed(worst)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         for i, place in chosen:

@@ -61,6 +61,15 @@ def test_few_samples_are_written_once_each(tmp_path):
     assert [(row["place"], row["id"]) for row in lines(tmp_path / "z.jsonl")] == [("best", 1), ("best", 2), ("worst", 0)]
 
 
+def test_of_equal_samples_those_of_different_problems_come_first(tmp_path):
+    samples = [sample_of(i // 4) for i in range(16)]  # four problems
+    scores = scores_of([1.0, 1.0, 0.0, 0.0] * 4)
+    write_transcripts(tmp_path / "z.jsonl", 1, samples, scores, [0.0] * 16, TranscriptConfig(num=8), SYMBOLS)
+    rows = lines(tmp_path / "z.jsonl")
+    assert [row["place"] for row in rows] == ["best"] * 4 + ["worst"] * 4
+    assert {row["id"] for row in rows[:4]} == {row["id"] for row in rows[4:]} == {0, 1, 2, 3}
+
+
 def test_log_probs_of_every_token_are_an_option(tmp_path):
     write(tmp_path / "z.jsonl", 1, [0.0, 1.0], logps=True)
     row = lines(tmp_path / "z.jsonl")[0]
