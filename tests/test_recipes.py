@@ -21,6 +21,7 @@ from athanor.errors import UserError
 from athanor.hf_config import model_config_to_hf
 from athanor.model.transformer import Decoder
 from athanor.pipeline import run
+from athanor.planner.command import command as plan_command
 from athanor.recipe_inputs import missing_inputs, named_paths
 from athanor.recipe_io import load_recipe
 from athanor.sandbox import why_not
@@ -121,6 +122,15 @@ def test_with_its_files_there_a_recipe_is_ready(name, tmp_path, monkeypatch):
     assert all(model["source"].endswith("config.json") for model in summary["models"].values())
     for stage in summary["stages"].values():
         assert stage["parameters"] and (stage["kind"] != "grpo" or stage["longest_prompt"] > 10)
+
+
+@pytest.mark.parametrize("name", ["r1_zero", "distill_llama_70b", "gsm8k_0_5b"])
+def test_a_recipe_can_be_planned_before_anything_is_downloaded(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe_of(name)  # skips without a sandbox
+    plan_command([name, "--plan"])
+    shown = capsys.readouterr().out
+    assert name in shown and "parameters" in shown
 
 
 def test_students_have_the_published_learning_rates():
