@@ -39,7 +39,8 @@ WELL_KNOWN = set(
     "triton trl typing_extensions verl vllm wandb xformers yaml".split()
 )
 TOP_LEVEL = set(
-    "engine kernels csrc bench tests docs setup.py README.md pyproject.toml constraints.txt LICENSE MANIFEST.in CHANGELOG.md LOG.md .ci .gitignore".split()
+    "engine kernels csrc bench tests docs setup.py README.md pyproject.toml constraints.txt LICENSE MANIFEST.in CHANGELOG.md LOG.md .ci "
+    ".gitignore".split()
 )
 SOURCES = ("*.py", "*.cpp", "*.hpp", "*.inl", "*.cu", "*.cuh")
 
