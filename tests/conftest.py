@@ -1,7 +1,13 @@
-"""Skip what this machine cannot run."""
+"""Skip what this machine cannot run; one thread for each of several test processes."""
+
+import os
 
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: processes that spin on each other's threads are 20-100 times slower
+
+import torch  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
