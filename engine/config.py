@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from athanor.model_config import Config, ModelConfig
+from athanor.model_config import SPARSE, Config, ModelConfig
 
 
 class OptimizerConfig(Config):
@@ -338,6 +338,9 @@ class RecipeConfig(Config):
     """Where tensors live; auto = CUDA when there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and activation type."""
+    fp8: Literal["off", "dgrad", "wgrad"] = "off"
+    """Products of routed experts in block-scaled FP8, in training and sampling alike: dgrad = forward and input gradient, with weight gradients of
+    unquantised operands; wgrad = these too.  All else, master weights and reward models included, keeps dtype."""
     threads: int = Field(0, ge=0)
     """CPU threads of one process; 0 = cores divided by the local ranks."""
     max_rows: int = Field(512, ge=1)
@@ -364,3 +367,10 @@ class RecipeConfig(Config):
     """Words that count as reflection; empty = the report's list."""
     report_notes: list[str] = []
     """What the report should say plainly about this run's data."""
+
+    @model_validator(mode="after")
+    def _fp8(self):
+        folders = [stage.init for stage in self.stages.values() if getattr(stage, "init", "") not in ("", *self.stages)]
+        if self.fp8 != "off" and self.models and not folders and all(model.architecture not in SPARSE for model in self.models.values()):
+            raise ValueError(f"fp8 is {self.fp8}, wanted off: no model of the run has experts")
+        return self

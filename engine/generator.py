@@ -22,6 +22,7 @@ import torch
 from athanor.config import SamplingConfig
 from athanor.decode import DecodeRows
 from athanor.kv_cache import PagedKVCache
+from athanor.model.moe import refresh_fp8_
 from athanor.model.transformer import Decoder
 from athanor.samples import Completion, Request
 from athanor.stream import Stream
@@ -88,7 +89,7 @@ class Generator:
         return self._version
 
     def _weights(self) -> int:
-        return sum(parameter._version for parameter in self._parameters)  # PyTorch counts in-place writes
+        return sum(parameter._version for parameter in self._parameters)  # PyTorch counts in-place writes, but for those of fused optimizers: see `optim`
 
     def generate(
         self,
@@ -161,6 +162,7 @@ class Generator:
 
     def reserve(self, num_blocks: int, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...]) -> DecodeRows:
         """Cache and rows of at least that size for a stream; what is there is kept where it is large enough, with its captured graphs."""
+        refresh_fp8_(self.model)
         if self.cache is None or self.cache.num_blocks < num_blocks:
             self.cache = self.rows = None  # free the old pool first
             self.cache = PagedKVCache(self.model.config, num_blocks, self.block_size, self.dtype, self.device)

@@ -63,6 +63,8 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = lr
             part.step()
+        # Fused updates do not count as in-place writes (torch 2.13), by which the sampler and FP8 copies know that weights have changed.
+        torch.autograd.graph.increment_version(self.parameters)
         return norm
 
     def state_dict(self) -> dict:

@@ -18,6 +18,7 @@ import torch
 from athanor._host import Events, Scheduler
 from athanor.config import SamplingConfig
 from athanor.decode import ERROR, HELD, LENGTH, NEUTRAL, PARAMETERS, REPETITION, RUNNING, STOP, Launched
+from athanor.model.moe import refresh_fp8_
 from athanor.prefill import Prefill, Stretch
 from athanor.samples import Completion, Finished, Request
 from athanor.stops import StopStrings
@@ -346,6 +347,7 @@ class Stream(Iterator[Finished]):
         while self._unread:
             self._account()
         self._version = self.generator.version
+        refresh_fp8_(self.generator.model)
         events = self.scheduler.abort_all()
         samples = self._samples(events.finished_requests, events.finished_members)
         for sample, generated in zip(samples.tolist(), events.finished_generated.tolist(), strict=True):

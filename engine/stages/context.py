@@ -9,6 +9,7 @@ from athanor.config import RecipeConfig, StageConfig
 from athanor.console import Console
 from athanor.errors import UserError
 from athanor.metrics import MetricsWriter
+from athanor.model.moe import use_fp8_
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
 from athanor.tokenizer import Tokenizer
@@ -56,7 +57,8 @@ class StageContext:
         return Path(reference)
 
     def load(self, reference: str) -> Decoder:
-        return load_model(self.source_dir(reference), dtype=self.dtype, device=str(self.ranks.device))
+        """The policy of a checkpoint, with the run's products of experts."""
+        return use_fp8_(load_model(self.source_dir(reference), dtype=self.dtype, device=str(self.ranks.device)), self.recipe.fp8)
 
     @property
     def dtype(self):

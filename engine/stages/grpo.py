@@ -30,7 +30,7 @@ from athanor.seeds import derive_seed
 from athanor.stages.context import StageContext
 from athanor.stages.policy_update import update_policy
 from athanor.stages.training import TrainingLoop
-from athanor.weights import load_model, weights_hash
+from athanor.weights import weights_hash
 
 SHOWN = ("reward", *VERIFIERS, "mean_tokens", "reflection_rate", "logp_gap_max", "tokens_per_s")
 
@@ -132,8 +132,7 @@ def _reference(context: StageContext, preset: Preset, loop: TrainingLoop, config
     if preset.variant.kl == "none":
         return None
     if "reference" in loop.extra:
-        folder = context.state_dir / loop.extra["reference"]
-        return load_model(folder, dtype=context.dtype, device=str(context.ranks.device)).requires_grad_(False)
+        return context.load(str(context.state_dir / loop.extra["reference"])).requires_grad_(False)
     if loop.next_step:
         return context.load(config.init).requires_grad_(False)
     return copy.deepcopy(loop.model).requires_grad_(False)

@@ -6,6 +6,7 @@ from athanor.batch import pack
 from athanor.config import GateConfig, PretrainConfig, SamplingConfig
 from athanor.errors import UserError
 from athanor.generator import Generator
+from athanor.model.moe import use_fp8_
 from athanor.model.transformer import Decoder
 from athanor.optim import learning_rate
 from athanor.samples import Request
@@ -23,6 +24,7 @@ def run(context: StageContext, config: PretrainConfig) -> dict:
         model = context.load(config.init)
     else:
         model = Decoder(shape).initialize_(derive_seed(context.recipe.seed, context.name, "init")).to(context.ranks.device, context.dtype)
+        use_fp8_(model, context.recipe.fp8)
     loop = TrainingLoop(context, config, model)
     rounds = loop.extra.setdefault("rounds", 0)
     while True:
