@@ -89,7 +89,7 @@ class Generator:
         return self._version
 
     def _weights(self) -> int:
-        return sum(parameter._version for parameter in self._parameters)  # PyTorch counts in-place writes, but for those of fused optimizers: see `optim`
+        return sum(parameter._version for parameter in self._parameters)  # in-place writes, see `optim`
 
     def generate(
         self,
