@@ -248,9 +248,10 @@ class GRPOConfig(TrainConfig):
     """Completions per question, G."""
     updates_per_rollout: int = Field(2, ge=1)
     """Optimizer steps that one rollout is split into (whole groups)."""
-    routing_replay: bool = False
-    """Mixture of experts: train each token on the experts that it had before the first update of its rollout (GSPO, arXiv 2507.18071, section 5.3),
-    at the cost of one more forward for all updates but the first.  Where sampler and trainer agree to the bit these are the sampler's."""
+    routing_replay: Literal["off", "trainer", "rollout"] = "off"
+    """Mixture of experts: train each token on the experts that it had in the sampler (rollout: R3, arXiv 2510.11370; 2 bytes per token, sparse layer
+    and choice), or in the trainer before the first update of its rollout (trainer: GSPO, arXiv 2507.18071, section 5.3; one more forward for all
+    updates but the first).  Where sampler and trainer agree to the bit, so do the two."""
     sampling: SamplingConfig = SamplingConfig()
     """How rollouts are drawn."""
     reward_model: str = ""

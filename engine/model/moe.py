@@ -42,6 +42,11 @@ class Routes:
         return torch.stack(self.ids)[:, : self.num_tokens]
 
     @property
+    def by_token(self) -> Tensor:
+        """(num_tokens, layers, k) int16: the same as `recorded` in the order and the width in which a sampler keeps it."""
+        return self.recorded.transpose(0, 1).to(torch.int16)
+
+    @property
     def disagreement(self) -> Tensor:
         """() fp32: the share of replayed choices that the routers would not have made; 0 where none was replayed."""
         if self.replay is None:

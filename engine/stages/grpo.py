@@ -28,7 +28,7 @@ from athanor.rollout import ProblemStream, rollout_generator, sample_groups
 from athanor.samples import Sample, in_domain
 from athanor.seeds import derive_seed
 from athanor.stages.context import StageContext
-from athanor.stages.policy_update import update_policy
+from athanor.stages.policy_update import check_experts, update_policy
 from athanor.stages.training import TrainingLoop
 from athanor.weights import weights_hash
 
@@ -47,6 +47,7 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
     objective = formula(preset) + ("; A replaced by GDPO's (arXiv 2601.05242)" if config.reward_scaling == "gdpo" else "")
     context.console.note(f"{context.name}: {objective}")
     model = context.load(config.init)
+    check_experts(context.name, config, model)
     loop = TrainingLoop(context, config, model)
     reference = _reference(context, preset, loop, config)
     attempts = config.max_refills + 1 if preset.dynamic_sampling else 1
@@ -55,7 +56,8 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
     gap = loop.extra.setdefault("logp_gap_max", 0.0)
     # On a CPU the trainer's bits are those of `sample` on logits.
     fused = context.ranks.device.type == "cuda" and not config.sampling.truncated
-    generator = rollout_generator(model, context.tokenizer, context.recipe.max_rows, config.group_size, fused_sampling=fused)
+    options = {"fused_sampling": fused, "record_routes": config.routing_replay == "rollout"}
+    generator = rollout_generator(model, context.tokenizer, context.recipe.max_rows, config.group_size, **options)
     trained = weights_hash(model) if context.recipe.verify_weights else None
     for step, metrics in loop.steps(config.steps, SHOWN):
         start = time.perf_counter()
