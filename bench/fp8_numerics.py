@@ -92,7 +92,7 @@ def train(mode: str, arguments: argparse.Namespace, documents: Documents, ranks:
     for step in range(arguments.steps):
         batches, balance = documents.batches(step * DOCUMENTS, DOCUMENTS), RouterBalance(model, config, ranks)
         rate = learning_rate(config.optimizer, step, config.steps)
-        loss, _ = cross_entropy_step(model, optimizer, batches, sum(b.num_targets for b in batches), rate, balance)
+        loss = cross_entropy_step(model, optimizer, batches, sum(b.num_targets for b in batches), rate, balance)["loss"]
         balance.finish()
         losses.append(loss)
         if (step + 1) % 100 == 0:

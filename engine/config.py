@@ -156,7 +156,15 @@ class GateConfig(Config):
     """Extra rounds before the run stops with an error."""
 
 
-class PretrainConfig(TrainConfig):
+class SupervisedConfig(TrainConfig):
+    """What all stages that train on given texts share."""
+
+    mtp_loss: float = Field(0.0, ge=0)
+    """Factor of the multi-token prediction loss, lambda (DeepSeek-V3: 0.3, then 0.1), for a model with num_nextn_predict_layers; 0 = that layer
+    stays as it is."""
+
+
+class PretrainConfig(SupervisedConfig):
     """Train a base model on the tasks' corpora."""
 
     kind: Literal["pretrain"]
@@ -170,7 +178,7 @@ class PretrainConfig(TrainConfig):
     """Competence wanted before the stage is done."""
 
 
-class SFTConfig(TrainConfig):
+class SFTConfig(SupervisedConfig):
     """Supervised fine-tuning on prompt/completion files, loss on the completion."""
 
     kind: Literal["sft"]
@@ -285,7 +293,7 @@ class RewardModelConfig(TrainConfig):
     """How the policy's replies are drawn, where the task has them judged."""
 
 
-class DistillConfig(TrainConfig):
+class DistillConfig(SupervisedConfig):
     """SFT of a student on the samples of a teacher."""
 
     kind: Literal["distill"]

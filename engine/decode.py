@@ -73,8 +73,9 @@ class DecodeRows:
         self, model: Decoder, cache: PagedKVCache, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...], *, window: int,
         ahead: int, fused: bool, seconds: dict[str, float],
     ):  # fmt: skip
-        """records: fields of `Sampled` that are kept for every token besides tokens and logps, and "routes", experts of the token before.  window: steps without the host.  ahead: windows that
-        may be launched before one is read.  fused: draw with `linear_sample`, which takes no filters.  seconds: where times are added up.
+        """records: fields of `Sampled` that are kept for every token besides tokens and logps, and "routes", the experts of the token before.
+        window: steps without the host.  ahead: windows that may be launched before one is read.  fused: draw with `linear_sample`, which takes no
+        filters.  seconds: where times are added up.
         """
         self.model, self.cache, self.device, self.on_cpu = model, cache, cache.device, cache.device.type == "cpu"
         self.records, self.window, self.ahead, self.fused, self.seconds = records, window, ahead, fused, seconds

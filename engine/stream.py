@@ -322,7 +322,8 @@ class Stream(Iterator[Finished]):
             routes, streak = None, int(self._streak[sample])
             if (prompt := self._prompt_routes.pop(sample, None)) is not None:
                 routes = prompt() if callable(prompt) else prompt, values["routes"]
-            done = Completion(values["tokens"], values["logps"], FINISH[status], values["versions"], values.get("full_logps"), support, routes, streak)
+            columns = values["tokens"], values["logps"], FINISH[status], values["versions"], values.get("full_logps")
+            done = Completion(*columns, support, routes, streak)
             self._ready.append(Finished(i, sample - int(self._base[i]), done))
 
     def _free(self, slot: int) -> None:

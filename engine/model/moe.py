@@ -187,8 +187,9 @@ def sequence_balance_loss(scores: Tensor, ids: Tensor, cu_seqlens: Tensor) -> Te
 
 
 def routers(model: nn.Module) -> list[Router]:
-    """The routers of a model in the order of its layers, which is that of the lists in `Routes`."""
-    return [module for module in model.modules() if isinstance(module, Router)]
+    """The routers of a model in the order of its layers, which is that of the lists in `Routes`; of a layer for multi-token prediction while it is
+    trained."""
+    return [router for name, router in model.named_modules() if isinstance(router, Router) and ("mtp" not in name or router.weight.requires_grad)]
 
 
 @torch.no_grad()

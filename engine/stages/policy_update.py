@@ -148,7 +148,7 @@ class _Part:
     def _sampled_routes(self, batch: PackedBatch) -> Tensor:
         """(L, T, k) int32, the experts that the sampler chose for the inputs of the batch: all of a sequence but its last token."""
         parts = [part for i in batch.sequences for prompt, own in [self.samples[i].routes] for part in (prompt, own[1:])]
-        return torch.from_numpy(np.concatenate(parts)).to(batch.input_ids.device).transpose(0, 1).to(torch.int32, memory_format=torch.contiguous_format)
+        return torch.from_numpy(np.concatenate(parts)).to(batch.input_ids.device, torch.int32).transpose(0, 1).contiguous()
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Loss of one micro-batch, already divided by the denominators of the whole optimizer step."""

@@ -59,7 +59,7 @@ def _train(context: StageContext, config: PretrainConfig, loop: TrainingLoop, ro
         num_targets = context.ranks.sum_int(sum(b.num_targets for b in batches))
         lr = learning_rate(config.optimizer, step - start, end - start, peak)
         balance = RouterBalance(loop.model, config, context.ranks)
-        metrics["loss"], metrics["grad_norm"] = cross_entropy_step(loop.model, loop.optimizer, batches, num_targets, lr, balance)
+        metrics |= cross_entropy_step(loop.model, loop.optimizer, batches, num_targets, lr, balance, config.mtp_loss)
         metrics |= {"lr": lr, "tokens": num_targets, **balance.finish()}
 
 
