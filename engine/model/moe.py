@@ -11,6 +11,7 @@ Left out: a capacity with dropped tokens, router noise, the batch-wide auxiliary
 T tokens, D hidden, E experts, k of them per token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -114,17 +115,23 @@ class MixtureOfExperts(nn.Module):
             nn.init.normal_(stack, std=config.initializer_range)
         self.shared = Swiglu(D, width * config.n_shared_experts) if config.n_shared_experts else None
         self.fp8: Fp8Products | None = None  # set by `use_fp8_`
+        # (self, x, ids, weights) -> (T, D), set by `expert_parallel`: the stacks are then a part of the experts
+        self.elsewhere: Callable[..., Tensor] | None = None
 
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
         """x (T, D), normed, to what the layer adds (T, D)."""
         ids, weights = self.router(x, routes)
+        out = self.routed(x, ids, weights) if self.elsewhere is None else self.elsewhere(self, x, ids, weights)
+        return out if self.shared is None else out + self.shared(x)
+
+    def routed(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Every token through its experts (T, k), summed by weight: (T, D)."""
         rows, places = moe_permute(x, ids, self.num_experts, align=self.align(x))
         if x.is_cpu:
             # Fewer rows to compute.  And reading a number on the host tells a captured step (cpu_graph) that its course depends on the data: the
             # products below read the offsets on the host too.
             rows = rows[: int(places.offsets[-1])]
-        out = moe_unpermute(self.experts(rows, places.offsets), weights, places)
-        return out if self.shared is None else out + self.shared(x)
+        return moe_unpermute(self.experts(rows, places.offsets), weights, places)
 
     def align(self, x: Tensor) -> int:
         """What the number of every expert's rows is a multiple of.

@@ -184,7 +184,8 @@ class Decoder(nn.Module):
         return cos.to(dtype), sin.to(dtype)
 
     def look_ahead(self, hidden: Tensor, next_ids: Tensor, positions: Tensor, attend: Attend, routes: Routes | None = None) -> Tensor:
-        """What the layer for multi-token prediction makes of the forward's hidden (T, D) and each position's next token (T,): (T, D), for the head."""
+        """What the layer for multi-token prediction makes of the forward's hidden (T, D) and each position's next token (T,): (T, D), for the
+        head."""
         return self.mtp(hidden, self.embed(next_ids), *self._rotation(positions, hidden.dtype), attend, routes)
 
     def train_mtp_(self, trained: bool) -> None:
