@@ -59,38 +59,41 @@ def layer_inputs():
     return [tuple(torch.randn(n, 48, generator=generator) for _ in range(2)) for n in PARTS]
 
 
-def layer(rank: int, world: int, name: str, mode: str) -> dict:
-    """Forward and backward of one layer over this rank's parts, end to end."""
-    moe = a_layer(name, mode)
-    if world:
-        shard_experts(moe)
-        assert len(moe.down_proj) == moe.num_experts // world
-    parts = layer_inputs()
+CASES = [("qwen3_moe", "off"), ("deepseek_v3", "off"), ("deepseek_v3", "dgrad"), ("qwen3_moe", "wgrad")]
+
+
+def layers(rank: int, world: int) -> list[dict]:
+    """Forward and backward of one layer of each case over this rank's parts, end to end; world 0: without sharding."""
+    parts, found = layer_inputs(), []
     mine = parts[rank * len(parts) // max(world, 1) : (rank + 1) * len(parts) // max(world, 1)]
-    x, dy = (torch.cat(tensors) for tensors in zip(*mine, strict=True))
-    x.requires_grad_()
-    y = moe(x)
-    y.backward(dy)
-    found = {"y": y.detach(), "dx": x.grad, "gate_up": moe.gate_up_proj.grad, "down": moe.down_proj.grad}
-    norm = reduce_gradients_(moe) if world else None
-    return found | {"router": moe.router.weight.grad, "norm": norm}
+    for name, mode in CASES:
+        moe = a_layer(name, mode)
+        if world:
+            shard_experts(moe)
+            assert len(moe.down_proj) == moe.num_experts // world
+        x, dy = (torch.cat(tensors) for tensors in zip(*mine, strict=True))
+        x.requires_grad_()
+        y = moe(x)
+        y.backward(dy)
+        found.append({"y": y.detach(), "dx": x.grad, "gate_up": moe.gate_up_proj.grad, "down": moe.down_proj.grad})
+        if world:
+            reduce_gradients_(moe)
+        found[-1]["router"] = moe.router.weight.grad
+    return found
 
 
 @pytest.mark.multiproc
 @pytest.mark.slow
-@pytest.mark.parametrize("name, mode", [("qwen3_moe", "off"), ("deepseek_v3", "off"), ("deepseek_v3", "dgrad"), ("qwen3_moe", "wgrad")])
-def test_a_layer_has_the_bits_of_one_process(name, mode, tmp_path):
+def test_a_layer_has_the_bits_of_one_process(tmp_path):
     torch.set_num_threads(1)
-    whole = layer(0, 0, name, mode)
+    whole = layers(0, 0)
     for world in WORLDS:
-        parts = ranks_of(world, layer, tmp_path, name, mode)
-        for key in ("y", "dx", "gate_up", "down"):
-            assert torch.equal(torch.cat([part[key] for part in parts]), whole[key]), (world, key)
-        for part in parts:  # summed over ranks in another order
-            torch.testing.assert_close(part["router"], whole["router"], rtol=1e-4, atol=1e-5)
-            squares = sum(float(whole[key].double().square().sum()) for key in ("gate_up", "down", "router"))
-            others = 0.0 if name == "qwen3_moe" else None  # the shared experts' gradients are in it too
-            assert others is None or part["norm"] == pytest.approx(squares**0.5, rel=1e-5)
+        ranks = ranks_of(world, layers, tmp_path)
+        for i, want in enumerate(whole):
+            for key in ("y", "dx", "gate_up", "down"):
+                assert torch.equal(torch.cat([found[i][key] for found in ranks]), want[key]), (world, CASES[i], key)
+            for found in ranks:  # summed over ranks in another order
+                torch.testing.assert_close(found[i]["router"], want["router"], rtol=1e-4, atol=1e-5)
 
 
 def sequences_of(rank: int, world: int) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 from athanor.batch import pack
 from athanor.config import OptimizerConfig, RecipeConfig, SamplingConfig
 from athanor.generator import Generator
+from athanor.kernels import strict_mode
 from athanor.kernels.fp8_quantize import dequantize, fp8_quantize, fp8_quantize_dual
 from athanor.model.fp8 import Fp8Weight
 from athanor.model.moe import mixtures, use_fp8_
@@ -210,3 +211,23 @@ def test_the_setting_is_refused_where_nothing_would_be_in_fp8():
         RecipeConfig(fp8="dgrad", models={"main": {}})
     with pytest.raises(ValueError, match="mode is 'on'"):
         use_fp8_(random_decoder(WIDE["qwen3_moe"]), "on")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["dgrad", "wgrad"])
+def test_captured_steps_read_the_new_copies_and_strict_log_probs_are_the_trainers_on_cuda(mode):
+    """The weights change between two rollouts: a captured step reads what was quantised in place."""
+    config = FAMILIES["qwen3_moe"].model_copy(update={"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128})
+    model, asked = use_fp8_(random_decoder(config).to("cuda", torch.bfloat16), mode), requests(num=8)
+    with strict_mode():
+        generator, optimizer = Generator(model, {EOS}, max_rows=32), Optimizer(model, OptimizerConfig(lr=1e-2), RANKS)
+        for _ in range(3):
+            groups = generator.generate(asked, SamplingConfig(max_tokens=24))
+            prompts, samples = [r.prompt_ids for r, g in zip(asked, groups, strict=True) for _ in g], [c for g in groups for c in g]
+            for batch in pack(prompts, [c.token_ids for c in samples], 300, "cuda"):
+                logps = completion_logprobs(model, batch).logps
+                assert np.array_equal(logps.detach().cpu().numpy(), np.concatenate([samples[i].logps for i in batch.sequences]))
+                (-logps.sum() / 1000).backward()
+            optimizer.step(1e-2)
+            optimizer.zero_grad()
+        assert all(w.num_made == 3 for moe in mixtures(model) for w in moe.fp8.weights.values())

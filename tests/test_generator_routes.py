@@ -106,3 +106,21 @@ def test_new_weights_record_what_they_choose():
         assert np.array_equal(c.routes[1][1:first], before[: first - 1])
         assert np.array_equal(c.routes[1][first:], new[len(request.prompt_ids) + first - 1 :])
         assert not np.array_equal(before, new[len(request.prompt_ids) :][: len(before)])
+
+
+@pytest.mark.gpu
+def test_recorded_experts_replay_without_disagreement_in_strict_mode_on_cuda():
+    config = FAMILIES["qwen3_moe"].model_copy(update={"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128})
+    model, asked = random_decoder(config).to("cuda", torch.bfloat16), requests(num=8)
+    with strict_mode(), torch.no_grad():
+        groups = Generator(model, {EOS}, max_rows=20, record_routes=True).generate(asked, SamplingConfig(max_tokens=24))
+        for request, group in zip(asked, groups, strict=True):
+            for c in group:
+                replay = torch.from_numpy(np.concatenate((c.routes[0], c.routes[1][1:]))).to("cuda", torch.int32).transpose(0, 1).contiguous()
+                tokens = torch.from_numpy(np.concatenate((request.prompt_ids, c.token_ids[:-1])))
+                n = len(tokens)
+                filled = fill_tokens(tokens, torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
+                ids, positions, cu_seqlens = (t.cuda() for t in filled)
+                routes = Routes(replay=replay)
+                model(ids, positions, PackedAttention(cu_seqlens), routes)
+                assert replay.shape == (3, n, 2) and float(routes.disagreement) == 0 and bool((replay >= 0).all())
