@@ -9,6 +9,7 @@ import torch
 
 from athanor.config import SamplingConfig
 from athanor.generator import Generator
+from athanor.kernels import strict_mode
 from athanor.model.moe import Routes, routers
 from athanor.model.transformer import PackedAttention, fill_tokens
 from athanor.samples import Request
