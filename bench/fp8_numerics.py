@@ -147,7 +147,7 @@ def main() -> None:
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--json", type=Path, metavar="FILE", help="append the figures as one line")
     arguments = p.parse_args()
-    ranks = Ranks(arguments.device)
+    ranks = Ranks(arguments.device, threads=torch.get_num_threads())  # as OMP_NUM_THREADS has them
     documents, results = Documents(ranks.device), {}
     modes = ["off", *(mode for mode in arguments.modes if mode != "off")]  # what the others are compared with
     for mode in modes:
