@@ -174,7 +174,21 @@ def alone(rank: int, world: int) -> dict:
             "state": all(torch.equal(state[name], value) for name, value in model.state_dict().items())}  # fmt: skip
 
 
+def test_one_rank_is_the_layer_as_it_was(tmp_path):
+    """The fast part: everything but a second process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for found, want in zip(layers(0, 1), layers(0, 0), strict=True):
+            assert all(torch.equal(found[key], want[key]) for key in want)
+    finally:
+        dist.destroy_process_group()
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.multiproc
+@pytest.mark.slow
 def test_experts_come_back_as_they_were_and_what_cannot_be_shared_is_refused(tmp_path):
     for found in ranks_of(2, alone, tmp_path):
         assert found["same"] and found["state"]

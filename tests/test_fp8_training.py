@@ -58,8 +58,7 @@ def scored(model, asked, groups, micro_batch_tokens=10**6):
     return torch.cat([logps for logps, _ in found]), np.concatenate([logps for _, logps in found])
 
 
-@pytest.mark.parametrize("mode", ["dgrad", "wgrad"])
-@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("name, mode", [("qwen3_moe", "dgrad"), ("deepseek_v3", "wgrad")])
 def test_sampled_log_probs_equal_the_trainers_bit_for_bit(name, mode):
     model, asked = a_model(name, mode), requests()
     groups = Generator(model, {EOS}, max_rows=11).generate(asked, SamplingConfig(max_tokens=16))
