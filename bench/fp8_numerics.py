@@ -109,7 +109,8 @@ def train(mode: str, arguments: argparse.Namespace, documents: Documents, ranks:
 
 @torch.no_grad()
 def held_out_loss(model: Decoder, batches: list[PackedBatch]) -> float:
-    return -sum(float(completion_logprobs(model, batch).logps.double().sum()) for batch in batches) / sum(b.num_targets for b in batches)
+    total = sum(float(completion_logprobs(model, batch).logps.double().sum()) for batch in batches)
+    return -total / sum(batch.num_targets for batch in batches)
 
 
 def gradients(model: Decoder, mode: str, batch: PackedBatch, replay: Tensor | None) -> tuple[dict[str, list[Tensor]], Tensor]:
