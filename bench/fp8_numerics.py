@@ -171,7 +171,8 @@ def main() -> None:
     for kind, value in results["sqnr_db"].items():
         print(f"{kind:60} {value:.2%}" if kind.startswith("routes") else f"{kind:60} {value:.1f} dB")
     if arguments.json:
-        row = {"steps": arguments.steps, "seed": arguments.seed, "lr": arguments.lr, "device": arguments.device, "torch": torch.__version__, **results}
+        settings = {name: getattr(arguments, name) for name in ("steps", "seed", "lr", "device")}
+        row = {**settings, "torch": torch.__version__, **results}
         with arguments.json.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
