@@ -1,130 +1,166 @@
 """Training state that survives a kill at any instant, and export of a finished model.
 
-    FOLDER/step-00000010/   model.safetensors, optimizer.pt, extra.json, checksums.json (SHA-256 of the other three)
+    FOLDER/step-00000010/   shard-*.safetensors (of each writing rank), extra.json, checksums.json (SHA-256 of the others)
 
 A state is written under a hidden name, flushed to the disk and renamed, so a step folder is complete; the checksums catch what is damaged later.
-The last two states are kept: when the newest is damaged, the one before takes its place.  For one writing process; sharded state is not covered.
+The last states are kept: when the newest is damaged, the one before takes its place.
+Tensors go through torch.distributed.checkpoint: a rank writes the rows that it holds, and a state is read by any number of ranks, split or not.
+The folder must be one that all ranks see.  Left out: saving in the background.
 """
 
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
-from collections import OrderedDict
+import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from athanor import atomic, tokenizer, weights
+from athanor.errors import UserError
 from athanor.model.transformer import Decoder
+from athanor.optim import Optimizer
+from athanor.parallel import Ranks
+from athanor.sharding import is_sharded
 from athanor.tokenizer import Tokenizer
 
 NUM_KEPT = 2
-STATE_FILES = ("model.safetensors", "optimizer.pt", "extra.json")
 
 
 @dataclass(frozen=True)
 class State:
-    """A training state as read back; `model.load_state_dict(state.model)` and the optimizer's counterpart restore it."""
+    """Which training state was restored."""
 
     step: int
-    model: dict[str, Tensor]  # on the CPU
-    optimizer: dict  # as given to save_state, tensors on the CPU
     extra: dict
     path: Path
 
 
-def save_state(folder: str | Path, step: int, model: nn.Module, optimizer_state: dict, extra: dict) -> Path:
-    """Write the state after `step` steps, then drop all but the last two; return its folder.
+def save_state(folder: str | Path, step: int, model: nn.Module, optimizer: Optimizer, extra: dict, ranks: Ranks, *, keep: int = NUM_KEPT) -> Path:
+    """Write the state after `step` steps, then drop all but the last `keep`; return its folder.  Every rank calls it.
 
-    optimizer_state: nested dicts, lists and tuples of tensors, numbers and strings (random-generator states belong here too).
-    extra: JSON with string keys.  States beyond `step` are dropped: they belong to a run that this one has replaced.
-    Raises ValueError when something in it could not be read back, UserError when the folder cannot be written.
+    extra: JSON with string keys, rank 0's.  States beyond `step` are dropped: they belong to a run that this one has replaced.
+    Raises ValueError when extra could not be read back, UserError when the folder cannot be written.
     """
-    if step < 0:
-        raise ValueError(f"save_state: step is {step}, wanted >= 0")
+    if step < 0 or keep < 1:
+        raise ValueError(f"save_state: step is {step}, keep is {keep}, wanted step >= 0 and keep >= 1")
     folder = Path(folder)
-    _check_readable(optimizer_state, "optimizer_state", tensors=True)
-    _check_readable(extra, "extra", tensors=False)
+    _check_json(extra, "extra")
     path = folder / f"step-{step:08d}"
-    with atomic.replace_folder(path) as tmp:
-        tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
-        weights.write_tensors(tensors, tmp / "model.safetensors")
+    split = is_sharded(model)
+    if not (split or ranks.is_main):
+        return path
+    with atomic.replace_folder(path) if ranks.is_main else nullcontext() as tmp:
+        tmp = Path(ranks.broadcast(str(tmp))) if split else tmp  # it is there when the others hear of it
         try:
-            torch.save(optimizer_state, tmp / "optimizer.pt")
-        except RuntimeError as error:  # the contents are checked: what is left is the disk
-            raise OSError(str(error)) from error
+            with _without_advice():
+                writer = HuggingFaceStorageWriter(str(tmp), save_distributed=True)
+                tensors = {name: value.contiguous() for name, value in _tensors(model, optimizer).items()}
+                dcp.save(tensors, storage_writer=writer, no_dist=not split)
+        except dcp.api.CheckpointException as error:
+            raise OSError(_reason(error)) from error
+        files = sorted(file.name for file in tmp.glob("*.safetensors"))
+        digests = [(name, _sha256(tmp / name)) for name in (ranks.share(files) if split else files)]
+        digests = dict(ranks.concatenate(digests)[0] if split else digests)
+        if not ranks.is_main:
+            return path
         (tmp / "extra.json").write_text(json.dumps(extra, indent=1), encoding="utf-8")
-        digests = {name: _sha256(tmp / name) for name in STATE_FILES}
+        digests["extra.json"] = _sha256(tmp / "extra.json")
         (tmp / "checksums.json").write_text(json.dumps({"step": step, "sha256": digests}, indent=1), encoding="utf-8")
     # The new state is in place, so whatever still has a hidden name is a dead writer's.
     for hidden in folder.glob(".step-*"):
         shutil.rmtree(hidden)
     steps = _steps(folder)
-    for number in [s for s in steps if s > step] + [s for s in steps if s <= step][:-NUM_KEPT]:
+    for number in [s for s in steps if s > step] + [s for s in steps if s <= step][:-keep]:
         dropped = folder / f".step-{number:08d}.removed"
         os.rename(folder / f"step-{number:08d}", dropped)
         shutil.rmtree(dropped)
     return path
 
 
-def load_latest_state(folder: str | Path) -> State | None:
-    """Read the newest undamaged state, None when there is none.  A damaged one is named on stderr and passed over, never read."""
+def load_latest_state(folder: str | Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> State | None:
+    """Restore model and optimizer from the newest undamaged state; None, and nothing is changed, when there is none.  Every rank calls it.
+
+    A damaged state is named on stderr and passed over, never read.  Raises UserError when a whole one is of another model or optimizer.
+    """
     folder = Path(folder)
-    if not folder.is_dir():
-        return None
-    for aside in folder.glob(".step-*.old"):
-        atomic.recover(folder / aside.name[1:].removesuffix(".old"))
-    for step in reversed(_steps(folder)):
+    if ranks.is_main:
+        for aside in folder.glob(".step-*.old"):
+            atomic.recover(folder / aside.name[1:].removesuffix(".old"))
+    for step in ranks.broadcast(sorted(_steps(folder), reverse=True) if ranks.is_main else None):
         path = folder / f"step-{step:08d}"
-        reason = _damage(path, step)
-        if reason is None:
+        reasons = [reason for reason in ranks.concatenate([_damage(path, step, ranks)])[0] if reason]
+        if not reasons:
+            extra = json.loads((path / "extra.json").read_text(encoding="utf-8"))
             try:
-                return State(
-                    step,
-                    safetensors.torch.load_file(path / "model.safetensors"),
-                    torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
-                    json.loads((path / "extra.json").read_text(encoding="utf-8")),
-                    path,
-                )
-            except (OSError, SafetensorError, pickle.UnpicklingError) as error:
-                reason = str(error)
-        print(f"warning: training state {path} is damaged ({reason}); trying the one before", file=sys.stderr)
+                with _without_advice():
+                    dcp.load(_tensors(model, optimizer), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not is_sharded(model))
+            except dcp.api.CheckpointException as error:
+                raise UserError(f"training state {path} is not of this model and optimizer: {_reason(error)}") from error
+            return State(step, extra, path)
+        if ranks.is_main:
+            print(f"warning: training state {path} is damaged ({reasons[0]}); trying the one before", file=sys.stderr)
     return None
 
 
-def export_model(model: Decoder, tokens: Tokenizer, folder: str | Path) -> None:
-    """Write weights and tokenizer as a HuggingFace folder that replaces `folder` at once; other files in it are kept."""
+def export_model(model: Decoder, tokens: Tokenizer, folder: str | Path, *, writes: bool = True) -> None:
+    """Write weights and tokenizer as a HuggingFace folder that replaces `folder` at once; other files in it are kept.
+
+    writes: one rank does; where the model is split, the others call it, too, and hand over their parts.
+    """
+    if not writes:
+        weights.hand_over(model)
+        return
     token_ids = {"bos_token_id": tokens.bos_id, "eos_token_id": tokens.eos_id, "pad_token_id": tokens.pad_id}
     with atomic.replace_folder(folder, carry=lambda name: not weights.is_model_file(name) and name not in tokenizer.FILES) as tmp:
         weights.write_model(model, tmp, token_ids=token_ids)
         tokens.save(tmp)
 
 
+def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    return state | {f"optimizer.{name}": value for name, value in optimizer.state_tensors().items()}
+
+
+def _without_advice() -> warnings.catch_warnings:
+    """One process that saves alone is what is meant here, not a mistake to be warned of."""
+    return warnings.catch_warnings(action="ignore", category=UserWarning)
+
+
+def _reason(error: dcp.api.CheckpointException) -> str:
+    """The first rank's failure in one line."""
+    first = error.failures[min(error.failures)][0]
+    return str(first).strip().splitlines()[0] if str(first).strip() else type(first).__name__
+
+
 def _steps(folder: Path) -> list[int]:
-    names = (re.fullmatch(r"step-(\d{8,})", entry.name) for entry in folder.iterdir() if entry.is_dir())
+    names = (re.fullmatch(r"step-(\d{8,})", entry.name) for entry in folder.glob("step-*") if entry.is_dir())
     return sorted(int(name[1]) for name in names if name)
 
 
-def _damage(path: Path, step: int) -> str | None:
-    """Why this state must not be read; None = it is whole."""
+def _damage(path: Path, step: int, ranks: Ranks) -> str | None:
+    """Why this state must not be read, as far as this rank's share of its files tells; None = it is whole."""
     try:
         record = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
         if record["step"] != step:
             return f"its checksums.json is of step {record['step']}"
-        for name in STATE_FILES:
-            if _sha256(path / name) != record["sha256"][name]:
+        if "extra.json" not in record["sha256"]:
+            return "checksums.json is not readable"
+        for name, digest in ranks.share(sorted(record["sha256"].items())):
+            if _sha256(path / name) != digest:
                 return f"the SHA-256 of {name} does not match"
+        if surplus := {file.name for file in path.glob("*.safetensors")} - set(record["sha256"]):
+            return f"{min(surplus)} does not belong to it"
     except OSError as error:
         return f"{Path(error.filename).name if error.filename else path.name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "checksums.json is not readable"
     return None
 
@@ -134,18 +170,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_readable(value, where: str, *, tensors: bool) -> None:
-    """Raise now what would otherwise be found at resume: torch.load(weights_only) and JSON read plain values only."""
-    if value is None or type(value) in (bool, int, float, str) or (tensors and isinstance(value, Tensor)):
+def _check_json(value, where: str) -> None:
+    """Raise now what would otherwise be found at resume."""
+    if value is None or type(value) in (bool, int, float, str):
         return
-    if type(value) is dict or (tensors and type(value) is OrderedDict):
+    if type(value) is dict:
         for key, item in value.items():
-            if not (type(key) is str or (tensors and type(key) is int)):
-                raise ValueError(f"save_state: {where} has the key {key!r}, wanted {'text or a whole number' if tensors else 'text'}")
-            _check_readable(item, f"{where}[{key!r}]", tensors=tensors)
-    elif type(value) is list or (tensors and type(value) is tuple):
+            if type(key) is not str:
+                raise ValueError(f"save_state: {where} has the key {key!r}, wanted text")
+            _check_json(item, f"{where}[{key!r}]")
+    elif type(value) is list:
         for i, item in enumerate(value):
-            _check_readable(item, f"{where}[{i}]", tensors=tensors)
+            _check_json(item, f"{where}[{i}]")
     else:
-        wanted = "dict, list, tuple, tensor, number, text or None" if tensors else "JSON (dict, list, number, text, None)"
-        raise ValueError(f"save_state: {where} is a {type(value).__name__}, wanted {wanted}")
+        raise ValueError(f"save_state: {where} is a {type(value).__name__}, wanted JSON (dict, list, number, text, None)")

@@ -139,6 +139,8 @@ class TrainConfig(StageConfig):
     """Factor of the sequence balance loss of a mixture of experts, alpha; 0 = none."""
     save_every: int = Field(10, ge=1)
     """Steps between resumable states."""
+    keep_states: int = Field(2, ge=1)
+    """Resumable states that are kept; when the newest is damaged, the one before takes its place."""
 
 
 class GateConfig(Config):
@@ -334,6 +336,26 @@ class EvaluationConfig(Config):
     """The report's T = 0.6, top-p 0.95; pass@1_t1 always uses T = 1 without truncation."""
 
 
+class ParallelConfig(Config):
+    """How a training step is spread over ranks and memory.  It changes no result beyond the order of sums."""
+
+    shard: int = Field(1, ge=0)
+    """Ranks that one copy of parameters, gradients and optimizer state is split over (FSDP); 1 = every rank holds all of it, 0 = all ranks.  With
+    fewer than all, the copies are kept equal (HSDP)."""
+    reshard_after_forward: bool = True
+    """Gather a layer's parameters again for its backward instead of keeping them (ZeRO-3 instead of ZeRO-2)."""
+    activation_checkpointing: bool = False
+    """Keep the inputs of the layers alone and compute the rest again in backward."""
+    offload: bool = False
+    """Keep split parameters, gradients and optimizer state in CPU memory, where the optimizer then runs (on a CPU they are there anyway)."""
+
+    @model_validator(mode="after")
+    def _split(self):
+        if self.offload and self.shard == 1:
+            raise ValueError("offload is true, which takes split parameters; wanted shard other than 1")
+        return self
+
+
 class RecipeConfig(Config):
     """A whole run."""
 
@@ -362,6 +384,8 @@ class RecipeConfig(Config):
     """Another run folder: finished stages with the same settings, seed and inputs are copied from it."""
     until: str = ""
     """Last stage to run, and to evaluate; empty = all.  The same run goes on when it is started again without it."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Sharding over ranks, activation checkpointing."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """Tokenizer of all models."""
     models: dict[str, ModelConfig] = {}
@@ -382,4 +406,16 @@ class RecipeConfig(Config):
         folders = [stage.init for stage in self.stages.values() if getattr(stage, "init", "") not in ("", *self.stages)]
         if self.fp8 != "off" and self.models and not folders and all(model.architecture not in SPARSE for model in self.models.values()):
             raise ValueError(f"fp8 is {self.fp8}, wanted off: no model of the run has experts")
+        return self
+
+    @model_validator(mode="after")
+    def _split_whole(self):
+        if self.parallel.shard == 1:
+            return self
+        if self.fp8 != "off":  # a gathered stack does not tell that it has changed
+            raise ValueError(f"fp8 is {self.fp8} and parallel.shard is {self.parallel.shard}; FP8 experts take whole parameters, shard = 1")
+        for name, stage in self.stages.items():
+            if getattr(stage, "mtp_loss", 0):  # that layer runs outside of the forward that gathers
+                wanted = "wanted shard = 1, which multi-token prediction takes"
+                raise ValueError(f"stages.{name}.mtp_loss is {stage.mtp_loss} and parallel.shard is {self.parallel.shard}; {wanted}")
         return self

@@ -7,11 +7,13 @@ AdamW (arXiv 1711.05101) or Muon for matrices with AdamW for the rest, both PyTo
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from athanor.config import OptimizerConfig
 from athanor.errors import UserError
 from athanor.parallel import Ranks
+from athanor.sharding import split_parameters
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int, peak: float | None = None) -> float:
@@ -26,12 +28,33 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int, peak: floa
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
+class ShardedMuon(torch.optim.Muon):
+    """Muon of matrices that are split over ranks: the momentum is split, too; gradient and matrix are whole, on every rank, one pair at a time."""
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            momentum, options = group["momentum"], {name: value for name, value in group.items() if name not in ("params", "momentum", "nesterov")}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                buffer.lerp_(p.grad, 1 - momentum)
+                full = nn.Parameter(p.full_tensor())
+                full.grad = p.grad.lerp(buffer, momentum).full_tensor()
+                torch.optim.Muon([full], momentum=0.0, nesterov=False, **options).step()
+                p.copy_(distribute_tensor(full.detach(), p.device_mesh, p.placements, src_data_rank=None))
+
+
 class Optimizer:
-    """Owns the update of one model's parameters; gradients are summed over ranks before clipping."""
+    """Owns the update of one model's parameters; gradients are summed over ranks before clipping (those of split parameters were in backward).
+
+    Split parameters (`sharding`) are DTensors, and so is their state, which is there from the beginning.
+    """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks):
         self.config, self.ranks = config, ranks
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.names, self.parameters = zip(*[(name, p) for name, p in split_parameters(model).items() if p.requires_grad], strict=True)
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         tables |= {id(p) for n, p in model.named_parameters() if n.startswith(("lm_head", "value_head"))}
         stacks = [n for n, p in model.named_parameters() if p.dim() > 2]  # of experts
@@ -41,13 +64,15 @@ class Optimizer:
         others = [p for p in self.parameters if all(p is not m for m in matrices)]
         adamw = dict(lr=config.lr, betas=config.betas, eps=config.eps)
         if config.name == "muon":
+            muon = ShardedMuon if any(isinstance(p, DTensor) for p in matrices) else torch.optim.Muon
             self.parts = [
-                torch.optim.Muon(matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+                muon(matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
                 torch.optim.AdamW(others, weight_decay=0.0, fused=True, **adamw),
             ]
         else:
             groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
             self.parts = [torch.optim.AdamW(groups, fused=True, **adamw)]
+        self._allocate()
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -55,21 +80,35 @@ class Optimizer:
 
     def step(self, lr: float) -> float:
         """Reduce, clip and apply; return the gradient norm before clipping.  A non-finite norm raises FloatingPointError and applies nothing."""
-        self.ranks.sum_gradients_(self.parameters)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf))
+        self.ranks.sum_gradients_([p for p in self.parameters if not isinstance(p, DTensor)])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm}")
+            raise FloatingPointError(f"gradient norm is {float(norm)}")
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip or math.inf, norm)
+        self._apply(lr)
+        return float(norm)
+
+    def _apply(self, lr: float) -> None:
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = lr
             part.step()
-        # Fused updates do not count as in-place writes (torch 2.13), by which the sampler and FP8 copies know that weights have changed.
+        # Fused AdamW writes past PyTorch's version counters, by which a generator and FP8 copies know of new weights.
         torch.autograd.graph.increment_version(self.parameters)
-        return norm
 
-    def state_dict(self) -> dict:
-        return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a saved state must hold, by parameter and kind; writing into the tensors restores it.  Rates and the like are the configuration's."""
+        names = {p: name for name, p in zip(self.names, self.parameters, strict=True)}
+        states = [(names[p], state) for part in self.parts for p, state in part.state.items()]
+        return {f"{name}.{kind}": value for name, state in states for kind, value in state.items()}
 
-    def load_state_dict(self, state: dict) -> None:
-        for i, part in enumerate(self.parts):
-            part.load_state_dict(state[str(i)])
+    @torch.no_grad()
+    def _allocate(self) -> None:
+        """Make the state of all parameters, as PyTorch does in a first step: one at rate 0 with gradients of 0, and then forgotten."""
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p)
+        self._apply(0.0)
+        self.zero_grad()
+        for value in self.state_tensors().values():
+            value.zero_()

@@ -1,17 +1,31 @@
 """Ranks of a torchrun job: one process or many run the same code.
 
-Work is split by index (rank r takes items r, r + world, ...), gradients are summed, and losses divide by denominators counted over all ranks,
-so N ranks give the gradients of one.
+Work is split by index (rank r takes items r, r + world, ...) or by size, gradients are summed, and losses divide by denominators counted over all
+ranks, so N ranks give the gradients of one.
 """
 
 import datetime
+import heapq
 import os
+import pickle
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from athanor.errors import UserError
+
+
+def spread(work: Sequence[float], num_ranks: int) -> list[list[int]]:
+    """Items of each rank, ascending: the largest first, each to the rank that has the least so far (R. L. Graham, 1969: at most 4/3 of the best)."""
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [(0.0, rank) for rank in range(num_ranks)]
+    for i in sorted(range(len(work)), key=lambda i: (-work[i], i)):
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(i)
+        heapq.heappush(loads, (load + work[i], rank))
+    return [sorted(share) for share in shares]
 
 
 class Ranks:
@@ -30,15 +44,18 @@ class Ranks:
         # Ranks that share cores and spin on each other's threads are 20-100 times slower: each gets its own share.
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if use_cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+            # gloo too: scalars, and state that is kept in CPU memory, are summed where they are.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, items: list) -> list:
-        """This rank's items."""
-        return items[self.rank :: self.world]
+    def share(self, items: list, work: Sequence[float] | None = None) -> list:
+        """This rank's items, in their order: every world-th, or, by the `work` of each, about as much as the others'."""
+        if work is None:
+            return items[self.rank :: self.world]
+        return [items[i] for i in spread(work, self.world)[self.rank]]
 
     def sum_(self, *tensors: Tensor) -> None:
         """Sum tensors over ranks in place."""
@@ -57,9 +74,16 @@ class Ranks:
         dist.all_reduce(tensor)
         return int(tensor)
 
+    def max_int(self, value: int) -> int:
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
     def sum_gradients_(self, parameters: list[Tensor]) -> None:
         """Sum gradients in one flat bucket, in the order of `parameters`; a missing gradient counts as zero."""
-        if self.world == 1:
+        if self.world == 1 or not parameters:
             return
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
         dist.all_reduce(flat)
@@ -82,6 +106,19 @@ class Ranks:
         parts: list = [None] * self.world
         dist.all_gather_object(parts, items)
         return [item for part in parts for item in part], sum(len(part) for part in parts[: self.rank])
+
+    def exchange(self, outgoing: list[list]) -> list[list]:
+        """Give rank r the list outgoing[r]; return what every rank gave to this one."""
+        if self.world == 1:
+            return outgoing
+        data = [pickle.dumps(items) for items in outgoing]
+        sizes = torch.tensor([len(d) for d in data])
+        received = torch.empty_like(sizes)
+        dist.all_to_all_single(received, sizes)
+        incoming = torch.empty(int(received.sum()), dtype=torch.uint8)
+        payload = torch.frombuffer(bytearray(b"".join(data)), dtype=torch.uint8)
+        dist.all_to_all_single(incoming, payload, received.tolist(), sizes.tolist())
+        return [pickle.loads(part.numpy().tobytes()) for part in incoming.split(received.tolist())]
 
     def broadcast(self, item):
         """Rank 0's object on every rank."""

@@ -32,6 +32,7 @@ from athanor.rewards import make_reward
 from athanor.rewards.verdicts import Comparison
 from athanor.run_folder import open_run_folder
 from athanor.samples import in_domain
+from athanor.sharding import shard_size
 from athanor.stages import grpo, reward_model
 from athanor.stages.context import StageContext, checkpoint_dir, data_path
 from athanor.stages.evaluate import evaluate
@@ -39,7 +40,7 @@ from athanor.tasks import make_task, require_answers
 from athanor.tokenizer import Tokenizer, symbol_tokenizer
 from athanor.weights import load_model
 
-LOCATION_KEYS = ("name", "run_root", "reuse", "until", "threads", "max_rows", "report_notes")
+LOCATION_KEYS = ("name", "run_root", "reuse", "until", "threads", "max_rows", "report_notes", "parallel")
 RESULT_KEYS = ("pass@1", "pass@1_t1", "mean_tokens", "reflection_rate", "format_rate", "language_consistency")
 
 
@@ -50,6 +51,7 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
     check(recipe, tasks)
     whole, recipe = recipe, up_to(recipe)
     ranks = Ranks(recipe.device, recipe.threads)
+    shard_size(recipe.parallel, ranks)
     run_dir = Path(recipe.run_root) / recipe.name
     console = Console(len(recipe.stages) + len(recipe.evaluation.stages))
     lock = open_run_folder(run_dir, config_data(whole), overwrite=overwrite, ignore=LOCATION_KEYS) if ranks.is_main else None
@@ -237,7 +239,7 @@ def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenize
     used = {task: recipe.tasks[task].model_dump() for task in sorted(set(_tasks_of(stage)))}
     shape = recipe.models[stage.model].model_dump() if stage.kind == "pretrain" else None
     # Everything that decides the stage's result besides its inputs' bytes; how often it saves and what it is called in the report do not.
-    own = stage.model_dump(mode="json", exclude={"label", "save_every"})
+    own = stage.model_dump(mode="json", exclude={"label", "save_every", "keep_states"})
     vocabulary = [tokenizer.id_to_token(i) for i in range(tokenizer.vocab_size)]
     facts = {"stage": own, "tasks": used, "model": shape, "vocabulary": vocabulary, "name": name}
     facts |= {"seed": recipe.seed, "dtype": recipe.dtype, "strict": recipe.strict, "fp8": recipe.fp8}

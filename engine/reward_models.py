@@ -124,9 +124,9 @@ MODEL_REWARDS = {"preference": Preference, "safety": Safety}
 MODEL_FIELDS = {"preference": "reward_model", "safety": "safety_model"}  # reward -> field of a stage or evaluation that names its model's stage
 
 
-def save_reward_head(model: RewardModel, folder: Path) -> None:
-    """Write head and scale beside an exported decoder."""
-    save_file({"weight": model.value_head.weight.detach().contiguous()}, folder / HEAD_FILE)
+def save_reward_head(model: RewardModel, weight: Tensor, folder: Path) -> None:
+    """Write the head's whole weight and the scale beside an exported decoder."""
+    save_file({"weight": weight.cpu().contiguous()}, folder / HEAD_FILE)
     (folder / SCALE_FILE).write_text(json.dumps({"mean": model.mean, "std": model.std, "objective": model.objective}))
 
 

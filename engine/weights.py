@@ -22,17 +22,20 @@ from athanor.errors import UserError
 from athanor.hf_config import fp8_block, model_config_from_hf, model_config_to_hf
 from athanor.hf_tensors import Source, hf_copies, hf_tensors, mtp_prefix
 from athanor.model.transformer import Decoder
+from athanor.sharding import WholeParameters
 
 INDEX_FILE = "model.safetensors.index.json"
 SCALE = "_scale_inv"  # behind the name of an FP8 weight
 
 
 def weights_hash(model: Decoder) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of all parameters."""
+    """SHA-256 over names, shapes, dtypes and bytes of all parameters, in the type that the model computes in; of a split one every rank calls it."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    parameters = WholeParameters(model)
+    for name in sorted(parameters.names):
+        parameter = parameters[name]
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(parameter.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -95,32 +98,44 @@ def save_model(model: Decoder, path: str | Path, *, token_ids: dict | None = Non
 
 
 def write_model(model: Decoder, folder: Path, *, token_ids: dict | None = None, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Write config.json and the safetensors into an existing folder, one shard in memory at a time."""
-    parameters = dict(model.named_parameters())
-    dtype = parameters["embed.weight"].dtype
-    sources = hf_tensors(model.config)
-    sources |= {name: sources[of] for name, of in hf_copies(model.config).items() if name != "lm_head.weight"}
-    width = {name: parameters[source.parameter].element_size() for name, source in sources.items()}
+    """Write config.json and the safetensors into an existing folder, one shard in memory at a time.
+
+    Where the model is split over ranks, its tensors are whole on the way, and the others call `hand_over` meanwhile.
+    """
+    parameters, sources = WholeParameters(model), _written(model)
     shards: list[list[str]] = [[]]
-    filled = 0
+    filled = total = 0
     for name, source in sources.items():
-        size = width[name] * torch.Size(source.shape).numel()
+        size = parameters.dtype_of(source.parameter).itemsize * torch.Size(source.shape).numel()
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += size
+        filled, total = filled + size, total + size
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))] if len(shards) > 1 else ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
         # A copy each: safetensors refuses views that share their storage.
-        tensors = {name: sources[name].of(parameters).detach().to("cpu", copy=True).contiguous() for name in names}
+        tensors = {name: sources[name].of(parameters).to("cpu", copy=True).contiguous() for name in names}
         write_tensors(tensors, folder / file)
     if len(shards) > 1:
-        total = sum(width[name] * torch.Size(source.shape).numel() for name, source in sources.items())
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         (folder / INDEX_FILE).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
+    dtype = parameters.dtype_of("embed.weight")
     config = {**model_config_to_hf(model.config), **(token_ids or {}), "torch_dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def hand_over(model: Decoder) -> None:
+    """This rank's part in another's `write_model`; nothing where the model is not split."""
+    parameters = WholeParameters(model)
+    for source in _written(model).values():
+        source.of(parameters)
+
+
+def _written(model: Decoder) -> dict[str, Source]:
+    """What a folder has, in this order: a tied head once, and what DeepSeek's files have twice."""
+    sources = hf_tensors(model.config)
+    return sources | {name: sources[of] for name, of in hf_copies(model.config).items() if name != "lm_head.weight"}
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:

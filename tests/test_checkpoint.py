@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from athanor import atomic
-from athanor.checkpoint import STATE_FILES, export_model, load_latest_state, save_state
+from athanor.checkpoint import export_model, load_latest_state
+from athanor.checkpoint import save_state as save_state_of_ranks
 from athanor.config import ModelConfig, OptimizerConfig
 from athanor.errors import UserError
 from athanor.model.transformer import Decoder, PackedAttention
+from athanor.optim import Optimizer
+from athanor.parallel import Ranks
 from athanor.tokenizer import Tokenizer, symbol_tokenizer
 from athanor.weights import load_model
 
@@ -25,20 +28,35 @@ class Killed(BaseException):
     """Not an Exception: no handler of the code under test may clean up, as after kill -9."""
 
 
-def state_of(step: int) -> tuple[torch.nn.Module, dict, dict]:
+RANKS = Ranks("cpu", threads=1)
+FILES = ("shard-00001-model-00001-of-00001.safetensors", "extra.json")
+
+
+def save_state(folder, step, model, optimizer, extra, **options):
+    return save_state_of_ranks(folder, step, model, optimizer, extra, RANKS, **options)
+
+
+def state_of(step: int) -> tuple[torch.nn.Module, Optimizer, dict]:
     """A state all of whose parts say which step they are of."""
     model = torch.nn.Linear(3, 2)
+    optimizer = Optimizer(model, OptimizerConfig(), RANKS)
     with torch.no_grad():
-        model.weight.fill_(step)
-        model.bias.fill_(-step)
-    return model, {"0": {"step": torch.tensor(step), "betas": (0.9, 0.95), "groups": [{"lr": 0.1 * step}], 7: None}}, {"step": step, "note": "é"}
+        for value in (*model.parameters(), *optimizer.state_tensors().values()):
+            value.fill_(step)
+    return model, optimizer, {"step": step, "note": "é"}
+
+
+def restored(folder):
+    """What is read into a fresh model; None when there is nothing."""
+    model, optimizer, _ = state_of(-1)
+    state = load_latest_state(folder, model, optimizer, RANKS)
+    wanted = -1 if state is None else state.step
+    assert all((value == wanted).all() for value in (*model.parameters(), *optimizer.state_tensors().values()))
+    return state
 
 
 def assert_is(state, step: int) -> None:
-    model, optimizer, extra = state_of(step)
-    assert state.step == step and state.extra == extra
-    assert state.model.keys() == model.state_dict().keys() and all(torch.equal(state.model[k], v) for k, v in model.state_dict().items())
-    assert state.optimizer == optimizer  # 0-d tensors compare as numbers
+    assert state.step == step and state.extra == {"step": step, "note": "é"}
 
 
 def folders(path) -> list[str]:
@@ -47,40 +65,62 @@ def folders(path) -> list[str]:
 
 def test_a_state_is_read_back_exactly(tmp_path):
     path = save_state(tmp_path / "a" / "b", 10, *state_of(10))
-    assert path.name == "step-00000010" and sorted(os.listdir(path)) == sorted([*STATE_FILES, "checksums.json"])
-    assert_is(load_latest_state(tmp_path / "a" / "b"), 10)
+    assert path.name == "step-00000010" and sorted(os.listdir(path)) == sorted([*FILES, "checksums.json"])
+    assert_is(restored(tmp_path / "a" / "b"), 10)
 
 
 def test_nothing_saved_is_none(tmp_path):
-    assert load_latest_state(tmp_path / "nowhere") is None
-    assert load_latest_state(tmp_path) is None
+    assert restored(tmp_path / "nowhere") is None
+    assert restored(tmp_path) is None
 
 
 def test_bf16_and_empty_tensors_survive(tmp_path):
-    model = torch.nn.Module()
-    model.register_buffer("a", torch.arange(3).to(torch.bfloat16))
-    model.register_buffer("b", torch.zeros(0, 4, dtype=torch.int64))
-    save_state(tmp_path, 0, model, {"rng": torch.get_rng_state(), "view": torch.arange(6).view(2, 3).T}, {})
-    state = load_latest_state(tmp_path)
-    assert all(torch.equal(state.model[k], v) and state.model[k].dtype == v.dtype for k, v in model.state_dict().items())
-    assert torch.equal(state.optimizer["view"], torch.arange(6).view(2, 3).T) and state.optimizer["rng"].dtype == torch.uint8
+    def build():
+        model = torch.nn.Module()
+        model.a = torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.bfloat16))
+        model.register_buffer("b", torch.zeros(0, 4, dtype=torch.int64))
+        model.register_buffer("view", torch.zeros(3, 2).T)
+        return model, Optimizer(model, OptimizerConfig(), RANKS)
+
+    model, optimizer = build()
+    with torch.no_grad():
+        model.a.copy_(torch.arange(6).view(3, 2) / 3)
+        model.view.copy_(torch.arange(6).view(2, 3))
+    optimizer.state_tensors()["a.exp_avg"].fill_(1 / 3)
+    save_state(tmp_path, 0, model, optimizer, {})
+    other, other_optimizer = build()
+    assert load_latest_state(tmp_path, other, other_optimizer, RANKS).step == 0
+    for one, two in ((model.state_dict(), other.state_dict()), (optimizer.state_tensors(), other_optimizer.state_tensors())):
+        assert one.keys() == two.keys() and all(torch.equal(two[k], v) and two[k].dtype == v.dtype for k, v in one.items())
+
+
+def test_a_state_of_another_model_is_refused_in_one_line(tmp_path):
+    save_state(tmp_path, 1, *state_of(1))
+    for model in (torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(3, 4), torch.nn.Sequential(torch.nn.Linear(3, 2))):
+        optimizer = Optimizer(model, OptimizerConfig(), RANKS)
+        if isinstance(model, torch.nn.Linear) and model.bias is None:
+            assert load_latest_state(tmp_path, model, optimizer, RANKS).step == 1  # more was saved than is wanted
+            continue
+        with pytest.raises(UserError, match="step-00000001 is not of this model and optimizer") as error:
+            load_latest_state(tmp_path, model, optimizer, RANKS)
+        assert "\n" not in str(error.value)
 
 
 def test_the_last_two_are_kept(tmp_path):
     for step in (5, 10, 100_000_000, 100_000_001):
         save_state(tmp_path, step, *state_of(step))
     assert folders(tmp_path) == ["step-100000000", "step-100000001"]
-    assert_is(load_latest_state(tmp_path), 100_000_001)
+    assert_is(restored(tmp_path), 100_000_001)
 
 
 def test_saving_a_step_again_replaces_it_and_drops_the_steps_beyond(tmp_path):
     for step in (10, 20, 30, 20):
         save_state(tmp_path, step, *state_of(step))
     assert folders(tmp_path) == ["step-00000020"]  # 10 went when 30 came
-    assert_is(load_latest_state(tmp_path), 20)
+    assert_is(restored(tmp_path), 20)
 
 
-@pytest.mark.parametrize("name", [*STATE_FILES, "checksums.json"])
+@pytest.mark.parametrize("name", [*FILES, "checksums.json"])
 @pytest.mark.parametrize("damage", ["truncate", "flip a bit", "delete", "empty"])
 def test_a_damaged_newest_state_is_named_and_the_previous_one_is_read(tmp_path, capsys, name, damage):
     for step in (10, 20):
@@ -94,46 +134,42 @@ def test_a_damaged_newest_state_is_named_and_the_previous_one_is_read(tmp_path, 
         file.write_bytes(data)
     else:
         file.write_bytes(data[: len(data) // 2] if damage == "truncate" else b"")
-    assert_is(load_latest_state(tmp_path), 10)
+    assert_is(restored(tmp_path), 10)
     warning = capsys.readouterr().err
     assert "step-00000020 is damaged" in warning and warning.count("\n") == 1
     # Training goes on and overtakes the damaged one.
     for step in (15, 20):
         save_state(tmp_path, step, *state_of(step))
     assert folders(tmp_path) == ["step-00000015", "step-00000020"]
-    assert_is(load_latest_state(tmp_path), 20)
+    assert_is(restored(tmp_path), 20)
 
 
 def test_when_all_are_damaged_nothing_is_read(tmp_path, capsys):
     save_state(tmp_path, 10, *state_of(10))
-    (tmp_path / "step-00000010" / "optimizer.pt").unlink()
-    assert load_latest_state(tmp_path) is None and "optimizer.pt" in capsys.readouterr().err
+    (tmp_path / "step-00000010" / FILES[0]).unlink()
+    assert restored(tmp_path) is None and FILES[0] in capsys.readouterr().err
 
 
 def test_a_renamed_state_is_not_taken_for_another_step(tmp_path, capsys):
     save_state(tmp_path, 10, *state_of(10))
     os.rename(tmp_path / "step-00000010", tmp_path / "step-00000011")
-    assert load_latest_state(tmp_path) is None and "of step 10" in capsys.readouterr().err
+    assert restored(tmp_path) is None and "of step 10" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("optimizer, extra, message", [
-    ({"a": [{"b": object()}]}, {}, r"optimizer_state\['a'\]\[0\]\['b'\] is a object"),
-    ({(1, 2): 3}, {}, r"optimizer_state has the key \(1, 2\)"),
-    ({}, {"a": torch.ones(1)}, r"extra\['a'\] is a Tensor, wanted JSON"),
-    ({}, {"a": (1, 2)}, r"extra\['a'\] is a tuple"),
-    ({}, {1: 2}, "extra has the key 1, wanted text"),
+@pytest.mark.parametrize("extra, message", [
+    ({"a": torch.ones(1)}, r"extra\['a'\] is a Tensor, wanted JSON"),
+    ({"a": [{"b": object()}]}, r"extra\['a'\]\[0\]\['b'\] is a object"),
+    ({"a": (1, 2)}, r"extra\['a'\] is a tuple"),
+    ({1: 2}, "extra has the key 1, wanted text"),
 ])  # fmt: skip
-def test_what_could_not_be_read_back_is_refused_before_anything_is_written(tmp_path, optimizer, extra, message):
+def test_what_could_not_be_read_back_is_refused_before_anything_is_written(tmp_path, extra, message):
     with pytest.raises(ValueError, match=message):
-        save_state(tmp_path, 1, torch.nn.Linear(1, 1), optimizer, extra)
+        save_state(tmp_path, 1, *state_of(1)[:2], extra)
     assert folders(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_resumed_training_continues_bit_for_bit(tmp_path, name):
-    from athanor.optim import Optimizer
-    from athanor.parallel import Ranks
-
     config = OptimizerConfig(name=name, lr=0.01, weight_decay=0.1)
 
     def train(model, optimizer, steps):
@@ -145,16 +181,14 @@ def test_resumed_training_continues_bit_for_bit(tmp_path, name):
             optimizer.step(config.lr)
 
     straight = Decoder(CONFIG).initialize_(0)
-    optimizer = Optimizer(straight, config, Ranks("cpu", threads=1))
+    optimizer = Optimizer(straight, config, RANKS)
     train(straight, optimizer, range(3))
-    save_state(tmp_path, 3, straight, optimizer.state_dict(), {})
+    save_state(tmp_path, 3, straight, optimizer, {})
     train(straight, optimizer, range(3, 6))
 
-    state = load_latest_state(tmp_path)
     resumed = Decoder(CONFIG).initialize_(1)
-    resumed.load_state_dict(state.model)
-    optimizer = Optimizer(resumed, config, Ranks("cpu", threads=1))
-    optimizer.load_state_dict(state.optimizer)
+    optimizer = Optimizer(resumed, config, RANKS)
+    assert load_latest_state(tmp_path, resumed, optimizer, RANKS).step == 3
     train(resumed, optimizer, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
 
@@ -196,7 +230,7 @@ def test_killed_anywhere_in_a_save_the_old_or_the_new_state_is_read(tmp_path, mo
         for step in (10, 20):
             save_state(folder, step, *state_of(step))
         died = killed_at(monkeypatch, call, after, lambda folder=folder: save_state(folder, 30, *state_of(30)))
-        state = load_latest_state(folder)
+        state = restored(folder)
         assert_is(state, state.step)
         assert state.step in (20, 30)
         # The next run writes over whatever was left.
@@ -215,7 +249,7 @@ def test_killed_anywhere_while_a_step_is_saved_again_a_whole_state_is_read(tmp_p
         folder = tmp_path / str(call)
         save_state(folder, 10, *state_of(10))
         died = killed_at(monkeypatch, call, after, lambda folder=folder: save_state(folder, 10, *state_of(10)))
-        assert_is(load_latest_state(folder), 10)
+        assert_is(restored(folder), 10)
         if not died:
             break
     assert not died and call > 10
@@ -264,8 +298,7 @@ KILLS = """
 import os, random, signal, sys, time
 import torch
 sys.path.insert(0, sys.argv[2])
-from test_checkpoint import assert_is, state_of
-from athanor.checkpoint import load_latest_state, save_state
+from test_checkpoint import assert_is, restored, save_state, state_of
 torch.set_num_threads(1)
 folder, last, delays = sys.argv[1], 0, random.Random(0)
 for _ in range(20):
@@ -283,7 +316,7 @@ for _ in range(20):
     os.waitpid(child, 0)
     while more := os.read(read, 10_000):
         announced += more
-    state, announced = load_latest_state(folder), int(announced.split()[-1])
+    state, announced = restored(folder), int(announced.split()[-1])
     assert_is(state, state.step)
     assert announced <= state.step <= announced + 1, (announced, state.step)
     last = state.step
@@ -301,21 +334,21 @@ def test_kill_9_in_a_saving_loop_never_loses_a_finished_state(tmp_path):
 def test_a_full_disk_is_one_clear_error_and_the_previous_state_stays(tmp_path):
     save_state(tmp_path, 10, *state_of(10))
     large = torch.nn.Linear(500, 500)
+    optimizer = Optimizer(large, OptimizerConfig(), RANKS)
     # The file-size limit stands in for a full disk: a write fails half-way with an OSError.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        for model, optimizer in ((large, {}), (torch.nn.Linear(1, 1), {"m": torch.randn(500, 500)})):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-            try:
-                with pytest.raises(UserError, match="cannot write .*step-00000020"):
-                    save_state(tmp_path, 20, model, optimizer, {})
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            assert folders(tmp_path) == ["step-00000010"]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            with pytest.raises(UserError, match="cannot write .*step-00000020") as error:
+                save_state(tmp_path, 20, large, optimizer, {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "\n" not in str(error.value) and folders(tmp_path) == ["step-00000010"]
     finally:
         signal.signal(signal.SIGXFSZ, before)
-    assert_is(load_latest_state(tmp_path), 10)
+    assert_is(restored(tmp_path), 10)
 
 
 def test_one_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ FLOORS = {
     1: "atomic batch config config_fields console errors hf_config hf_tensors manifest metrics model_config parallel recipe_draft recipe_io registry "
     "run_folder samples seeds",
     2: "advantages contamination judging losses metrics_eval rewards sandbox tasks",
-    3: "checkpoint expert_parallel mla model moe optim tokenizer weights",
+    3: "checkpoint expert_parallel mla model moe optim sharding tokenizer weights",
     4: "cpu_graph decode generate generative_judge generator kv_cache prefill reward_models stops stream",
     5: "rollout sample_store",
     6: "stages",

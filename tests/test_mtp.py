@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from athanor.batch import pack
-from athanor.config import OptimizerConfig, SFTConfig
+from athanor.config import OptimizerConfig, RecipeConfig, SFTConfig
 from athanor.errors import UserError
 from athanor.generator import Generator
 from athanor.model.moe import routers
@@ -164,7 +164,8 @@ def test_a_step_adds_the_loss_and_balances_the_layers_router():
 
 
 def test_a_stage_trains_the_layer_only_if_asked_and_refuses_a_model_without(tmp_path):
-    context = SimpleNamespace(name="base", ranks=RANKS, state_dir=tmp_path / "none", metrics=SimpleNamespace(rewind=lambda *_: None))
+    context = SimpleNamespace(name="base", ranks=RANKS, recipe=RecipeConfig(), state_dir=tmp_path / "none",
+                              metrics=SimpleNamespace(rewind=lambda *_: None))  # fmt: skip
     for weight in (0.0, 0.3):
         model = random_decoder(WITH["deepseek_v3"])
         loop = TrainingLoop(context, SFTConfig(kind="sft", data=["x"], init="base", mtp_loss=weight), model)

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
 
 from athanor import Generator, Request, SamplingConfig
 from athanor.batch import pack
-from athanor.config import ModelConfig, OptimizerConfig
+from athanor.config import ModelConfig, OptimizerConfig, ParallelConfig
 from athanor.model.transformer import Decoder
 from athanor.optim import Optimizer
 from athanor.parallel import Ranks
@@ -26,6 +25,7 @@ from athanor.planner import memory
 from athanor.planner.memory import Layout
 from athanor.planner.search import make_plan
 from athanor.planner.settings import PlanConfig
+from athanor.sharding import parallelize_
 from athanor.stages.training import completion_logprobs, optimizer_step
 
 PROMPT, COMPLETION, SEQUENCES = 17, 240, 4  # of a micro-batch: 4 x 256 rows, whole row steps
@@ -79,10 +79,10 @@ def measure(config: ModelConfig, again: bool, optimizer: str = "adamw") -> dict[
     with allocations() as built:
         model = Decoder(config)
     model.initialize_(0)
-    if again:
-        for layer in model.layers:
-            layer.forward = _computed_again(layer.forward)
-    steps = Optimizer(model, OptimizerConfig(name=optimizer), Ranks(device="cpu", threads=1))
+    ranks = Ranks(device="cpu", threads=1)
+    parallelize_(model, ParallelConfig(activation_checkpointing=again), ranks)
+    with allocations() as state:
+        steps = Optimizer(model, OptimizerConfig(name=optimizer), ranks)
 
     def loss_of(batch):
         return -completion_logprobs(model, batch).logps.mean()
@@ -92,12 +92,9 @@ def measure(config: ModelConfig, again: bool, optimizer: str = "adamw") -> dict[
     gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
     with allocations() as second:
         optimizer_step(steps, batches, loss_of, 1e-4)
-    return {"parameters": built.net, "gradients and optimizer": first.net, "activations": second.peak, "peak": built.net + first.net + second.peak,
+    kept = state.net + first.net
+    return {"parameters": built.net, "gradients and optimizer": kept, "activations": second.peak, "peak": built.net + kept + second.peak,
             "gradients": gradients}  # fmt: skip
-
-
-def _computed_again(forward):
-    return lambda *arguments: checkpoint(forward, *arguments, use_reentrant=False)
 
 
 def predict(config: ModelConfig, again: bool, optimizer: str = "adamw") -> dict[str, float]:

@@ -85,7 +85,7 @@ def test_training_on_pairs_recovers_the_taste_and_a_folder_keeps_it(tmp_path):
             total += 1
     assert total > 40 and agree / total > 0.8
     export_model(model.decoder, TOKENIZER, tmp_path / "judge")
-    save_reward_head(model, tmp_path / "judge")
+    save_reward_head(model, model.value_head.weight.detach(), tmp_path / "judge")
     loaded = load_reward("preference", tmp_path / "judge", TOKENIZER, torch.device("cpu"))
     samples = [sample(problem, a), sample(problem, b)]
     np.testing.assert_allclose(loaded(samples), reward(samples), atol=1e-6)

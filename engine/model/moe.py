@@ -12,7 +12,6 @@ T tokens, D hidden, E experts, k of them per token.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +24,20 @@ from athanor.model.fp8 import Fp8Products
 from athanor.model.layers import ROW_STEP, Swiglu
 
 
-@dataclass
 class Routes:
-    """What the routers of one forward do, one entry per sparse layer in their order."""
+    """What the routers of one forward do, one entry per sparse layer in their order.
 
-    replay: Tensor | None = None  # (layers, n <= T, k) int32, `recorded` of another forward; rows of -1, and those behind n, are routed as usual
-    num_tokens: int | None = None  # the first so many count, the rest is filler; None = all
-    cu_seqlens: Tensor | None = None  # (S+1,) of sequences for which `balance` is wanted; they cover the tokens that count
-    ids: list[Tensor] = field(default_factory=list)  # (T, k) int32 each
-    counts: list[Tensor] = field(default_factory=list)  # (E,) int32 tokens per expert
-    changed: list[Tensor] = field(default_factory=list)  # () int32 replayed choices that the router would not have made
-    balance: list[Tensor] = field(default_factory=list)  # () the sequence balance loss, not yet multiplied by alpha; differentiable
+    No dataclass: FSDP takes those apart and hands copies of them to the layers, in which nobody would read what was written down.
+    """
+
+    def __init__(self, replay: Tensor | None = None, num_tokens: int | None = None, cu_seqlens: Tensor | None = None):
+        self.replay = replay  # (layers, n <= T, k) int32, `recorded` of another forward; rows of -1, and those behind n, are routed as usual
+        self.num_tokens = num_tokens  # the first so many count, the rest is filler; None = all
+        self.cu_seqlens = cu_seqlens  # (S+1,) of sequences for which `balance` is wanted; they cover the tokens that count
+        self.ids: list[Tensor] = []  # (T, k) int32 each
+        self.counts: list[Tensor] = []  # (E,) int32 tokens per expert
+        self.changed: list[Tensor] = []  # () int32 replayed choices that the router would not have made
+        self.balance: list[Tensor] = []  # () the sequence balance loss, not yet multiplied by alpha; differentiable
 
     @property
     def recorded(self) -> Tensor:

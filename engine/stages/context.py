@@ -12,6 +12,7 @@ from athanor.metrics import MetricsWriter
 from athanor.model.moe import use_fp8_
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
+from athanor.sharding import shard_size
 from athanor.tokenizer import Tokenizer
 from athanor.weights import load_model
 
@@ -56,9 +57,11 @@ class StageContext:
             raise UserError(f"stage {self.name}: checkpoint {reference!r} is neither a stage of this recipe nor a folder")
         return Path(reference)
 
-    def load(self, reference: str) -> Decoder:
-        """The policy of a checkpoint, with the run's products of experts."""
-        return use_fp8_(load_model(self.source_dir(reference), dtype=self.dtype, device=str(self.ranks.device)), self.recipe.fp8)
+    def load(self, reference: str, *, parallel: bool = False) -> Decoder:
+        """The policy of a checkpoint on this rank's device, with the run's products of experts.  parallel: on the CPU where it is to be split, for
+        `parallelize_`."""
+        device = "cpu" if parallel and shard_size(self.recipe.parallel, self.ranks) > 1 else str(self.ranks.device)
+        return use_fp8_(load_model(self.source_dir(reference), dtype=self.dtype, device=device), self.recipe.fp8)
 
     @property
     def dtype(self):
@@ -66,12 +69,12 @@ class StageContext:
 
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.recipe.dtype]
 
-    def export(self, model: Decoder) -> Path:
-        """Write the stage's result in HuggingFace format (rank 0; the others wait)."""
-        if self.ranks.is_main:
-            export_model(model, self.tokenizer, self.checkpoint_dir)
+    def export(self, model: Decoder, folder: Path | None = None) -> Path:
+        """Write the stage's result, or what belongs in another folder, in HuggingFace format (rank 0; the others hand over their parts and wait)."""
+        folder = folder or self.checkpoint_dir
+        export_model(model, self.tokenizer, folder, writes=self.ranks.is_main)
         self.ranks.barrier()
-        return self.checkpoint_dir
+        return folder
 
 
 def checkpoint_dir(run_dir: Path, stage: str) -> Path:

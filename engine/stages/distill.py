@@ -8,6 +8,6 @@ from athanor.stages.context import StageContext, data_path
 def run(context: StageContext, config: DistillConfig) -> dict:
     """Fine-tune the student on the teacher's samples and export."""
     examples = [example for name in config.data for example in sft.read_examples(data_path(context.run_dir, name))]
-    student = context.load(config.init)
+    student = context.load(config.init, parallel=True)
     loss = sft.fit(context, config, student, examples)
     return {"metrics": {"examples": len(examples), "final_loss": loss}, "outputs": {"checkpoint": context.export(student)}}

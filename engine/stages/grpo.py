@@ -5,7 +5,6 @@ kernels are the same on both sides, and the gap between them is measured on ever
 or min-p both sides use the truncated distribution: the sampler hands out each token's support, the trainer rebuilds it.
 """
 
-import copy
 import time
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from athanor.advantages import advantages_of, gdpo_advantages, groups_with_contrast
-from athanor.checkpoint import export_model
 from athanor.config import GRPOConfig
 from athanor.errors import UserError
 from athanor.generative_judge import load_judge
@@ -27,6 +25,7 @@ from athanor.rewards.table import VERIFIERS
 from athanor.rollout import ProblemStream, rollout_generator, sample_groups
 from athanor.samples import Sample, in_domain
 from athanor.seeds import derive_seed
+from athanor.sharding import FullWeights, copy_weights_, parallelize_
 from athanor.stages.context import StageContext
 from athanor.stages.policy_update import check_experts, update_policy
 from athanor.stages.training import TrainingLoop
@@ -46,7 +45,7 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
     preset = resolve_preset(config.loss, **config.loss_overrides)
     objective = formula(preset) + ("; A replaced by GDPO's (arXiv 2601.05242)" if config.reward_scaling == "gdpo" else "")
     context.console.note(f"{context.name}: {objective}")
-    model = context.load(config.init)
+    model = context.load(config.init, parallel=True)
     check_experts(context.name, config, model)
     loop = TrainingLoop(context, config, model)
     reference = _reference(context, preset, loop, config)
@@ -56,8 +55,9 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
     gap = loop.extra.setdefault("logp_gap_max", 0.0)
     # On a CPU the trainer's bits are those of `sample` on logits.
     fused = context.ranks.device.type == "cuda" and not config.sampling.truncated
+    weights = FullWeights(model)
     options = {"fused_sampling": fused, "record_routes": config.routing_replay == "rollout"}
-    generator = rollout_generator(model, context.tokenizer, context.recipe.max_rows, config.group_size, **options)
+    generator = rollout_generator(weights.model, context.tokenizer, context.recipe.max_rows, config.group_size, **options)
     trained = weights_hash(model) if context.recipe.verify_weights else None
     for step, metrics in loop.steps(config.steps, SHOWN):
         start = time.perf_counter()
@@ -72,6 +72,7 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
         metrics |= _describe(context, groups, scores, advantages) | {"refills": refills}
         start = time.perf_counter()
         metrics |= update_policy(context, config, preset.variant, loop, reference, groups, advantages, step)
+        weights.refresh()
         train_s = time.perf_counter() - start
         if trained is not None:
             trained = weights_hash(model)
@@ -81,11 +82,10 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
         loop.stopped = config.stop_at_accuracy is not None and max(metrics.get(name, 0.0) for name in VERIFIERS) >= config.stop_at_accuracy
         gap = loop.extra["logp_gap_max"] = max(gap, metrics["logp_gap_max"])
         if reference is not None and preset.reference_interval and (step + 1) % preset.reference_interval == 0:
-            reference.load_state_dict(model.state_dict())
+            copy_weights_(model, reference)
             # A state names the reference it was trained against, so the file must exist before the state does.
             loop.extra["reference"] = f"reference-{step + 1}"
-            if context.ranks.is_main:
-                export_model(reference, context.tokenizer, context.state_dir / loop.extra["reference"])
+            context.export(reference, context.state_dir / loop.extra["reference"])
     measured = {"logp_gap_max": gap, "rl_steps": loop.next_step, "loss_formula": objective}
     measured |= {name: loop.extra[name] for name in ("reward_failures",) if name in loop.extra}
     return {"metrics": measured, "outputs": {"checkpoint": context.export(model)}}
@@ -133,11 +133,9 @@ def _reference(context: StageContext, preset: Preset, loop: TrainingLoop, config
     """The reference policy when the loss has a KL term: what the stage began with, or its last refresh."""
     if preset.variant.kl == "none":
         return None
-    if "reference" in loop.extra:
-        return context.load(str(context.state_dir / loop.extra["reference"])).requires_grad_(False)
-    if loop.next_step:
-        return context.load(config.init).requires_grad_(False)
-    return copy.deepcopy(loop.model).requires_grad_(False)
+    source = str(context.state_dir / loop.extra["reference"]) if "reference" in loop.extra else config.init
+    reference = context.load(source, parallel=True).requires_grad_(False)
+    return parallelize_(reference, context.recipe.parallel, context.ranks)
 
 
 def _rollout(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from athanor.batch import PackedBatch, pack
+from athanor.batch import PackedBatch
 from athanor.config import GRPOConfig
 from athanor.errors import UserError
 from athanor.kernels import LogProbs, LossVariant, is_strict, policy_loss
@@ -20,8 +20,9 @@ from athanor.model.transformer import Decoder
 from athanor.optim import learning_rate
 from athanor.samples import Sample
 from athanor.stages.context import StageContext
+from athanor.stages.distribution import Share, shares
 from athanor.stages.routing import RouterBalance
-from athanor.stages.training import TrainingLoop, completion_logprobs, optimizer_step
+from athanor.stages.training import TrainingLoop, completion_logprobs, optimizer_step, packed_batches
 
 ROUNDING_GAP, EXACT_LIMIT = 1e-5, 1e-3  # nats; fp32 rounding in another order is about the first
 SUMS = ("num_tokens", "ratio_sum", "clip_low", "clip_high", "old_kl_sum", "ref_kl_sum", "entropy_sum", "weight_sum", "rollout_kl_sum")
@@ -37,18 +38,15 @@ def update_policy(
     advantages: Tensor,
     step: int,
 ) -> dict:
-    """Take `updates_per_rollout` optimizer steps on this rank's groups; return means over the trained tokens and the on-policy log-prob gap.
+    """Take `updates_per_rollout` optimizer steps on the groups of all ranks; return means over the trained tokens and the on-policy log-prob gap.
 
-    advantages: (S,) fp32, one per sample in the order of `groups`.  Raises UserError when the gap is above max_logp_gap.
+    groups, advantages: this rank's; (S,) fp32, one per sample in their order.  Raises UserError when the gap is above max_logp_gap.
     """
-    G, ranks = config.group_size, context.ranks
+    ranks = context.ranks
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=ranks.device)
     norms, ratio_max = [], torch.zeros((), dtype=torch.float64, device=ranks.device)
-    bounds = np.linspace(0, len(groups), config.updates_per_rollout + 1).round().astype(int)
-    parts = [
-        _Part(context, config, variant, loop.model, reference, sum(groups[first:end], []), advantages[first * G : end * G], moved=first > 0)
-        for first, end in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    spread = shares(groups, advantages, config.updates_per_rollout, ranks, hidden_size=loop.model.config.hidden_size, all_live=reference is not None)
+    parts = [_Part(context, config, variant, loop.model, reference, share, moved=i > 0) for i, share in enumerate(spread)]
     balanced: dict = {}  # of the last update, which is the farthest from the sampler
     sampled: dict = {}
     for part in parts:
@@ -103,17 +101,14 @@ def check_experts(name: str, config: GRPOConfig, model: Decoder) -> None:
 class _Part:
     """The samples of one optimizer step on this rank, and the loss of each of their micro-batches."""
 
-    def __init__(self, context, config: GRPOConfig, variant: LossVariant, model: Decoder, reference, samples: list[Sample], advantages: Tensor,
-                 *, moved: bool):  # fmt: skip
+    def __init__(self, context, config: GRPOConfig, variant: LossVariant, model: Decoder, reference, share: Share, *, moved: bool):
         """moved: an update of the same rollout goes before this one."""
         self.variant, self.model, self.reference, self.temperature = variant, model, reference, config.sampling.temperature
-        self.num_tokens = context.ranks.sum_int(sum(s.num_tokens for s in samples))
-        self.num_sequences = context.ranks.sum_int(len(samples))
-        live = [i for i in range(len(samples)) if reference is not None or advantages[i] != 0]
+        self.num_tokens, self.num_sequences = share.num_tokens, share.num_sequences
         self.balance = RouterBalance(model, config, context.ranks)
-        self.samples, self.advantages = [samples[i] for i in live], advantages[live].to(context.ranks.device)
+        self.samples, self.advantages = share.samples, share.advantages.to(context.ranks.device)
         prompts, completions = [s.prompt_ids for s in self.samples], [s.token_ids for s in self.samples]
-        self.batches = pack(prompts, completions, config.micro_batch_tokens, context.ranks.device) if live else []
+        self.batches = packed_batches(model, context.ranks, prompts, completions, config.micro_batch_tokens)
         # On the device, so that no micro-batch waits for it
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=context.ranks.device)
         self.gap, self.ratio_max = self.sums.new_zeros(()), self.sums.new_zeros(())
@@ -137,9 +132,9 @@ class _Part:
         return completion_logprobs(model, batch, self.temperature, self._column(batch, "support"), routes)
 
     def _column(self, batch: PackedBatch, name: str):
-        """A column of the batch's samples end to end on its device: `logps`, or the pair of `support` (None without truncation)."""
+        """A column of the batch's samples end to end on its device: `logps`, or the pair of `support` (None without truncation or samples)."""
         values = [getattr(self.samples[i], name) for i in batch.sequences]
-        if values[0] is None:
+        if not values or values[0] is None:
             return None
         joined = [np.concatenate(v) for v in (zip(*values, strict=True) if name == "support" else [values])]
         tensors = [torch.from_numpy(x).to(batch.input_ids.device) for x in joined]
@@ -159,6 +154,8 @@ class _Part:
         if self.reference is not None:
             with torch.no_grad():
                 ref_logps = self._score(self.reference, batch).logps
+        if not batch.num_targets:  # nothing but the calls that other ranks wait for
+            return scored.logps.sum() + self.balance.loss(routes, 0.0)
         advantages = self.advantages[torch.from_numpy(batch.sequences).to(rollout.device)]
         loss, stats = policy_loss(
             scored.logps, self.old[id(batch)] if self.corrected else rollout, advantages, batch.loss_cu_seqlens, ref_logps=ref_logps,

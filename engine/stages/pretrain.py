@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from athanor.batch import pack
 from athanor.config import GateConfig, PretrainConfig, SamplingConfig
 from athanor.errors import UserError
 from athanor.generator import Generator
@@ -11,9 +10,10 @@ from athanor.model.transformer import Decoder
 from athanor.optim import learning_rate
 from athanor.samples import Request
 from athanor.seeds import derive_seed
+from athanor.sharding import FullWeights
 from athanor.stages.context import StageContext
 from athanor.stages.routing import RouterBalance
-from athanor.stages.training import TrainingLoop, cross_entropy_step
+from athanor.stages.training import TrainingLoop, cross_entropy_step, packed_batches
 from athanor.tokenizer import Tokenizer
 
 
@@ -21,9 +21,9 @@ def run(context: StageContext, config: PretrainConfig) -> dict:
     """Train from scratch (or from `init`) and export; return metrics, gates and outputs."""
     shape = context.recipe.models[config.model].model_copy(update={"vocab_size": context.tokenizer.vocab_size})
     if config.init:
-        model = context.load(config.init)
+        model = context.load(config.init, parallel=True)
     else:
-        model = Decoder(shape).initialize_(derive_seed(context.recipe.seed, context.name, "init")).to(context.ranks.device, context.dtype)
+        model = Decoder(shape).initialize_(derive_seed(context.recipe.seed, context.name, "init")).to(context.dtype)
         use_fp8_(model, context.recipe.fp8)
     loop = TrainingLoop(context, config, model)
     rounds = loop.extra.setdefault("rounds", 0)
@@ -32,7 +32,7 @@ def run(context: StageContext, config: PretrainConfig) -> dict:
         if config.gate is None:
             gates = {}
             break
-        value = competence(model, context.tokenizer, context.tasks[config.gate.task], config.gate, context.recipe.max_rows)
+        value = competence(FullWeights(model).model, context.tokenizer, context.tasks[config.gate.task], config.gate, context.recipe.max_rows)
         gates = {"competence": {"value": value, "wanted": config.gate.threshold, "passed": value >= config.gate.threshold, "extra_rounds": rounds}}
         if value >= config.gate.threshold:
             break
@@ -55,7 +55,7 @@ def _train(context: StageContext, config: PretrainConfig, loop: TrainingLoop, ro
     peak = config.optimizer.lr / 2 if rounds else config.optimizer.lr
     for step, metrics in loop.steps(end, ("loss", "grad_norm")):
         prompts, texts = _documents(context, config, step)
-        batches = pack(prompts, texts, config.micro_batch_tokens, context.ranks.device)
+        batches = packed_batches(loop.model, context.ranks, prompts, texts, config.micro_batch_tokens)
         num_targets = context.ranks.sum_int(sum(b.num_targets for b in batches))
         lr = learning_rate(config.optimizer, step - start, end - start, peak)
         balance = RouterBalance(loop.model, config, context.ranks)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from athanor.checkpoint import export_model
 from athanor.config import MixEntry, RewardModelConfig
 from athanor.errors import UserError
 from athanor.model.moe import use_fp8_
@@ -24,6 +23,7 @@ from athanor.reward_models import RewardModel, batches, judged_tokens, packed, s
 from athanor.rollout import ProblemStream, as_asked, rollout_generator, sample_groups
 from athanor.samples import Problem
 from athanor.seeds import derive_seed
+from athanor.sharding import WholeParameters, missing_forwards
 from athanor.stages.context import StageContext
 from athanor.stages.training import TrainingLoop
 
@@ -48,17 +48,19 @@ def run(context: StageContext, config: RewardModelConfig) -> dict:
     if len(examples) < 5:
         raise UserError(f"stage {context.name}: task {config.task!r} gave {len(examples)} examples, wanted at least 5")
     held_out, training = examples[: len(examples) // 5], examples[len(examples) // 5 :]
-    model = RewardModel(use_fp8_(context.load(config.init), "off"), config.objective)
+    model = RewardModel(use_fp8_(context.load(config.init, parallel=True), "off"), config.objective)
     loop = TrainingLoop(context, config, model)
     size = min(config.batch_size, len(training))
     right = "pair_accuracy" if config.objective == "pairwise" else "label_accuracy"
     for step, metrics in loop.steps(config.steps, ("loss", right)):
         chosen = np.random.default_rng(derive_seed(context.recipe.seed, context.name, step)).choice(len(training), size, replace=False)
-        mine = [training[i] for i in context.ranks.share(chosen.tolist())]
+        drawn = [training[i] for i in chosen.tolist()]
+        mine = context.ranks.share(drawn, [example.num_tokens for example in drawn])
         loop.optimizer.zero_grad()
         totals = torch.zeros(2, dtype=torch.float64)
-        for first, end in batches([example.num_tokens for example in mine], config.micro_batch_tokens):
-            margin = _margins(model, mine[first:end], context.ranks.device)
+        parts = [mine[first:end] for first, end in batches([example.num_tokens for example in mine], config.micro_batch_tokens)]
+        for part in parts + [[]] * missing_forwards(model, context.ranks, len(parts)):
+            margin = _margins(model, part or training[:1], context.ranks.device)[: len(part)]
             loss = -logsigmoid(margin).sum() / size
             loss.backward()
             totals += torch.tensor([float(loss.detach()), float((margin > 0).sum()) / size], dtype=torch.float64)
@@ -73,11 +75,12 @@ def run(context: StageContext, config: RewardModelConfig) -> dict:
     with torch.no_grad():
         parts = batches([example.num_tokens for example in held_out], config.micro_batch_tokens)
         margins = torch.cat([_margins(model, held_out[first:end], context.ranks.device) for first, end in parts])
+    head = WholeParameters(model)["value_head.weight"]
+    # The folder appears whole: decoder and head are written under another name first.
+    staging = context.checkpoint_dir.with_name(context.checkpoint_dir.name + ".staging")
+    context.export(model.decoder, staging)
     if context.ranks.is_main:
-        # The folder appears whole: decoder and head are written under another name first.
-        staging = context.checkpoint_dir.with_name(context.checkpoint_dir.name + ".staging")
-        export_model(model.decoder, context.tokenizer, staging)
-        save_reward_head(model, staging)
+        save_reward_head(model, head, staging)
         shutil.rmtree(context.checkpoint_dir, ignore_errors=True)
         os.replace(staging, context.checkpoint_dir)
     context.ranks.barrier()

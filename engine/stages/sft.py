@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from athanor.batch import pack
+from athanor.batch import work_of
 from athanor.config import DistillConfig, SFTConfig
 from athanor.errors import UserError
 from athanor.model.transformer import Decoder
@@ -13,14 +13,14 @@ from athanor.optim import learning_rate
 from athanor.seeds import derive_seed
 from athanor.stages.context import StageContext, data_path
 from athanor.stages.routing import RouterBalance
-from athanor.stages.training import TrainingLoop, cross_entropy_step
+from athanor.stages.training import TrainingLoop, cross_entropy_step, packed_batches
 
 
 def run(context: StageContext, config: SFTConfig) -> dict:
     """Fine-tune `init` on the data and export; return metrics and outputs."""
     paths = [data_path(context.run_dir, name) if name in context.recipe.stages else Path(name) for name in config.data]
     examples = [example for path in paths for example in read_examples(path)]
-    model = context.load(config.init)
+    model = context.load(config.init, parallel=True)
     loss = fit(context, config, model, examples)
     return {"metrics": {"examples": len(examples), "final_loss": loss}, "outputs": {"checkpoint": context.export(model)}}
 
@@ -41,8 +41,9 @@ def fit(context: StageContext, config: SFTConfig | DistillConfig, model: Decoder
             if epoch not in orders:
                 orders = {epoch: np.random.default_rng(derive_seed(context.recipe.seed, context.name, epoch)).permutation(n)}
             chosen.append(int(orders[epoch][at]))
-        chosen = context.ranks.share(chosen)
-        batches = pack([prompts[i] for i in chosen], [completions[i] for i in chosen], config.micro_batch_tokens, context.ranks.device)
+        chosen = context.ranks.share(chosen, [work_of(len(prompts[i]) + len(completions[i]), model.config.hidden_size) for i in chosen])
+        texts = [prompts[i] for i in chosen], [completions[i] for i in chosen]
+        batches = packed_batches(model, context.ranks, *texts, config.micro_batch_tokens)
         num_targets = context.ranks.sum_int(sum(b.num_targets for b in batches))
         lr = learning_rate(config.optimizer, step, config.steps)
         balance = RouterBalance(model, config, context.ranks)

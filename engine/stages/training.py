@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from athanor.batch import PackedBatch
+from athanor.batch import PackedBatch, empty_batch, pack
 from athanor.checkpoint import load_latest_state, save_state
 from athanor.config import TrainConfig
 from athanor.errors import UserError
@@ -15,6 +16,8 @@ from athanor.kernels.logprob import IGNORE
 from athanor.model.moe import Routes
 from athanor.model.transformer import Decoder, PackedAttention, fill_rows, fill_tokens
 from athanor.optim import Optimizer
+from athanor.parallel import Ranks
+from athanor.sharding import missing_forwards, parallelize_
 from athanor.stages.context import StageContext
 from athanor.stages.routing import RouterBalance
 
@@ -29,25 +32,25 @@ class TrainingLoop:
             decoder.train_mtp_(trains)
         if trains and model.mtp is None:
             raise UserError(f"stage {context.name}: mtp_loss is {config.mtp_loss}, but the model has no num_nextn_predict_layers; wanted 0")
+        parallelize_(model, context.recipe.parallel, context.ranks)
         self.optimizer = Optimizer(model, config.optimizer, context.ranks)
         self.extra: dict = {}
         self.next_step = 0
         self.stopped = False  # set by the stage: this step is the last
-        state = load_latest_state(context.state_dir)
+        state = load_latest_state(context.state_dir, model, self.optimizer, context.ranks)
         if state is not None:
-            model.load_state_dict(state.model)
-            self.optimizer.load_state_dict(state.optimizer)
             self.extra, self.next_step = state.extra, state.step
         context.metrics.rewind(context.name, self.next_step)
         self.resumed_at = self.next_step
 
     def save(self) -> None:
-        """Save the state after `next_step` finished steps (rank 0)."""
-        if self.context.ranks.is_main:
-            self.context.metrics.flush()
-            save_state(self.context.state_dir, self.next_step, self.model, self.optimizer.state_dict(), self.extra)
-            if self.context.on_save:
-                self.context.on_save()
+        """Save the state after `next_step` finished steps."""
+        context = self.context
+        if context.ranks.is_main:
+            context.metrics.flush()
+        save_state(context.state_dir, self.next_step, self.model, self.optimizer, self.extra, context.ranks, keep=self.config.keep_states)
+        if context.ranks.is_main and context.on_save:
+            context.on_save()
 
     def steps(self, total: int, figures: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
         """Yield (0-based step, dict to fill with its metrics) up to `total`; write, show and save after each."""
@@ -62,6 +65,12 @@ class TrainingLoop:
                 progress.step(self.next_step, {key: metrics[key] for key in figures if key in metrics})
                 if self.next_step % self.config.save_every == 0 and self.next_step < total and not self.stopped:
                     self.save()
+
+
+def packed_batches(model: nn.Module, ranks: Ranks, prompts: list[np.ndarray], completions: list[np.ndarray], max_tokens: int) -> list[PackedBatch]:
+    """This rank's micro-batches of an optimizer step, with empty ones behind them where the ranks of a split model need as many each."""
+    batches = pack(prompts, completions, max_tokens, ranks.device)
+    return batches + [empty_batch(ranks.device) for _ in range(missing_forwards(model, ranks, len(batches)))]
 
 
 def completion_logprobs(

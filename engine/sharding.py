@@ -1,0 +1,249 @@
+"""Parameters, gradients and optimizer state split over ranks, and layers that are computed again in backward: applied to a model from outside.
+
+FSDP (ZeRO-3, arXiv 1910.02054; PyTorch's `fully_shard`): each rank holds rows of every parameter as a DTensor; a layer's are gathered before it runs,
+and its gradients are summed and split again behind it.  Where a copy is split over fewer than all ranks (HSDP), gradients are summed over the copies
+as well.  A bf16 model keeps its split parameters in fp32, computes in bf16 and sums gradients in fp32.  A rank's loss has the global denominators,
+so gradients are summed, not averaged, as without sharding.
+
+The rollout needs whole weights: `FullWeights` has a plain model of its own, refreshed in place after an optimizer step.
+Left out: splitting a layer's products over ranks (tensor parallelism); a model must fit one device in its own type for rollout.
+"""
+
+import contextvars
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from athanor.config import ParallelConfig
+from athanor.errors import UserError
+from athanor.model.moe import Routes
+from athanor.model.transformer import Decoder, DecoderLayer
+from athanor.parallel import Ranks
+
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name up to torch 2.12
+BUCKET_BYTES = 256 * 2**20  # of whole parameters in one all-gather
+
+
+def shard_size(config: ParallelConfig, ranks: Ranks) -> int:
+    """Ranks that one copy of the parameters is split over.  UserError where the ranks cannot be divided so."""
+    size = config.shard or ranks.world
+    if ranks.world % size:
+        raise UserError(f"parallel.shard is {size}, wanted 0 (all) or a divisor of the {ranks.world} ranks")
+    return size
+
+
+def parallelize_(model: nn.Module, config: ParallelConfig, ranks: Ranks) -> nn.Module:
+    """Apply what the configuration asks for to a model that every rank has whole, in place; without effect for the defaults.
+
+    Frozen models keep their type; of others, parameters narrower than fp32 become fp32.  A model on the CPU goes to the ranks' device layer by layer.
+    Make the optimizer afterwards.  Raises UserError for a shard size that does not divide the ranks.
+    """
+    layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
+    if config.activation_checkpointing:
+        for layer in layers:
+            layer.forward = _Recomputed(layer.forward)
+    if (size := shard_size(config, ranks)) == 1:
+        return model.to(ranks.device)
+    kind = ranks.device.type
+    if size == ranks.world:
+        mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(kind, (ranks.world // size, size), mesh_dim_names=("replicate", "shard"))
+    return fully_shard_(model, layers, mesh, config)
+
+
+def fully_shard_(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, config: ParallelConfig) -> nn.Module:
+    """Split over the mesh's last dimension: each layer is gathered by itself, what lies outside of them (embedding, final norm, heads) together."""
+    compute = next(model.parameters()).dtype
+    # Selection biases of routers are no weights: they have no gradient, stay fp32 and are the same everywhere.
+    frozen = {p for name, p in model.named_parameters() if name.endswith("router.bias")}
+    trained = any(p.requires_grad for p in model.parameters())
+    options = dict(
+        mesh=mesh,
+        # The model sees to its own types: `cast_forward_inputs` would round cosines and scores.
+        mp_policy=MixedPrecisionPolicy(compute, torch.float32 if compute.itemsize < 4 else None, cast_forward_inputs=False),
+        offload_policy=CPUOffloadPolicy() if config.offload and mesh.device_type == "cuda" else OffloadPolicy(),
+        ignored_params=frozen,
+    )
+    for module in (*layers, model):
+        if trained and compute.itemsize < 4:
+            for p in module.parameters():
+                if not isinstance(p, DTensor) and p not in frozen:
+                    p.data = p.data.float()
+        # The heads' weights are used behind the root's forward, so that stays gathered until its backward ends.
+        fully_shard(module, **options, reshard_after_forward=config.reshard_after_forward if module is not model else False)
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+    for layer, following in pairwise(layers):
+        layer.set_modules_to_forward_prefetch([following])
+    for p in frozen:
+        p.data = p.data.to(next(model.buffers()).device)
+    for module in model.modules():
+        if isinstance(module, Decoder):
+            module.compute_dtype = compute
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The type that the model computes in and is exported in; split parameters may be wider."""
+    return next((m.compute_dtype for m in model.modules() if hasattr(m, "compute_dtype")), None) or next(model.parameters()).dtype
+
+
+def split_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name, split ones as DTensors even where a forward without a backward has left them gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return dict(model.named_parameters())
+
+
+def whole(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """The parameter itself, or of a split one a whole copy in `dtype` on the ranks' device: then a collective call, which every rank makes."""
+    if not isinstance(parameter, DTensor):
+        return parameter.detach()
+    mesh, local = parameter.device_mesh, parameter.detach().to_local()
+    local = local.to(mesh.device_type, dtype)  # split parameters may lie on the CPU
+    return DTensor.from_local(local, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()).full_tensor()
+
+
+class WholeParameters:
+    """The whole parameters by name, gathered as they are asked for: every rank asks for the same in the same order.
+
+    The last two are kept: a HuggingFace folder takes the experts of a layer in turn from two stacks.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.parameters, self.dtype = split_parameters(model), compute_dtype(model)
+        self.names, self._kept = list(self.parameters), {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._kept:
+            if len(self._kept) == 2:
+                del self._kept[next(iter(self._kept))]
+            self._kept[name] = whole(self.parameters[name], self.dtype)
+        return self._kept[name]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        parameter = self.parameters[name]
+        return self.dtype if isinstance(parameter, DTensor) else parameter.dtype
+
+
+@torch.no_grad()
+def copy_weights_(source: nn.Module, target: nn.Module) -> None:
+    """Make the weights of `target` those of `source`, which is the same model split the same way."""
+    for to, of in zip(split_parameters(target).values(), split_parameters(source).values(), strict=True):
+        to.copy_(of)
+
+
+class FullWeights:
+    """What the rollout reads: `model` is the trained model itself, or, where that is split, a plain one with the same weights.
+
+    Its tensors are made once and keep their addresses, which captured steps depend on; `refresh` writes them in place, so that PyTorch's version
+    counters tell a generator.  Every rank calls both.
+    """
+
+    def __init__(self, trained: Decoder):
+        self.trained, self.model = trained, trained
+        if is_sharded(trained):
+            with torch.device("meta"):
+                model = Decoder(trained.config)
+            parameter = next(iter(split_parameters(trained).values()))
+            self.model = model.to(compute_dtype(trained)).to_empty(device=_device(parameter)).requires_grad_(False)
+            self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the weights after an optimizer step."""
+        if self.model is self.trained:
+            return
+        target = dict(self.model.named_parameters())
+        split = {}
+        for name, parameter in split_parameters(self.trained).items():
+            if isinstance(parameter, DTensor):
+                split[name] = parameter
+            else:
+                target[name].copy_(parameter)
+        for bucket in _buckets(split, self.model.embed.weight.dtype):
+            _gather_into([split[name] for name in bucket], [target[name] for name in bucket])
+
+
+def _buckets(parameters: dict[str, Tensor], dtype: torch.dtype) -> Iterator[list[str]]:
+    names, filled = [], 0
+    for name, parameter in parameters.items():
+        size = parameter.numel() * dtype.itemsize
+        if names and filled + size > BUCKET_BYTES:
+            yield names
+            names, filled = [], 0
+        names.append(name)
+        filled += size
+    if names:
+        yield names
+
+
+def _gather_into(parameters: list[DTensor], targets: list[Tensor]) -> None:
+    """Write the whole parameters into `targets`, in their type, by one all-gather."""
+    mesh, device, dtype = parameters[0].device_mesh, targets[0].device, targets[0].dtype
+    group = mesh.get_group(mesh.ndim - 1)
+    world = group.size()
+    rows = [-(-p.shape[0] // world) for p in parameters]  # of each rank; the last ones may have fewer
+    sizes = [n * p[:1].numel() if p.shape[0] else 0 for n, p in zip(rows, targets, strict=True)]
+    mine = torch.zeros(sum(sizes), dtype=dtype, device=device)
+    for part, parameter in zip(mine.split(sizes), parameters, strict=True):
+        local = parameter.to_local()
+        part[: local.numel()].copy_(local.reshape(-1))
+    gathered = torch.empty(world, len(mine), dtype=dtype, device=device)
+    all_gather(gathered.view(-1), mine, group=group)
+    for part, target in zip(gathered.split(sizes, 1), targets, strict=True):
+        target.copy_(part.reshape(-1)[: target.numel()].view_as(target))
+
+
+def _device(parameter: DTensor) -> torch.device:
+    kind = parameter.device_mesh.device_type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def missing_forwards(model: nn.Module, ranks: Ranks, num_batches: int) -> int:
+    """Empty micro-batches that this rank adds to its own: each forward and backward of a split model is a collective call."""
+    return ranks.max_int(num_batches) - num_batches if is_sharded(model) else 0
+
+
+class _Recomputed:
+    """A layer's forward that keeps its inputs alone and runs again in backward (arXiv 1604.06174), to the same bits."""
+
+    def __init__(self, forward: Callable):
+        self.forward = forward
+
+    def __call__(self, x, residual, cos, sin, attend, routes: Routes | None = None):
+        if not torch.is_grad_enabled():
+            return self.forward(x, residual, cos, sin, attend, routes)
+        # Backward may run in a thread of autograd's, outside of strict mode and `use_backend`.
+        context = contextvars.copy_context()
+        # The layers write down what they choose, and find their place by what is there: the second run must neither see nor add to the first's.
+        before, first = None if routes is None else list(routes.ids), True
+
+        def run(x, residual):
+            nonlocal first
+            adding, first = first, False
+            if routes is None:
+                return context.run(self.forward, x, residual, cos, sin, attend)
+            own = Routes(routes.replay, routes.num_tokens, routes.cu_seqlens)
+            own.ids += before
+            out = context.run(self.forward, x, residual, cos, sin, attend, own)
+            if adding:
+                routes.ids += own.ids[len(before) :]
+                for name in ("counts", "changed", "balance"):
+                    getattr(routes, name).extend(getattr(own, name))
+            return out
+
+        return checkpoint(run, x, residual, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,153 @@
+"""What every rank of the tests of sharding runs: the same training on another layout, with states saved and read; results whole, by rank 0."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from sparse_models import FAMILIES
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+from athanor.checkpoint import load_latest_state, save_state
+from athanor.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from athanor.model.transformer import Decoder
+from athanor.optim import Optimizer
+from athanor.parallel import Ranks
+from athanor.sharding import FullWeights, WholeParameters, parallelize_, split_parameters, whole
+from athanor.stages.routing import RouterBalance
+from athanor.stages.training import cross_entropy_step, packed_batches
+from athanor.weights import hand_over, weights_hash, write_model
+
+# Widths that two and four ranks do not divide: the last rank of a parameter holds fewer rows, or none.
+SHAPE = dict(vocab_size=67, hidden_size=20, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=10, intermediate_size=27)
+MODELS = {
+    "qwen3": ModelConfig(**SHAPE, initializer_range=0.2),
+    "qwen2, untied": ModelConfig(**SHAPE, architecture="qwen2", tie_word_embeddings=False, initializer_range=0.2),
+    "deepseek_v3": FAMILIES["deepseek_v3"],
+}
+# Adam divides by |g|, which turns the last bits of a small gradient into the first of an update; a large eps does not.
+OPTIMIZERS = {
+    "adamw": OptimizerConfig(lr=1e-2, eps=1e-2, weight_decay=0.1, grad_clip=0.5, warmup_steps=0),
+    "muon": OptimizerConfig(name="muon", lr=1e-2, eps=1e-2, weight_decay=0.1, grad_clip=0.5, warmup_steps=0),
+}
+STEPS = 3
+
+
+def sequences(step: int, tokens: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Nine sequences of 4 to 40 tokens, or of `tokens` inputs where these are few: ranks get different numbers of them and of micro-batches."""
+    rng = np.random.default_rng(step)
+    if tokens == 16:
+        return [rng.integers(67, size=6) for _ in range(9)], [rng.integers(67, size=11) for _ in range(9)]
+    return [rng.integers(67, size=n) for n in rng.integers(1, 12, 9)], [rng.integers(67, size=n) for n in rng.integers(3, 28, 9)]
+
+
+def build(ranks: Ranks, name: str, optimizer: str, dtype=torch.float32, seed: int = 0, **parallel):
+    model = Decoder(MODELS[name]).initialize_(seed).to(dtype)
+    parallelize_(model, ParallelConfig(**parallel), ranks)
+    return model, Optimizer(model, OPTIMIZERS[optimizer], ranks)
+
+
+def train(ranks: Ranks, model, optimizer, steps, tokens: int) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step."""
+    config, figures = TrainConfig(balance_loss=0.01), []
+    for step in steps:
+        prompts, completions = sequences(step, tokens)
+        mine = ranks.share(list(range(9)))
+        batches = packed_batches(model, ranks, [prompts[i] for i in mine], [completions[i] for i in mine], tokens)
+        num_targets = ranks.sum_int(sum(b.num_targets for b in batches))
+        balance = RouterBalance(model, config, ranks)
+        figures.append(cross_entropy_step(model, optimizer, batches, num_targets, 1e-2, balance))
+        balance.finish()
+    return figures
+
+
+def result(ranks: Ranks, *case, tokens: int, **options) -> dict:
+    """Gradients after the first step, weights after all, figures; and the rollout's copy, which must be the same."""
+    model, optimizer = build(ranks, *case, **options)
+    first = train(ranks, model, optimizer, range(1), tokens)
+    gradients = {n: whole(p.grad, p.grad.dtype) for n, p in split_parameters(model).items() if p.requires_grad}
+    full = FullWeights(model)
+    addresses = [p.data_ptr() for p in full.model.parameters()]
+    versions = [p._version for p in full.model.parameters()]
+    figures = first + train(ranks, model, optimizer, range(1, STEPS), tokens)
+    stale = weights_hash(full.model) if full.model is not model else ""
+    full.refresh()
+    assert weights_hash(model) == weights_hash(full.model) != stale
+    assert addresses == [p.data_ptr() for p in full.model.parameters()]
+    assert all(p._version > v for p, v in zip(full.model.parameters(), versions, strict=True))
+    parameters = WholeParameters(model)
+    return {"gradients": gradients, "weights": {n: parameters[n].clone() for n in parameters.names}, "figures": figures}
+
+
+def cases(world: int) -> dict[str, tuple]:
+    """Every layout for the first model, sharding alone for the others: name -> (model, optimizer), tokens of a micro-batch, [parallel]."""
+    qwen3 = ("qwen3", "adamw")
+    found = {
+        "replicate": (qwen3, 48, {}),
+        "fsdp": (qwen3, 48, {"shard": 0}),
+        "fsdp, recomputed, kept": (qwen3, 48, {"shard": 0, "activation_checkpointing": True, "reshard_after_forward": False}),
+        "replicate, one batch": (qwen3, 1000, {}),
+        "fsdp, one batch": (qwen3, 1000, {"shard": 0}),
+        "fsdp, untied": (("qwen2, untied", "adamw"), 48, {"shard": 0}),
+        "fsdp, muon": (("qwen3", "muon"), 48, {"shard": 0}),
+        # The sequence balance loss is a mean over a micro-batch, so each has one sequence.
+        "fsdp, sparse": (("deepseek_v3", "adamw"), 16, {"shard": 0}),
+        "fsdp, sparse, recomputed": (("deepseek_v3", "adamw"), 16, {"shard": 0, "activation_checkpointing": True}),
+    }
+    if world == 4:
+        found |= {"hsdp": (qwen3, 48, {"shard": 2}), "hsdp, one batch": (qwen3, 1000, {"shard": 2})}
+    return found
+
+
+def results(ranks: Ranks) -> dict[str, dict]:
+    return {name: result(ranks, *case, tokens=tokens, **options) for name, (case, tokens, options) in cases(ranks.world).items()}
+
+
+def whole_state(model, optimizer) -> dict[str, torch.Tensor]:
+    parameters = WholeParameters(model)
+    state = {f"model.{n}": parameters[n].clone() for n in parameters.names}
+    return state | {f"optimizer.{n}": whole(value, value.dtype).clone() for n, value in optimizer.state_tensors().items()}
+
+
+def save(ranks: Ranks, folder: Path, case: tuple, parallel: dict, dies: bool = False) -> dict[str, dict]:
+    """States after one and two steps, of which two are kept; the weights as a HuggingFace folder; and two steps more for comparison."""
+    model, optimizer = build(ranks, *case, **parallel)
+    for step in range(2):
+        train(ranks, model, optimizer, [step], 48)
+        if dies and step == 1 and ranks.rank == 1:
+            HuggingFaceStorageWriter.write_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        save_state(folder, step + 1, model, optimizer, {"step": step + 1}, ranks)
+    saved = whole_state(model, optimizer)
+    if ranks.is_main:
+        (folder / "hf").mkdir()
+        write_model(model, folder / "hf", max_shard_bytes=4000)
+    else:
+        hand_over(model)
+    ranks.barrier()
+    train(ranks, model, optimizer, [2, 3], 48)
+    return {"saved": saved, "later": whole_state(model, optimizer)}
+
+
+def load(ranks: Ranks, folder: Path, case: tuple, parallel: dict) -> dict[str, dict]:
+    model, optimizer = build(ranks, *case, seed=1, **parallel)
+    state = load_latest_state(folder, model, optimizer, ranks)
+    assert state.extra == {"step": state.step}
+    loaded = whole_state(model, optimizer)
+    train(ranks, model, optimizer, [2, 3], 48)
+    return {"step": state.step, "loaded": loaded, "later": whole_state(model, optimizer)}
+
+
+if __name__ == "__main__":
+    ranks = Ranks("cpu", threads=1)
+    job, target, *rest = sys.argv[1:]
+    if job == "train":
+        found = results(ranks)
+    else:
+        folder, case, parallel, *more = rest
+        found = {"save": save, "load": load}[job](ranks, Path(folder), json.loads(case), json.loads(parallel), *more)
+    if ranks.is_main:
+        torch.save(found, target)
+    ranks.close()
