@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from athanor.model_config import SPARSE, Config, ModelConfig
+from athanor.watch_config import DetectorConfig, TranscriptConfig
 
 
 class OptimizerConfig(Config):
@@ -277,6 +278,10 @@ class GRPOConfig(TrainConfig):
     (on a CPU, and on CUDA in strict mode), where from 1e-5 on there is a warning, and no limit elsewhere."""
     control: Literal["none", "shuffle", "flip"] = "none"
     """Negative control: shuffle the advantages inside the batch, or flip their sign."""
+    detectors: DetectorConfig = DetectorConfig()
+    """Warnings."""
+    transcripts: TranscriptConfig = TranscriptConfig()
+    """Samples to read."""
 
 
 class RewardModelConfig(TrainConfig):
@@ -300,7 +305,7 @@ class DistillConfig(SupervisedConfig):
 
     kind: Literal["distill"]
     data: list[str]
-    """Rejection stages that sampled the teacher."""
+    """Rejection stages that sampled the teacher, or JSONL files with prompt and completion."""
     batch_size: int = Field(64, ge=1)
     """Examples in one optimizer step."""
 
@@ -378,6 +383,8 @@ class RecipeConfig(Config):
     """Sequences that decode at once."""
     strict: bool = False
     """On CUDA, take kernels whose sums do not depend on the batch: sampled log-probs equal the trainer's bit for bit.  On a CPU they do anyway."""
+    loggers: list[Literal["wandb", "trackio"]] = []
+    """Services that get the metrics besides metrics.jsonl and TensorBoard; each must be installed, and is set up by its own environment variables."""
     verify_weights: bool = False
     """Hash the weights after every RL step and again before the next rollout; stop when the sampler reads other ones."""
     reuse: str = ""
@@ -389,7 +396,11 @@ class RecipeConfig(Config):
     tokenizer: TokenizerConfig = TokenizerConfig()
     """Tokenizer of all models."""
     models: dict[str, ModelConfig] = {}
-    """Model shapes by name."""
+    """Model shapes by name; of a checkpoint of the same name, what `--dry-run` takes while its folder is not there."""
+    checkpoints: dict[str, str] = {}
+    """Model folders by name; tokenizer.path, init and source may say the name."""
+    downloads: dict[str, str] = {}
+    """Where the files and folders that this recipe names come from, by path: the message when one is missing."""
     tasks: dict[str, TaskConfig] = {}
     """Problem sources by name."""
     stages: dict[str, Stage] = {}
@@ -419,3 +430,7 @@ class RecipeConfig(Config):
                 wanted = "wanted shard = 1, which multi-token prediction takes"
                 raise ValueError(f"stages.{name}.mtp_loss is {stage.mtp_loss} and parallel.shard is {self.parallel.shard}; {wanted}")
         return self
+
+    def folder(self, reference: str) -> str:
+        """The folder that a reference to a checkpoint means, where it is no stage."""
+        return self.checkpoints.get(reference, reference)

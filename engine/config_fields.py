@@ -8,7 +8,7 @@ import json
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -34,9 +34,14 @@ class Field:
 
 
 def describe_fields(model_cls: type[BaseModel], width: int = 120) -> str:
-    """List every field with its dotted path, type, default and docstring: the body of `--help`."""
+    """List every field with its dotted path, type, default and docstring: the body of `--help all`."""
+    return describe(list_fields(model_cls), width)
+
+
+def describe(fields: Iterable[Field], width: int = 120) -> str:
+    """The same of some fields."""
     lines, kind = [], ""
-    for field in list_fields(model_cls):
+    for field in fields:
         if field.kind != kind:
             lines += ["", f"  {field.path.rpartition('.')[0]} with {field.kind}:"] if field.kind else [""]
         kind = field.kind

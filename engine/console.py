@@ -14,6 +14,7 @@ from rich.table import Table
 
 from athanor.metrics import rank_from_environment
 
+LABELS = {"mean_tokens": "length", "reflection_rate": "reflection", "logp_gap_max": "logp gap", "tokens_per_s": "tokens/s"}  # of a step's figures
 TABLE_COLUMNS = ("pass@1", "pass@1_t1", "cons@16", "mean_tokens", "reflection_rate", "format_rate", "language_consistency", "wall_s")
 
 
@@ -121,7 +122,7 @@ class _StageProgress:
         """Tell that `done` steps of the stage are behind us, with up to six figures to show."""
         self.done = done
         shown = list((figures or {}).items())[:6]
-        self.last_figures = "".join(f"  {name} {format_figure(value)}" for name, value in shown)
+        self.last_figures = "".join(f"  {LABELS.get(name, name)} {format_figure(value)}" for name, value in shown)
         now = time.perf_counter()
         text = self._describe(now) + self.last_figures
         if self._bar is not None:

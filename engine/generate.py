@@ -1,6 +1,7 @@
-"""Command line:  python -m athanor.generate --model DIR --prompt TEXT [--prompt TEXT ...] [-n N] ...
+"""Command line:  python -m athanor.generate --model DIR --prompt TEXT [--prompt TEXT ...] [-n N] ...   or   --model DIR --chat
 
-One sample is shown token by token, several as they finish.  With --json every sample is one JSON object on stdout and nothing else is.
+--chat without a prompt is a conversation (chat.py): on a terminal, or with the lines of a pipe as messages. One sample is shown token by token,
+several as they finish. With --json every sample is one JSON object on stdout and nothing else is.
 Exit codes: 0, 2 for what the user can fix (one line on stderr), 130 when interrupted.
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from athanor.chat import HELP, THINK, Conversation, converse, typed_lines
 from athanor.errors import UserError
 from athanor.generator import Generator
 from athanor.samples import Completion, Request
@@ -23,7 +25,12 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m athanor.generate", description="Sample from a HuggingFace checkpoint folder.", allow_abbrev=False)
     p.add_argument("--model", required=True, metavar="DIR", help="folder with config.json, safetensors and tokenizer.json")
     p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to go on from; may be given several times; - reads stdin")
-    p.add_argument("--chat", action="store_true", help="take each prompt as a user's message and render the folder's chat template")
+    p.add_argument("--chat", action="store_true", help="take each prompt as a user's message and render the folder's chat template; without "
+                   "--prompt a conversation: a line is a message, /reset begins anew, /quit ends")  # fmt: skip
+    p.add_argument("--template", default="", metavar="T", help="of a conversation with a folder that has no chat template: raw, r1_zero, boxed or a "
+                   "text with {prompt}; each message stands alone")  # fmt: skip
+    p.add_argument("--system", default="", metavar="TEXT", help="system message of a conversation")
+    p.add_argument("--think", choices=THINK, default="auto", help="chains of thought of a conversation: auto is dim on a terminal, else show")
     p.add_argument("-n", type=int, default=1, metavar="N", help="samples per prompt; they share its prefill (default 1)")
     p.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest sample (default 256)")
     p.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 = greedy (default 1)")
@@ -63,7 +70,12 @@ def run(arguments: argparse.Namespace, write: Callable[[str], None]) -> None:
     from athanor.tokenizer import Tokenizer
     from athanor.weights import load_model
 
-    if not arguments.prompt:
+    conversing = arguments.chat and not arguments.prompt
+    if conversing and (arguments.json or arguments.n != 1):
+        raise UserError("--chat: a conversation takes neither --json nor -n; wanted --prompt with them")
+    if not conversing and (arguments.template or arguments.system):
+        raise UserError("--template and --system belong to a conversation: --chat without --prompt")
+    if not conversing and not arguments.prompt:
         raise UserError("--prompt is missing; wanted at least one text (--prompt '' starts from the beginning of a sequence)")
     if arguments.n < 1:
         raise UserError(f"-n {arguments.n}, wanted at least 1")
@@ -77,6 +89,14 @@ def run(arguments: argparse.Namespace, write: Callable[[str], None]) -> None:
     dtype = getattr(torch, arguments.dtype if arguments.dtype != "auto" else "bfloat16" if ranks.device.type == "cuda" else "float32")
     tokenizer = Tokenizer.from_folder(arguments.model)
     model = load_model(arguments.model, dtype=dtype, device=ranks.device).requires_grad_(False)
+    if conversing:
+        generator = Generator(model, tokenizer.eos_ids, tokenizer=tokenizer, max_rows=1)
+        talk = Conversation(generator, tokenizer, sampling, template=arguments.template, system=arguments.system, seed=arguments.seed)
+        terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        if terminal:
+            write(f"{HELP}\n")
+        converse(talk, typed_lines() if terminal else sys.stdin, write, think=arguments.think, terminal=terminal)
+        return
     texts = [sys.stdin.read() if text == "-" else text for text in arguments.prompt]
     rendered = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) if arguments.chat else text for text in texts]
     prompts = [np.array(tokenizer.encode_prompt(text), np.int64) for text in rendered]

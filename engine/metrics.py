@@ -1,13 +1,18 @@
-"""Metrics of a run: metrics.jsonl (one line per stage and step), TensorBoard events of the same numbers, counters and timers.
+"""Metrics of a run: metrics.jsonl (one line per stage and step), TensorBoard events of the same numbers, and services such as Weights & Biases.
 
 metrics.jsonl is the record: a line is on disk before the next step begins, and `rewind` cuts it back to a checkpoint, so that a run
-that was killed and resumed has every step once.  TensorBoard is a view of it under tensorboard/<stage>/, so stages overlay.
+that was killed and resumed has every step once.  TensorBoard is a view of it under tensorboard/<stage>/, so stages overlay.  Services
+(`loggers`, modules with the interface of wandb: init, log, finish) get the same numbers as <stage>/<name> beside <stage>/step; what they have been
+sent they keep, so steps that a resumed run repeats are there twice.
 """
 
+import importlib
+import importlib.util
 import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from athanor.atomic import write_file
@@ -27,13 +32,26 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-class MetricsWriter:
-    """Append metrics of a run to <run_dir>/metrics.jsonl and to TensorBoard.  On ranks other than 0 every method does nothing."""
+def check_loggers(loggers: Sequence[str]) -> None:
+    """Raise UserError for a service whose package is not installed."""
+    for name in loggers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"loggers: {name} is not installed; pip install {name}, or leave it out of loggers")
 
-    def __init__(self, run_dir: Path | str, tensorboard: bool = True, *, rank: int | None = None):
+
+class MetricsWriter:
+    """Append metrics of a run to <run_dir>/metrics.jsonl, to TensorBoard and to `loggers`.  On ranks other than 0 every method does nothing.
+
+    config: what the loggers show as the run's settings.
+    """
+
+    def __init__(
+        self, run_dir: Path | str, tensorboard: bool = True, *, rank: int | None = None, loggers: Sequence[str] = (), config: dict | None = None
+    ):
         self._path = Path(run_dir) / METRICS_NAME
         self._active = (rank_from_environment() if rank is None else rank) == 0
         self._tensorboard_dir = Path(run_dir) / "tensorboard" if tensorboard else None
+        self._loggers: list = []  # modules
         self._events = {}  # stage -> EventFileWriter
         self._purge_steps = {}  # stage -> first step that a TensorBoard reader must forget
         self._file = None
@@ -43,6 +61,13 @@ class MetricsWriter:
         if self._path.exists():
             _drop_half_line(self._path)
         self._file = open(self._path, "ab")
+        check_loggers(loggers)
+        for name in loggers:
+            module, run = importlib.import_module(name), Path(run_dir).resolve().name
+            # One run of the service for a run folder, however often it is resumed.
+            own = {"id": run, "dir": str(run_dir)} if name == "wandb" else {}
+            module.init(project=os.environ.get(f"{name.upper()}_PROJECT", "athanor"), name=run, config=config or {}, resume="allow", **own)
+            self._loggers.append(module)
 
     def write(self, stage: str, step: int, values: dict) -> None:
         """Append one line {stage, step, **values}, flushed.  Values: numbers or 0-d tensors; NaN and infinities are written as null."""
@@ -56,6 +81,8 @@ class MetricsWriter:
         self._file.flush()
         if self._tensorboard_dir is not None:
             self._write_events(stage, int(step), numbers)
+        for module in self._loggers:
+            module.log({f"{stage}/step": int(step)} | {f"{stage}/{name}": value for name, value in numbers.items() if value is not None})
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget the lines of `stage` after `step` (the checkpoint's): call it on resume.  -1 forgets the whole stage."""
@@ -82,6 +109,9 @@ class MetricsWriter:
         for events in self._events.values():
             events.close()
         self._events.clear()
+        for module in self._loggers:
+            module.finish()
+        self._loggers.clear()
         self._active = False
 
     def __enter__(self) -> "MetricsWriter":

@@ -9,6 +9,7 @@ import json
 import platform
 import resource
 import time
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -21,9 +22,10 @@ from athanor.generative_judge import judge_settings
 from athanor.kernels import strict_mode
 from athanor.losses import resolve_preset
 from athanor.manifest import Manifest, code_version, hash_config
-from athanor.metrics import MetricsWriter
+from athanor.metrics import MetricsWriter, check_loggers
 from athanor.model.moe import use_fp8_
 from athanor.parallel import Ranks
+from athanor.recipe_inputs import missing_inputs
 from athanor.recipe_io import config_data
 from athanor.registry import near_misses
 from athanor.report import write_report
@@ -34,19 +36,23 @@ from athanor.run_folder import open_run_folder
 from athanor.samples import in_domain
 from athanor.sharding import shard_size
 from athanor.stages import grpo, reward_model
-from athanor.stages.context import StageContext, checkpoint_dir, data_path
+from athanor.stages.context import StageContext, checkpoint_dir, data_source
 from athanor.stages.evaluate import evaluate
 from athanor.tasks import make_task, require_answers
 from athanor.tokenizer import Tokenizer, symbol_tokenizer
+from athanor.transcripts import write_page
 from athanor.weights import load_model
 
-LOCATION_KEYS = ("name", "run_root", "reuse", "until", "threads", "max_rows", "report_notes", "parallel")
+LOCATION_KEYS = ("name", "run_root", "reuse", "until", "threads", "max_rows", "report_notes", "parallel", "loggers", "downloads")
 RESULT_KEYS = ("pass@1", "pass@1_t1", "mean_tokens", "reflection_rate", "format_rate", "language_consistency")
 
 
 def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> dict:
     """Run or resume a recipe; return the summary that the command line prints as its last line."""
     started = time.time()
+    if missing := missing_inputs(recipe):
+        more = f" (and {len(missing) - 1} more: --dry-run lists them)" if len(missing) > 1 else ""
+        raise UserError(f"{next(iter(missing.values()))}{more}")
     tasks = build_tasks(recipe)
     check(recipe, tasks)
     whole, recipe = recipe, up_to(recipe)
@@ -57,7 +63,7 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
     lock = open_run_folder(run_dir, config_data(whole), overwrite=overwrite, ignore=LOCATION_KEYS) if ranks.is_main else None
     ranks.barrier()
     try:
-        with strict_mode(recipe.strict), MetricsWriter(run_dir) as metrics:
+        with strict_mode(recipe.strict), MetricsWriter(run_dir, loggers=recipe.loggers, config=config_data(whole)) as metrics:
             manifest = Manifest(run_dir, seed=recipe.seed)
             if ranks.is_main:
                 manifest.declare([*whole.stages, *(f"evaluate.{name}" for name in whole.evaluation.stages)])
@@ -89,6 +95,8 @@ def finish(recipe: RecipeConfig, recipe_name: str, run_dir: Path, manifest: Mani
     report = write_report(run_dir)
     console.table(summary["stages"])
     console.note(f"report: {report}")
+    if page := write_page(run_dir):
+        console.note(f"transcripts: {page}")
     return summary
 
 
@@ -105,10 +113,13 @@ def up_to(recipe: RecipeConfig) -> RecipeConfig:
     return recipe.model_copy(update={"stages": {name: recipe.stages[name] for name in kept}, "evaluation": evaluation})
 
 
-def build_tasks(recipe: RecipeConfig) -> dict:
-    """The recipe's tasks by name; the run's seed goes to those that draw at random."""
+def build_tasks(recipe: RecipeConfig, absent: Container[str] = ()) -> dict:
+    """The recipe's tasks by name; the run's seed goes to those that draw at random.  absent: names that get None, for want of their files."""
     tasks = {}
     for name, config in recipe.tasks.items():
+        if name in absent:
+            tasks[name] = None
+            continue
         settings = dict(config.settings)
         module = config.kind.partition(":")[0]
         if module in ("arithmetic", "courtesy", "discretion"):
@@ -120,42 +131,48 @@ def build_tasks(recipe: RecipeConfig) -> dict:
 def build_tokenizer(recipe: RecipeConfig, tasks: dict) -> Tokenizer:
     """The recipe's tokenizer; `symbols` takes every task's symbols in the order of the recipe."""
     if recipe.tokenizer.kind == "file":
-        return Tokenizer.from_folder(recipe.tokenizer.path)
+        return Tokenizer.from_folder(recipe.folder(recipe.tokenizer.path))
     return symbol_tokenizer(list(dict.fromkeys(symbol for task in tasks.values() for symbol in task.symbols)))
 
 
 def check(recipe: RecipeConfig, tasks: dict) -> None:
-    """Find what is wrong with a recipe before anything is written: names, order, rewards, losses, answers."""
+    """Find what is wrong with a recipe before anything is written: names, order, rewards, losses, answers.
+
+    What is not there yet - tasks that are None, folders of missing checkpoints - is left out: `missing_inputs` has spoken of it.
+    """
     if not recipe.stages:
         raise UserError("the recipe has no stages, wanted at least one [stages.NAME]")
+    if twice := sorted(recipe.checkpoints.keys() & recipe.stages.keys()):
+        raise UserError(f"checkpoints.{twice[0]}: a stage has that name too, wanted another one")
     if recipe.tokenizer.kind == "symbols":
         for name, task in tasks.items():
-            if not hasattr(task, "symbols"):
+            if task is not None and not hasattr(task, "symbols"):
                 raise UserError(f"tasks.{name}: this task is not written in symbols; set tokenizer.kind = \"file\" and tokenizer.path")
-    else:
-        Tokenizer.from_folder(recipe.tokenizer.path)
+    elif recipe.tokenizer.path not in recipe.checkpoints or Path(recipe.folder(recipe.tokenizer.path)).exists():
+        build_tokenizer(recipe, tasks)
     earlier: list[str] = []
     for name, stage in recipe.stages.items():
         where = f"stages.{name}"
         for field, reference in _references(stage).items():
             trained = field in MODEL_FIELDS.values()
-            if reference and reference not in earlier and (trained or not Path(reference).is_dir()):
-                wanted = "an earlier stage" if trained else "an earlier stage or a model folder"
-                raise UserError(f"{where}.{field}: got {reference!r}, wanted {wanted}; {near_misses(reference, earlier)}")
+            named = reference in recipe.checkpoints or Path(reference).is_dir()
+            if reference and reference not in earlier and (trained or not named):
+                wanted = "an earlier stage" if trained else "an earlier stage, a checkpoint or a model folder"
+                raise UserError(f"{where}.{field}: got {reference!r}, wanted {wanted}; {near_misses(reference, [*earlier, *recipe.checkpoints])}")
         if stage.kind in ("sft", "grpo", "reward_model", "distill") and not stage.init:
             raise UserError(f"{where}.init is empty, wanted an earlier stage or a model folder")
         for field in ("mixed", "decontaminate"):
             for source in getattr(stage, field, []):
-                if not Path(source).is_file() and not (field == "decontaminate" and source in tasks):
+                if not Path(source).is_file() and source not in recipe.downloads and not (field == "decontaminate" and source in tasks):
                     raise UserError(f"{where}.{field}: got {source!r}, wanted a file{' or a task' if field == 'decontaminate' else ''}")
         for source in getattr(stage, "data", []):
-            if source not in earlier and not Path(source).is_file():
+            if source not in earlier and not Path(source).is_file() and source not in recipe.downloads:
                 raise UserError(f"{where}.data: got {source!r}, wanted an earlier stage or a JSONL file; {near_misses(source, earlier)}")
         if stage.kind == "pretrain" and stage.model not in recipe.models:
             raise UserError(f"{where}.model: got {stage.model!r}; {near_misses(stage.model, list(recipe.models))}")
         if stage.kind == "pretrain":
             for entry in stage.corpus:
-                if entry.task in tasks and not hasattr(tasks[entry.task], "corpus"):
+                if tasks.get(entry.task) is not None and not hasattr(tasks[entry.task], "corpus"):
                     raise UserError(f"{where}.corpus: task {entry.task!r} writes no pre-training documents")
         for task in _tasks_of(stage):
             if task not in tasks:
@@ -168,7 +185,7 @@ def check(recipe: RecipeConfig, tasks: dict) -> None:
             make_reward(stage.verifier, **stage.verifier_settings)
         if stage.kind == "reward_model":
             powers = reward_model.SOURCES[stage.objective]
-            if not any(hasattr(tasks[stage.task], power) for power in powers):
+            if tasks[stage.task] is not None and not any(hasattr(tasks[stage.task], power) for power in powers):
                 wanted = f"objective {stage.objective!r} wants a task with {' or '.join(powers)}"
                 raise UserError(f"{where}.task: {stage.task!r} offers no verdicts of that kind, {wanted}")
         _check_models(where, stage, recipe)
@@ -177,6 +194,7 @@ def check(recipe: RecipeConfig, tasks: dict) -> None:
     for name in recipe.evaluation.stages:
         if name not in earlier:
             raise UserError(f"evaluation.stages: unknown stage {name!r}; {near_misses(name, earlier)}")
+    check_loggers(recipe.loggers)
     if recipe.until and recipe.until not in earlier:
         raise UserError(f"until: unknown stage {recipe.until!r}; {near_misses(recipe.until, earlier)}")
     for field in ("task", "general_task", "safety_task") if recipe.evaluation.stages else ():
@@ -197,7 +215,7 @@ def _check_rewards(where: str, stage: GRPOConfig, tasks: dict) -> None:
             reward, _ = judge_settings(entry.reward, {key: value for key, value in entry.settings.items() if key != "checkpoint"})
         else:
             reward = make_reward(entry.reward, **entry.settings)
-        for task in (tasks[prompt.task] for prompt in stage.prompts):
+        for task in (task for prompt in stage.prompts if (task := tasks[prompt.task]) is not None):
             if isinstance(reward, Comparison) and in_domain(task.domain, entry.domain) and task.size("train") != 0:
                 reward.reference_reply(task.problem("train", 0))
             if entry.reward in ("accuracy", "math") and in_domain(task.domain, entry.domain):
@@ -239,7 +257,7 @@ def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenize
     used = {task: recipe.tasks[task].model_dump() for task in sorted(set(_tasks_of(stage)))}
     shape = recipe.models[stage.model].model_dump() if stage.kind == "pretrain" else None
     # Everything that decides the stage's result besides its inputs' bytes; how often it saves and what it is called in the report do not.
-    own = stage.model_dump(mode="json", exclude={"label", "save_every", "keep_states"})
+    own = stage.model_dump(mode="json", exclude={"label", "save_every", "keep_states", "detectors", "transcripts"})
     vocabulary = [tokenizer.id_to_token(i) for i in range(tokenizer.vocab_size)]
     facts = {"stage": own, "tasks": used, "model": shape, "vocabulary": vocabulary, "name": name}
     facts |= {"seed": recipe.seed, "dtype": recipe.dtype, "strict": recipe.strict, "fp8": recipe.fp8}
@@ -280,9 +298,9 @@ def stage_inputs(name: str, recipe: RecipeConfig, run_dir: Path) -> dict[str, Pa
     inputs = {}
     for field, reference in _references(stage).items():
         if reference:
-            inputs[field] = checkpoint_dir(run_dir, reference) if reference in recipe.stages else Path(reference)
+            inputs[field] = checkpoint_dir(run_dir, reference) if reference in recipe.stages else Path(recipe.folder(reference))
     for source in getattr(stage, "data", []):
-        inputs[f"data.{source}"] = data_path(run_dir, source) if source in recipe.stages else Path(source)
+        inputs[f"data.{source}"] = data_source(run_dir, recipe.stages, source)
     for source in [*getattr(stage, "mixed", []), *getattr(stage, "decontaminate", [])]:
         if source not in recipe.tasks:
             inputs[f"file.{source}"] = Path(source)

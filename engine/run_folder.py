@@ -16,7 +16,8 @@ from pathlib import Path
 from athanor.atomic import write_file
 from athanor.errors import UserError
 
-RUN_FILES = ("manifest.json", "config.json", "metrics.jsonl", "samples.jsonl", "report.html", "data", "checkpoints", "evaluations", "tensorboard")
+RUN_FILES = ("manifest.json", "config.json", "metrics.jsonl", "samples.jsonl", "report.html", "transcripts", "transcripts.html", "data",
+             "checkpoints", "evaluations", "tensorboard", "wandb")  # fmt: skip
 LOCK_NAME = ".lock"
 
 

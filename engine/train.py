@@ -12,7 +12,7 @@ import sys
 # `torchrun engine/train.py` puts engine/ itself on the path, where its module names would shadow others.
 sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != os.path.dirname(os.path.abspath(__file__))]
 
-SWITCHES = ("quick", "debug", "overwrite", "help")
+SWITCHES = ("quick", "debug", "overwrite", "dry-run", "list", "help")
 USAGE = """usage: torchrun engine/train.py [RECIPE] [--key.path VALUE ...] [--quick] [--overwrite] [--debug]
        torchrun engine/train.py [RECIPE or SHAPE] --plan [--plan.key.path VALUE ...]     (--plan --help lists all)
        torchrun engine/train.py eval --model DIR --task NAME [--data FILE] [--k K] [--limit N] ...   (eval --help lists all)
@@ -21,10 +21,12 @@ USAGE = """usage: torchrun engine/train.py [RECIPE] [--key.path VALUE ...] [--qu
   --quick       the recipe's [quick] settings: all stages in a minute or two, no claims
   --overwrite   start afresh in a run folder that exists
   --plan        print memory and time per rank and the parallel layout that fits a cluster; nothing runs
+  --dry-run     check the recipe, its data and its models' shapes, add up tokens per stage, and run nothing
   --debug       tracebacks
-  --help        this text
+  --list        recipes, tasks, rewards, losses and kinds of stages
+  --help TOPIC  {topics}
 
-A run that was stopped goes on when the same command is given again.  Fields (any of them as --key VALUE):
+A run that was stopped goes on when the same command is given again.  `athanor doctor` says what this machine can run.
 """
 
 
@@ -56,8 +58,8 @@ def _train(argv: list[str]) -> dict:
     from athanor.recipe_io import load_recipe, split_command_line
 
     positional, overrides, switches = split_command_line(RecipeConfig, argv, SWITCHES)
-    if "help" in switches:
-        _help(RecipeConfig)
+    if switches & {"help", "list"}:
+        _explain(argv, positional, listed="list" in switches)
         return {}
     if len(positional) > 1:
         from athanor.errors import UserError
@@ -65,6 +67,10 @@ def _train(argv: list[str]) -> dict:
         raise UserError(f"unexpected argument {positional[1]!r}, wanted at most one recipe")
     name = positional[0] if positional else "tiny"
     recipe = load_recipe(RecipeConfig, name, overrides, quick="quick" in switches)
+    if "dry-run" in switches:
+        from athanor.dry_run import dry_run
+
+        return dry_run(recipe, name)
     _keep_freed_memory()
     from athanor.pipeline import run
 
@@ -84,11 +90,16 @@ def _plan(argv: list[str]) -> dict:
     return command(argv)
 
 
-def _help(model_cls) -> None:
-    from athanor.recipe_io import RECIPES_DIR, describe_fields
+def _explain(argv: list[str], positional: list[str], *, listed: bool) -> None:
+    from athanor.catalogue import TOPICS, help_on, listing
+    from athanor.recipe_io import RECIPES_DIR
 
-    print(USAGE.format(recipes=", ".join(sorted(path.stem for path in RECIPES_DIR.glob("*.toml")))))
-    print(describe_fields(model_cls))
+    if listed:
+        print(listing())
+    elif topic := next((word for word in argv[argv.index("--help") + 1 :][:1] if word in positional), ""):
+        print(help_on(topic))
+    else:
+        print(USAGE.format(recipes=", ".join(sorted(path.stem for path in RECIPES_DIR.glob("*.toml"))), topics=TOPICS))
 
 
 def _keep_freed_memory() -> None:

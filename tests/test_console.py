@@ -1,6 +1,7 @@
 """What a person sees of a run: plain lines in a log, a live line on a terminal, nothing on other ranks and nothing on stdout."""
 
 import io
+import re
 
 import pytest
 
@@ -18,7 +19,7 @@ def test_a_log_gets_the_first_and_last_step_and_the_figures(capsys):
     run_stage(Console(8, every_s=1000, file=file), total=5)
     lines = file.getvalue().splitlines()
     assert len(lines) == 3
-    assert lines[0].startswith("[1/8] zero  step 1/5") and "left" in lines[0] and "accuracy 0.125  mean_tokens 40.2" in lines[0]
+    assert lines[0].startswith("[1/8] zero  step 1/5") and "left" in lines[0] and "accuracy 0.125  length 40.2" in lines[0]
     assert lines[1].startswith("[1/8] zero  step 5/5") and "left" not in lines[1]
     assert lines[2].startswith("[1/8] zero  done in") and "accuracy 0.625" in lines[2]
     assert capsys.readouterr().out == ""
@@ -43,6 +44,25 @@ def test_a_terminal_shows_a_live_line_and_leaves_one_when_done(monkeypatch):
     file = io.StringIO()
     run_stage(Console(2, file=file))
     assert "zero" in file.getvalue() and "done in" in file.getvalue() and "\x1b[" in file.getvalue()
+
+
+def test_a_step_of_rl_shows_what_people_watch_live_and_in_a_log(monkeypatch):
+    figures = {"reward": 1.25, "mean_tokens": 412.0, "pass@1": 0.375, "reflection_rate": 0.5, "logp_gap_max": 2e-6, "tokens_per_s": 21345.6}
+
+    def shown():
+        file = io.StringIO()
+        with Console(3, file=file, every_s=0).stage("zero", 100, first_step=40) as progress:
+            progress.step(41, figures)
+        return file.getvalue()
+
+    wanted = ("[1/3] zero", "step 41/100", "left", "reward 1.250", "length 412.0", "pass@1 0.375", "logp gap 2.0e-06", "tokens/s 21346")
+    plain = shown()
+    assert all(part in plain for part in wanted) and "\x1b" not in plain
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "250")
+    live = shown()
+    assert "\x1b[" in live and all(part in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", live) for part in wanted)
 
 
 def test_other_ranks_are_quiet(capsys):

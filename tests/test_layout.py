@@ -15,14 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module or folder of engine/ imports only from its own floor and those below it.  A new one is added here, on the lowest floor that serves.
 FLOORS = {
     0: "kernels _host",
-    1: "atomic batch config config_fields console errors hf_config hf_tensors manifest metrics model_config parallel recipe_draft recipe_io registry "
-    "run_folder samples seeds",
-    2: "advantages contamination judging losses metrics_eval rewards sandbox tasks",
+    1: "atomic batch config config_fields console errors hf_config hf_tensors manifest metrics model_config parallel recipe_draft recipe_inputs "
+    "recipe_io registry run_folder samples seeds watch_config",
+    2: "advantages contamination detectors judging losses metrics_eval rewards sandbox tasks",
     3: "checkpoint expert_parallel mla model moe optim sharding tokenizer weights",
-    4: "cpu_graph decode generate generative_judge generator kv_cache prefill reward_models stops stream",
-    5: "rollout sample_store",
+    4: "chat cpu_graph decode generate generative_judge generator kv_cache prefill reward_models stops stream",
+    5: "rollout sample_store transcript_log",
     6: "stages",
-    7: "evaluation evaluation_report pipeline planner published recipes report report_charts shapes",
+    7: "__main__ catalogue doctor dry_run evaluation evaluation_report pipeline planner published recipes report report_charts shapes transcripts",
     8: "train",
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units.split()}
@@ -39,7 +39,8 @@ WELL_KNOWN = set(
     "triton trl typing_extensions verl vllm wandb xformers yaml".split()
 )
 TOP_LEVEL = set(
-    "engine kernels csrc bench tests setup.py README.md pyproject.toml constraints.txt LICENSE MANIFEST.in CHANGELOG.md LOG.md .ci .gitignore".split()
+    "engine kernels csrc bench tests docs setup.py README.md pyproject.toml constraints.txt LICENSE MANIFEST.in CHANGELOG.md LOG.md .ci "
+    ".gitignore".split()
 )
 SOURCES = ("*.py", "*.cpp", "*.hpp", "*.inl", "*.cu", "*.cuh")
 

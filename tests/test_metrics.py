@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 
 import numpy as np
@@ -108,3 +109,42 @@ def test_tensorboard_shows_every_step_once_after_a_kill_and_a_resume(tmp_path):
     assert events.Tags()["scalars"] == ["reward"]
     assert [(event.step, event.value) for event in events.Scalars("reward")] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)]
     assert len(EventAccumulator(str(tmp_path / "tensorboard" / "base")).Reload().Scalars("loss")) == 5
+
+
+SERVICE = """
+import json
+calls = []
+def init(**settings): calls.append(["init", settings])
+def log(values): calls.append(["log", values])
+def finish(): calls.append(["finish"])
+"""
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_logger_gets_the_numbers_of_every_step(name, tmp_path, monkeypatch):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / f"{name}.py").write_text(SERVICE)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with MetricsWriter(tmp_path / "mine", tensorboard=False, loggers=[name], config={"seed": 3}) as writer:
+        writer.write("zero", 1, {"reward": 0.5, "kl": math.nan})
+        writer.write("base", 7, {"loss": torch.tensor(2.0)})
+    calls = sys.modules.pop(name).calls
+    assert [call[0] for call in calls] == ["init", "log", "log", "finish"]
+    assert calls[0][1]["config"] == {"seed": 3} and calls[0][1]["name"] == "mine" and calls[0][1]["resume"] == "allow"
+    assert [call[1] for call in calls[1:3]] == [{"zero/step": 1, "zero/reward": 0.5}, {"base/step": 7, "base/loss": 2.0}]
+
+
+def test_a_logger_that_is_not_installed_is_one_line_and_is_not_needed_unless_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    MetricsWriter(tmp_path / "without", tensorboard=False).close()
+    with pytest.raises(UserError, match="loggers: wandb is not installed; pip install wandb") as error:
+        MetricsWriter(tmp_path / "with", tensorboard=False, loggers=["wandb"])
+    assert "\n" not in str(error.value)
+
+
+def test_other_ranks_start_no_logger(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail("imported"))
+    with MetricsWriter(tmp_path / "run", rank=1, loggers=["wandb"]) as writer:
+        writer.write("zero", 1, {"reward": 1.0})

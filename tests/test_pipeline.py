@@ -65,6 +65,18 @@ def test_the_last_line_and_the_run_folder_are_complete(whole_run):
     assert len(gaps) == 10 and max(gaps) <= 1e-5
 
 
+def test_rl_writes_transcripts_and_shows_what_people_watch(whole_run):
+    run_dir, result = whole_run
+    rows = [json.loads(line) for line in (run_dir / "transcripts" / "zero.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1] * 8 and [row["place"] for row in rows] == ["best"] * 4 + ["worst"] * 4
+    assert min(row["reward"] for row in rows[:4]) >= max(row["reward"] for row in rows[4:])
+    assert (run_dir / "transcripts.html").is_file() and (run_dir / "transcripts" / "general.jsonl").is_file()
+    line = next(line for line in result.stderr.splitlines() if "zero  step 1/6" in line)
+    assert all(word in line for word in ("left", "reward", "length", "pass@1", "reflection", "logp gap", "tokens/s"))
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["pass@1"] == row["accuracy"] and 0 <= row["language_consistency"] <= 1 for row in metrics if row["stage"] == "zero")
+
+
 def test_a_second_start_does_nothing_and_says_the_same(whole_run):
     run_dir, result = whole_run
     before = (run_dir / "metrics.jsonl").read_bytes()
@@ -89,6 +101,8 @@ def test_killed_anywhere_it_ends_with_the_same_figures(whole_run, tmp_path, stag
     resumed = train(tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert figures(resumed) == figures(result)
+    for path in (run_dir / "transcripts").iterdir():
+        assert (tmp_path / "micro" / "transcripts" / path.name).read_bytes() == path.read_bytes()
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [row["step"] for row in rows if row["stage"] == stage]
     assert steps == sorted(set(steps))
@@ -194,6 +208,8 @@ def test_eval_measures_any_checkpoint(whole_run, tmp_path):
         (["--stages.zero.prompts", '[{task = "courtesy"}]'], ["courtesy", "answer"]),
         (["--stages.fine.data", '["/nowhere.jsonl"]'], ["/nowhere.jsonl"]),
         (["--run_root", "/proc/nothing"], ["/proc/nothing"]),
+        (["--loggers", '["wandb"]'], ["loggers", "pip install wandb"]),
+        (["--checkpoints", '{ base = "/nowhere" }'], ["checkpoints.base", "/nowhere"]),
         (["--device", "cuda"], ["cuda"]),
     ],
 )  # fmt: skip
@@ -214,5 +230,5 @@ def test_unknown_recipe_and_help():
     script = [sys.executable, str(ROOT / "engine" / "train.py")]
     unknown = subprocess.run([*script, "tinny"], capture_output=True, text=True, env=ENVIRONMENT)
     assert unknown.returncode == 2 and "tiny" in unknown.stderr and len(unknown.stderr.splitlines()) == 1
-    text = subprocess.run([*script, "--help"], capture_output=True, text=True, env=ENVIRONMENT)
+    text = subprocess.run([*script, "--help", "all"], capture_output=True, text=True, env=ENVIRONMENT)
     assert text.returncode == 0 and "stages.<name>" in text.stdout and "group_size" in text.stdout

@@ -18,6 +18,7 @@ from athanor.pipeline import build_tasks, build_tokenizer
 from athanor.planner.report import as_data, as_text
 from athanor.planner.search import Plan, make_plan
 from athanor.planner.settings import PlanConfig
+from athanor.recipe_inputs import absent_tasks, missing_inputs
 from athanor.recipe_io import RECIPES_DIR, load_recipe, split_command_line
 from athanor.rollout import as_asked
 
@@ -75,24 +76,30 @@ def shape_at(path: Path) -> ModelConfig:
 
 
 def plan_of_recipe(recipe: _Recipe) -> Plan:
-    """The plan of one stage; what [plan.workload] says goes over what the stage does."""
+    """The plan of one stage; what [plan.workload] says goes over what the stage does.
+
+    What the recipe names need not be there: a missing model has the shape in [models], and prompts that cannot be read the workload's length.
+    """
     name = stage_of(recipe)
-    tasks = build_tasks(recipe)
-    tokenizer = build_tokenizer(recipe, tasks)
+    missing = missing_inputs(recipe)
+    tasks = build_tasks(recipe, absent_tasks(recipe, missing))
+    tokenizer = None if recipe.folder(recipe.tokenizer.path) in missing else build_tokenizer(recipe, tasks)
     config = _model_of(recipe, name)
-    config = config.model_copy(update={"vocab_size": config.vocab_size or tokenizer.vocab_size})
+    if not config.vocab_size:
+        config = config.model_copy(update={"vocab_size": tokenizer.vocab_size})
     stage = recipe.stages[name]
     values = dict(num_steps=stage.steps, micro_batch_tokens=stage.micro_batch_tokens, max_rows=recipe.max_rows, optimizer=stage.optimizer.name,
                   precision=recipe.dtype)  # fmt: skip
     if stage.kind == "grpo":
         variant = resolve_preset(stage.loss, **stage.loss_overrides).variant
-        lengths = [(entry.weight, _prompt_tokens(tasks[entry.task], tokenizer)) for entry in stage.prompts]
+        there = [entry for entry in stage.prompts if tokenizer and tasks[entry.task] is not None]
+        lengths = [(entry.weight, _prompt_tokens(tasks[entry.task], tokenizer)) for entry in there]
         values |= dict(
             prompts_per_step=stage.prompts_per_step, group_size=stage.group_size, updates_per_rollout=stage.updates_per_rollout,
             max_tokens=stage.sampling.max_tokens, reference=variant.kl != "none",
             scoring_passes=(variant.kl != "none") + (variant.correction != "none") + (stage.routing_replay == "trainer"),
-            prompt_tokens=sum(weight * tokens for weight, tokens in lengths) / sum(weight for weight, _ in lengths),
         )  # fmt: skip
+        values |= {"prompt_tokens": sum(weight * tokens for weight, tokens in lengths) / sum(weight for weight, _ in lengths)} if lengths else {}
     else:
         size = stage.docs_per_step if stage.kind == "pretrain" else stage.batch_size
         longest = min(1024, config.max_position_embeddings)
@@ -122,9 +129,12 @@ def _model_of(recipe: _Recipe, name: str) -> ModelConfig:
                 raise UserError(f"stages.{name}.model is {stage.model!r}{nearest(stage.model, list(recipe.models))}; wanted a key of [models]")
             return recipe.models[stage.model]
         name = stage.init
-    if not (Path(name) / "config.json").is_file():
+    folder = Path(recipe.folder(name))
+    if not (folder / "config.json").is_file():
+        if name in recipe.checkpoints and name in recipe.models:
+            return recipe.models[name]
         raise UserError(f"--plan: init is {name!r}, wanted a stage of the recipe or a folder with a config.json")
-    return shape_at(Path(name))
+    return shape_at(folder)
 
 
 def _prompt_tokens(task, tokenizer) -> float:

@@ -62,6 +62,10 @@ class RewardScores:
     seconds: dict[str, float] = field(default_factory=dict)  # reward -> elapsed, waiting for workers included
     failures: dict[str, Counter] = field(default_factory=dict)  # reward -> "error" and "timeout" counts, of rewards that failed at all
 
+    def verdict(self, i: int) -> float | None:
+        """What the verifier says of sample i; None where no verifier applies."""
+        return _correct(self.parts, i)
+
 
 class RewardTable:
     """Typed table of rewards.  Raises UserError when two lines of one name can count for the same sample."""

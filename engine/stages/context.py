@@ -53,9 +53,10 @@ class StageContext:
         """Folder of the checkpoint that `reference` names: a stage of this recipe, or a path."""
         if reference in self.recipe.stages:
             return checkpoint_dir(self.run_dir, reference)
-        if not Path(reference).is_dir():
+        folder = Path(self.recipe.folder(reference))
+        if not folder.is_dir():
             raise UserError(f"stage {self.name}: checkpoint {reference!r} is neither a stage of this recipe nor a folder")
-        return Path(reference)
+        return folder
 
     def load(self, reference: str, *, parallel: bool = False) -> Decoder:
         """The policy of a checkpoint on this rank's device, with the run's products of experts.  parallel: on the CPU where it is to be split, for
@@ -79,6 +80,11 @@ class StageContext:
 
 def checkpoint_dir(run_dir: Path, stage: str) -> Path:
     return run_dir / "checkpoints" / stage
+
+
+def data_source(run_dir: Path, stages, reference: str) -> Path:
+    """The JSONL file that `reference` names: what a stage wrote, or a path."""
+    return data_path(run_dir, reference) if reference in stages else Path(reference)
 
 
 def data_path(run_dir: Path, stage: str) -> Path:

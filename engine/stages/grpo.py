@@ -13,14 +13,17 @@ from torch import Tensor
 
 from athanor.advantages import advantages_of, gdpo_advantages, groups_with_contrast
 from athanor.config import GRPOConfig
+from athanor.detectors import Detectors
 from athanor.errors import UserError
 from athanor.generative_judge import load_judge
 from athanor.generator import Generator
 from athanor.losses import Preset, formula, resolve_preset
+from athanor.metrics import read_metrics
 from athanor.metrics_eval import REFLECTIVE_WORDS, reflection_rate
 from athanor.model.transformer import Decoder
 from athanor.reward_models import MODEL_FIELDS, load_reward
 from athanor.rewards import Entry, RewardScores, RewardService, RewardTable, make_reward
+from athanor.rewards.language import SCRIPTS, language_consistency
 from athanor.rewards.table import VERIFIERS
 from athanor.rollout import ProblemStream, rollout_generator, sample_groups
 from athanor.samples import Sample, in_domain
@@ -29,9 +32,10 @@ from athanor.sharding import FullWeights, copy_weights_, parallelize_
 from athanor.stages.context import StageContext
 from athanor.stages.policy_update import check_experts, update_policy
 from athanor.stages.training import TrainingLoop
+from athanor.transcript_log import rewind_transcripts, transcript_path, write_transcripts
 from athanor.weights import weights_hash
 
-SHOWN = ("reward", *VERIFIERS, "mean_tokens", "reflection_rate", "logp_gap_max", "tokens_per_s")
+SHOWN = ("reward", "mean_tokens", "pass@1", "reflection_rate", "logp_gap_max", "tokens_per_s")
 
 
 def run(context: StageContext, config: GRPOConfig) -> dict:
@@ -49,6 +53,10 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
     check_experts(context.name, config, model)
     loop = TrainingLoop(context, config, model)
     reference = _reference(context, preset, loop, config)
+    detectors = Detectors(config.detectors, [row for row in read_metrics(context.run_dir) if row["stage"] == context.name])
+    log = transcript_path(context.run_dir, context.name)
+    if context.ranks.is_main:
+        rewind_transcripts(log, loop.next_step)
     attempts = config.max_refills + 1 if preset.dynamic_sampling else 1
     per_step = config.prompts_per_step
     stream = ProblemStream(context.tasks, config.prompts, per_step, config.steps * attempts, context.recipe.seed, context.name)
@@ -79,6 +87,11 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
             metrics["weights_hash"] = int(trained[:12], 16)
         tokens = context.ranks.sum_int(sum(s.num_tokens for group in groups for s in group))
         metrics |= {"rollout_s": rollout_s, "train_s": train_s, "tokens_per_s": tokens / (rollout_s + train_s)}
+        for name, says in detectors.update(metrics).items():
+            metrics[f"warning_{name}"] = 1
+            context.console.warn(f"{context.name}, step {step + 1}: {says}")
+        if config.transcripts.every and step % config.transcripts.every == 0 and context.ranks.is_main:
+            write_transcripts(log, step + 1, sum(groups, []), scores, advantages.tolist(), config.transcripts, context.tokenizer)
         loop.stopped = config.stop_at_accuracy is not None and max(metrics.get(name, 0.0) for name in VERIFIERS) >= config.stop_at_accuracy
         gap = loop.extra["logp_gap_max"] = max(gap, metrics["logp_gap_max"])
         if reference is not None and preset.reference_interval and (step + 1) % preset.reference_interval == 0:
@@ -219,6 +232,10 @@ def _describe(context: StageContext, groups: list[list[Sample]], scores: RewardS
     columns |= {f"{kind}_rate": [s.finish == kind for s in flat] for kind in ("repetition", "error")}
     columns |= {name: [v for v in values if v is not None] for name, values in scores.parts.items()}
     columns["reflection_rate"] = [reflection_rate([s.text], words) for s in flat if in_domain(s.problem.domain, "reasoning")]
+    columns["pass@1"] = [v >= 1 for v in map(scores.verdict, range(len(flat))) if v is not None]
+    # One sample of each group: a second of work on a rollout of thousands of long ones.
+    firsts = [group[0] for group in groups if group[0].problem.language in SCRIPTS]
+    columns["language_consistency"] = [language_consistency(s.text, s.problem.language, prompt=s.problem.prompt) for s in firsts]
     columns["no_verdict_rate"] = (~scores.applied).tolist()  # samples that no reward applied to: they take no part in their group's statistics
     columns["zero_advantage_rate"] = (advantages == 0).float().tolist()
     sums = torch.tensor([[float(np.sum(np.asarray(c, np.float64))), len(c)] for c in columns.values()], dtype=torch.float64)

@@ -11,15 +11,14 @@ from athanor.errors import UserError
 from athanor.model.transformer import Decoder
 from athanor.optim import learning_rate
 from athanor.seeds import derive_seed
-from athanor.stages.context import StageContext, data_path
+from athanor.stages.context import StageContext, data_source
 from athanor.stages.routing import RouterBalance
 from athanor.stages.training import TrainingLoop, cross_entropy_step, packed_batches
 
 
 def run(context: StageContext, config: SFTConfig) -> dict:
     """Fine-tune `init` on the data and export; return metrics and outputs."""
-    paths = [data_path(context.run_dir, name) if name in context.recipe.stages else Path(name) for name in config.data]
-    examples = [example for path in paths for example in read_examples(path)]
+    examples = [example for name in config.data for example in read_examples(data_source(context.run_dir, context.recipe.stages, name))]
     model = context.load(config.init, parallel=True)
     loss = fit(context, config, model, examples)
     return {"metrics": {"examples": len(examples), "final_loss": loss}, "outputs": {"checkpoint": context.export(model)}}

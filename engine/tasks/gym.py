@@ -22,12 +22,13 @@ import logging
 import math
 import re
 from functools import lru_cache
+from typing import Literal
 
 from athanor.errors import UserError
 from athanor.registry import near_misses
 from athanor.rewards.accuracy import scorers
 from athanor.rewards.answers import same_answer
-from athanor.samples import Problem
+from athanor.samples import DOMAINS, Problem
 from athanor.sandbox import SandboxError, why_not
 from athanor.tasks._sandboxed import ALGEBRA, ARITHMETIC, LITERAL, SandboxedScorer
 from athanor.tasks._templates import check_template, render
@@ -41,10 +42,9 @@ _MAX_ANSWER_CHARS = 8192
 class GymTask:
     """One reasoning-gym family with its configuration."""
 
-    domain = "reasoning"
-
-    def __init__(self, family: str, config: dict, *, seed: int, name: str, template: str, system: str, language: str, junk_threshold: float):
-        self.name = name
+    def __init__(self, family: str, config: dict, *, seed: int, name: str, template: str, system: str, language: str, junk_threshold: float,
+                 domain: str = "reasoning"):  # fmt: skip
+        self.name, self.domain = name, domain
         self.family = family
         self.seed = seed
         self.junk_threshold = junk_threshold
@@ -179,6 +179,7 @@ def make(
     system: str = "",
     language: str = "en",
     junk_threshold: float = 1.0,
+    domain: Literal[DOMAINS] = "reasoning",
     name: str | None = None,
     **config,
 ) -> GymTask:
@@ -196,15 +197,15 @@ def make(
     fields = [field.name for field in dataclasses.fields(known[family][1]) if field.name not in ("seed", "size")]
     for key in config:
         if key not in fields:
-            raise UserError(
-                f"task {full_name}: unknown setting {key!r}: {near_misses(key, [*fields, 'seed', 'template', 'system', 'language', 'name'])}"
-            )
+            own = ["seed", "template", "system", "language", "domain", "name"]
+            raise UserError(f"task {full_name}: unknown setting {key!r}: {near_misses(key, [*fields, *own])}")
     if not 0 <= junk_threshold <= 1:
         raise UserError(f"task {full_name}: junk_threshold is {junk_threshold}, wanted 0 to 1")
     check_template(template)
     try:
         task = GymTask(
-            family, config, seed=seed, name=name or full_name, template=template, system=system, language=language, junk_threshold=junk_threshold
+            family, config, seed=seed, name=name or full_name, template=template, system=system, language=language, junk_threshold=junk_threshold,
+            domain=domain,
         )
     except Exception as error:  # the family's own checks are assertions, and whatever its constructor raises
         raise UserError(f"task {full_name}: configuration refused: {str(error) or type(error).__name__}") from error
