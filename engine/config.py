@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from athanor.model_config import Config, ModelConfig
+from athanor.model_config import SPARSE, Config, ModelConfig
 from athanor.watch_config import DetectorConfig, TranscriptConfig
 
 
@@ -159,7 +159,15 @@ class GateConfig(Config):
     """Extra rounds before the run stops with an error."""
 
 
-class PretrainConfig(TrainConfig):
+class SupervisedConfig(TrainConfig):
+    """What all stages that train on given texts share."""
+
+    mtp_loss: float = Field(0.0, ge=0)
+    """Factor of the multi-token prediction loss, lambda (DeepSeek-V3: 0.3, then 0.1), for a model with num_nextn_predict_layers; 0 = that layer
+    stays as it is."""
+
+
+class PretrainConfig(SupervisedConfig):
     """Train a base model on the tasks' corpora."""
 
     kind: Literal["pretrain"]
@@ -173,7 +181,7 @@ class PretrainConfig(TrainConfig):
     """Competence wanted before the stage is done."""
 
 
-class SFTConfig(TrainConfig):
+class SFTConfig(SupervisedConfig):
     """Supervised fine-tuning on prompt/completion files, loss on the completion."""
 
     kind: Literal["sft"]
@@ -251,9 +259,10 @@ class GRPOConfig(TrainConfig):
     """Completions per question, G."""
     updates_per_rollout: int = Field(2, ge=1)
     """Optimizer steps that one rollout is split into (whole groups)."""
-    routing_replay: bool = False
-    """Mixture of experts: train each token on the experts that it had before the first update of its rollout (GSPO, arXiv 2507.18071, section 5.3),
-    at the cost of one more forward for all updates but the first.  Where sampler and trainer agree to the bit these are the sampler's."""
+    routing_replay: Literal["off", "trainer", "rollout"] = "off"
+    """Mixture of experts: train each token on the experts that it had in the sampler (rollout: R3, arXiv 2510.11370; 2 bytes per token, sparse layer
+    and choice), or in the trainer before the first update of its rollout (trainer: GSPO, arXiv 2507.18071, section 5.3; one more forward for all
+    updates but the first).  Where sampler and trainer agree to the bit, so do the two."""
     sampling: SamplingConfig = SamplingConfig()
     """How rollouts are drawn."""
     reward_model: str = ""
@@ -291,7 +300,7 @@ class RewardModelConfig(TrainConfig):
     """How the policy's replies are drawn, where the task has them judged."""
 
 
-class DistillConfig(TrainConfig):
+class DistillConfig(SupervisedConfig):
     """SFT of a student on the samples of a teacher."""
 
     kind: Literal["distill"]
@@ -365,6 +374,9 @@ class RecipeConfig(Config):
     """Where tensors live; auto = CUDA when there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and activation type."""
+    fp8: Literal["off", "dgrad", "wgrad"] = "off"
+    """Products of routed experts in block-scaled FP8, in training and sampling alike: dgrad = forward and input gradient, with weight gradients of
+    unquantised operands; wgrad = these too.  All else, master weights and reward models included, keeps dtype."""
     threads: int = Field(0, ge=0)
     """CPU threads of one process; 0 = cores divided by the local ranks."""
     max_rows: int = Field(512, ge=1)
@@ -399,6 +411,25 @@ class RecipeConfig(Config):
     """Words that count as reflection; empty = the report's list."""
     report_notes: list[str] = []
     """What the report should say plainly about this run's data."""
+
+    @model_validator(mode="after")
+    def _fp8(self):
+        folders = [stage.init for stage in self.stages.values() if getattr(stage, "init", "") not in ("", *self.stages)]
+        if self.fp8 != "off" and self.models and not folders and all(model.architecture not in SPARSE for model in self.models.values()):
+            raise ValueError(f"fp8 is {self.fp8}, wanted off: no model of the run has experts")
+        return self
+
+    @model_validator(mode="after")
+    def _split_whole(self):
+        if self.parallel.shard == 1:
+            return self
+        if self.fp8 != "off":  # a gathered stack does not tell that it has changed
+            raise ValueError(f"fp8 is {self.fp8} and parallel.shard is {self.parallel.shard}; FP8 experts take whole parameters, shard = 1")
+        for name, stage in self.stages.items():
+            if getattr(stage, "mtp_loss", 0):  # that layer runs outside of the forward that gathers
+                wanted = "wanted shard = 1, which multi-token prediction takes"
+                raise ValueError(f"stages.{name}.mtp_loss is {stage.mtp_loss} and parallel.shard is {self.parallel.shard}; {wanted}")
+        return self
 
     def folder(self, reference: str) -> str:
         """The folder that a reference to a checkpoint means, where it is no stage."""

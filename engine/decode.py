@@ -21,6 +21,7 @@ from athanor.kernels import Sampled, is_strict, linear, linear_logprob, linear_s
 from athanor.kernels._dispatch import requested_backend
 from athanor.kernels.paged_attention import CHUNK
 from athanor.kv_cache import DecodeAttention, PagedKVCache, SharedPrefix, to_device
+from athanor.model.moe import Routes
 from athanor.model.transformer import ROW_STEP, Decoder, fill_rows
 
 RUNNING, HELD, LENGTH, STOP, REPETITION, ERROR = range(6)  # of `status`.  HELD: its prompt is not in the cache yet.  From STOP on: by what it drew
@@ -72,8 +73,9 @@ class DecodeRows:
         self, model: Decoder, cache: PagedKVCache, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...], *, window: int,
         ahead: int, fused: bool, seconds: dict[str, float],
     ):  # fmt: skip
-        """records: fields of `Sampled` that are kept for every token besides tokens and logps.  window: steps without the host.  ahead: windows that
-        may be launched before one is read.  fused: draw with `linear_sample`, which takes no filters.  seconds: where times are added up.
+        """records: fields of `Sampled` that are kept for every token besides tokens and logps, and "routes", the experts of the token before.
+        window: steps without the host.  ahead: windows that may be launched before one is read.  fused: draw with `linear_sample`, which takes no
+        filters.  seconds: where times are added up.
         """
         self.model, self.cache, self.device, self.on_cpu = model, cache, cache.device, cache.device.type == "cpu"
         self.records, self.window, self.ahead, self.fused, self.seconds = records, window, ahead, fused, seconds
@@ -91,7 +93,12 @@ class DecodeRows:
         self.uniform: dict[str, float | int] = {}
         self.repeats = False
         dtypes = {"tokens": torch.int64, "last_kept": torch.int64}
-        self.ring = {name: zeros(W, R, dtype=dtypes.get(name, torch.float32)) for name in ("tokens", "logps", *records)}
+        self.ring = {name: zeros(W, R, dtype=dtypes.get(name, torch.float32)) for name in ("tokens", "logps", *records) if name != "routes"}
+        self.routes: Tensor | None = None  # (R, L, k) of each row's last forward: the experts of its last token
+        if "routes" in records:
+            config = model.config
+            choices = sum(map(config.is_sparse, range(config.num_hidden_layers))), config.num_experts_per_tok
+            self.routes, self.ring["routes"] = zeros(R, *choices, dtype=torch.int16), zeros(W, R, *choices, dtype=torch.int16)
         self.slot = zeros(1)  # of the ring
         self.shared: SharedPrefix | None = None
         self.buffers = SharedPrefix(zeros(R), zeros(R), zeros(R + 1, dtype=torch.int32), zeros(R, dtype=torch.int32))
@@ -155,8 +162,10 @@ class DecodeRows:
             self.seconds["forward_s"] += perf_counter() - start
         return launched
 
-    def draw(self, hidden: Tensor, rows: np.ndarray) -> Launched:
-        """Draw the first token of `rows` (m,) from hidden (m, D), the last one of each prompt."""
+    def draw(self, hidden: Tensor, rows: np.ndarray, routes: Tensor | None = None) -> Launched:
+        """Draw the first token of `rows` (m,) from hidden (m, D), the last one of each prompt, whose experts were routes (m, L, k)."""
+        if self.routes is not None:
+            self.routes.index_copy_(0, to_device(rows, self.device), routes)
         first, end, drawing = int(rows.min()), int(rows.max()) + 1, None
         if not np.array_equal(rows, np.arange(first, end)):  # what lies between them stands still
             at = to_device(rows - first, self.device)
@@ -169,7 +178,11 @@ class DecodeRows:
     def _forward(self, n: int, limit: int) -> Tensor:
         positions = torch.where(self.status[:n] == RUNNING, self.lengths[:n] - 1, -1)
         attend = DecodeAttention(self.cache, self.table[:n], positions, limit, self.shared and self.shared.first(n))
-        return self.model(self.last[:n], positions.clamp_min(0), attend)
+        routes = None if self.routes is None else Routes()
+        hidden = self.model(self.last[:n], positions.clamp_min(0), attend, routes)
+        if routes is not None:
+            self.routes[:n].copy_(routes.by_token)
+        return hidden
 
     def _step(self, n: int, limit: int) -> None:
         self._append(self._forward(n, limit), 0)
@@ -231,7 +244,7 @@ class DecodeRows:
         generated, status, lengths = self.generated[rows], self.status[rows], self.lengths[rows]
         drawn = self._draw(hidden, rows)
         for name, ring in self.ring.items():
-            ring[:, rows].index_copy_(0, self.slot, getattr(drawn, name)[None])
+            ring[:, rows].index_copy_(0, self.slot, (self.routes[rows] if name == "routes" else getattr(drawn, name))[None])
         self.slot += 1
         live = status == RUNNING if drawing is None else (status == RUNNING) & drawing
         generated += live

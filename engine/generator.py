@@ -22,6 +22,7 @@ import torch
 from athanor.config import SamplingConfig
 from athanor.decode import DecodeRows
 from athanor.kv_cache import PagedKVCache
+from athanor.model.moe import refresh_fp8_, routers
 from athanor.model.transformer import Decoder
 from athanor.samples import Completion, Request
 from athanor.stream import Stream
@@ -40,6 +41,7 @@ class Generator:
     ahead: windows that are launched before the host has read one, default 0 on a CPU and 1 on CUDA.  The device then does not wait for the host, and
     what the host decides (a stop string, a refill, an abort, new weights) takes effect so many windows later.  The samples are the same.
     tokenizer: needed for stop strings alone.
+    record_routes: completions say which experts each token went to (`Completion.routes`), at 2 bytes per token, sparse layer and choice.
     `timings` adds up seconds: prefill_s, forward_s (on CUDA the whole step), sample_s, host_s; `num_prefill_tokens` counts what prefills ran over.
     """
 
@@ -57,6 +59,7 @@ class Generator:
         fused_sampling: bool = False,
         window: int | None = None,
         ahead: int | None = None,
+        record_routes: bool = False,
     ):
         if not eos_ids:
             raise ValueError("Generator: eos_ids is empty, wanted at least one token id that ends a sample")
@@ -69,7 +72,9 @@ class Generator:
                 raise ValueError(f"Generator: {name} is {value}, wanted at least {least}")
         self.model, self.eos_ids, self.tokenizer = model, frozenset(eos_ids), tokenizer
         self.device, self.dtype = model.embed.weight.device, model.embed.weight.dtype
-        self.fused_sampling = fused_sampling
+        if record_routes and not routers(model):
+            raise ValueError("Generator: record_routes is true, but the model has no experts")
+        self.fused_sampling, self.record_routes = fused_sampling, record_routes
         self.max_rows, self.kv_tokens, self.policy, self.max_prefill_tokens = max_rows, kv_tokens, policy, max_prefill_tokens
         self.block_size, self.window, self.ahead = block_size or (16 if on_cpu else 64), window, ahead
         self.timings = dict.fromkeys(("prefill_s", "forward_s", "sample_s", "host_s"), 0.0)
@@ -88,7 +93,7 @@ class Generator:
         return self._version
 
     def _weights(self) -> int:
-        return sum(parameter._version for parameter in self._parameters)  # PyTorch counts in-place writes
+        return sum(parameter._version for parameter in self._parameters)  # in-place writes, see `optim`
 
     def generate(
         self,
@@ -161,6 +166,7 @@ class Generator:
 
     def reserve(self, num_blocks: int, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...]) -> DecodeRows:
         """Cache and rows of at least that size for a stream; what is there is kept where it is large enough, with its captured graphs."""
+        refresh_fp8_(self.model)
         if self.cache is None or self.cache.num_blocks < num_blocks:
             self.cache = self.rows = None  # free the old pool first
             self.cache = PagedKVCache(self.model.config, num_blocks, self.block_size, self.dtype, self.device)

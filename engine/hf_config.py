@@ -18,11 +18,12 @@ _SPARSE = {
                       mlp_only_layers=()),
     "deepseek_v3": dict(num_experts=256, num_experts_per_tok=8, moe_intermediate_size=2048, norm_topk_prob=True, n_shared_experts=1, n_group=8,
                         topk_group=4, routed_scaling_factor=2.5, first_k_dense_replace=3, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
-                        qk_rope_head_dim=64, v_head_dim=128, rope_interleave=True),
+                        qk_rope_head_dim=64, v_head_dim=128, rope_interleave=True, num_nextn_predict_layers=1),
 }  # fmt: skip
 # HuggingFace's name where it is another, the one that is written first; transformers 5 writes the second for Qwen3-MoE.
 _NAMES = {
-    "deepseek_v3": {"num_experts": ("n_routed_experts", "num_local_experts")},
+    "deepseek_v3": {"num_experts": ("n_routed_experts", "num_local_experts"),
+                    "num_nextn_predict_layers": ("num_nextn_predict_layers", "num_mtp_layers")},
     "qwen3_moe": {"num_experts": ("num_experts", "num_local_experts")},
 }
 # What the decoder does not do, with the only value under which it need not.
@@ -103,11 +104,6 @@ def fp8_block(config: dict) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def num_mtp_layers(config: dict) -> int:
-    """Layers for multi-token prediction behind the last one, which the decoder does not have."""
-    return config.get("num_nextn_predict_layers") or config.get("num_mtp_layers") or 0
-
-
 def model_config_to_hf(config: ModelConfig) -> dict:
     """config.json for transformers 4 and 5 alike (both spellings of RoPE, all defaults written out)."""
     scaling = config.rope_scaling or {"rope_type": "default"}
@@ -135,7 +131,7 @@ def model_config_to_hf(config: ModelConfig) -> dict:
         hf[_NAMES[family].get(name, (name,))[0]] = list(value) if isinstance(value, tuple) else value
     if config.latent:
         # 0 would be a matrix of no rows to transformers
-        return {**hf, "q_lora_rank": config.q_lora_rank or None, "attention_bias": False, "num_nextn_predict_layers": 0, **_ONLY_OF[family]}
+        return {**hf, "q_lora_rank": config.q_lora_rank or None, "attention_bias": False, **_ONLY_OF[family]}
     hf["head_dim"] = config.width_per_head
     if family == "qwen2":
         return {**hf, "use_sliding_window": False}

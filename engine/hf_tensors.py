@@ -27,17 +27,43 @@ def hf_tensors(config: ModelConfig) -> dict[str, Source]:
     D, V = config.hidden_size, config.vocab_size
     tensors = {"model.embed_tokens.weight": Source("embed.weight", 0, (V, D))}
     for i in range(config.num_hidden_layers):
-        hf, ours = f"model.layers.{i}", f"layers.{i}"
-        tensors[f"{hf}.input_layernorm.weight"] = Source(f"{ours}.input_norm.weight", 0, (D,))
-        attention = _latent_attention(config, ours) if config.latent else _attention(config, ours)
-        tensors |= {f"{hf}.self_attn.{name}": source for name, source in attention.items()}
-        tensors[f"{hf}.post_attention_layernorm.weight"] = Source(f"{ours}.post_attention_norm.weight", 0, (D,))
-        mlp = _experts(config, f"{ours}.moe") if config.is_sparse(i) else _swiglu(f"{ours}.", D, config.intermediate_size)
-        tensors |= {f"{hf}.mlp.{name}": source for name, source in mlp.items()}
+        tensors |= _layer(config, f"model.layers.{i}", f"layers.{i}", config.is_sparse(i))
     tensors["model.norm.weight"] = Source("norm.weight", 0, (D,))
     if not config.tie_word_embeddings:
         tensors["lm_head.weight"] = Source("lm_head.weight", 0, (V, D))
+    if config.num_nextn_predict_layers:
+        hf = mtp_prefix(config)
+        for name, ours in (("enorm", "embed_norm"), ("hnorm", "hidden_norm"), ("shared_head.norm", "norm")):
+            tensors[f"{hf}.{name}.weight"] = Source(f"mtp.{ours}.weight", 0, (D,))
+        tensors[f"{hf}.eh_proj.weight"] = Source("mtp.input_proj.weight", 0, (D, 2 * D))
+        tensors |= _layer(config, hf, "mtp.layer", config.is_sparse(config.num_hidden_layers))
     return tensors
+
+
+def mtp_prefix(config: ModelConfig) -> str:
+    """Where a file has the layer for multi-token prediction: behind the last one."""
+    return f"model.layers.{config.num_hidden_layers}"
+
+
+def hf_copies(config: ModelConfig) -> dict[str, str]:
+    """Tensors that a file may have beside the same one under another name: name -> that name.  DeepSeek's files have those of multi-token
+    prediction."""
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    copies = {"lm_head.weight": head} if config.tie_word_embeddings else {}
+    if config.num_nextn_predict_layers:
+        copies[f"{mtp_prefix(config)}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        copies[f"{mtp_prefix(config)}.shared_head.head.weight"] = head
+    return copies
+
+
+def _layer(config: ModelConfig, hf: str, ours: str, sparse: bool) -> dict[str, Source]:
+    D = config.hidden_size
+    tensors = {f"{hf}.input_layernorm.weight": Source(f"{ours}.input_norm.weight", 0, (D,))}
+    attention = _latent_attention(config, ours) if config.latent else _attention(config, ours)
+    tensors |= {f"{hf}.self_attn.{name}": source for name, source in attention.items()}
+    tensors[f"{hf}.post_attention_layernorm.weight"] = Source(f"{ours}.post_attention_norm.weight", 0, (D,))
+    mlp = _experts(config, f"{ours}.moe") if sparse else _swiglu(f"{ours}.", D, config.intermediate_size)
+    return tensors | {f"{hf}.mlp.{name}": source for name, source in mlp.items()}
 
 
 def _attention(config: ModelConfig, ours: str) -> dict[str, Source]:

@@ -15,7 +15,8 @@ class Config(BaseModel):
 EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 QWEN3_MOE = ("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
 DEEPSEEK_V3 = ("n_shared_experts", "n_group", "topk_group", "routed_scaling_factor", "first_k_dense_replace", "q_lora_rank", "kv_lora_rank",
-               "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave", "norm_topk_prob")  # fmt: skip
+               "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave", "norm_topk_prob",
+               "num_nextn_predict_layers")  # fmt: skip
 SPARSE = {"qwen3_moe": (*EXPERTS, *QWEN3_MOE), "deepseek_v3": (*EXPERTS, *DEEPSEEK_V3)}
 
 
@@ -78,6 +79,8 @@ class ModelConfig(Config):
     """deepseek_v3: width of a value head."""
     rope_interleave: bool = True
     """deepseek_v3: the rotated pairs are neighbours (x0, x1), (x2, x3), ... rather than halves."""
+    num_nextn_predict_layers: int = Field(0, ge=0, le=1)
+    """deepseek_v3: 1 = a layer behind the last that predicts the token after the next one (multi-token prediction); no sampler uses it."""
     rope_theta: float = Field(10000.0, gt=0)
     """RoPE base."""
     rope_scaling: dict | None = None

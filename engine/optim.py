@@ -94,7 +94,7 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = lr
             part.step()
-        # Fused AdamW writes past PyTorch's version counters, by which a generator knows of new weights.
+        # Fused AdamW writes past PyTorch's version counters, by which a generator and FP8 copies know of new weights.
         torch.autograd.graph.increment_version(self.parameters)
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from athanor.kernels import strict_mode
 from athanor.losses import resolve_preset
 from athanor.manifest import Manifest, code_version, hash_config
 from athanor.metrics import MetricsWriter, check_loggers
+from athanor.model.moe import use_fp8_
 from athanor.parallel import Ranks
 from athanor.recipe_inputs import missing_inputs
 from athanor.recipe_io import config_data
@@ -259,7 +260,7 @@ def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenize
     own = stage.model_dump(mode="json", exclude={"label", "save_every", "keep_states", "detectors", "transcripts"})
     vocabulary = [tokenizer.id_to_token(i) for i in range(tokenizer.vocab_size)]
     facts = {"stage": own, "tasks": used, "model": shape, "vocabulary": vocabulary, "name": name}
-    facts |= {"seed": recipe.seed, "dtype": recipe.dtype, "strict": recipe.strict}
+    facts |= {"seed": recipe.seed, "dtype": recipe.dtype, "strict": recipe.strict, "fp8": recipe.fp8}
     key = hash_config(facts)
     inputs = stage_inputs(name, recipe, run_dir)
     decision = "run"
@@ -325,7 +326,7 @@ def _evaluate_stage(name: str, recipe: RecipeConfig, run_dir: Path, ranks: Ranks
         console.skip(entry, "done before")
         return
     start = time.perf_counter()
-    model = load_model(inputs["checkpoint"], dtype=getattr(torch, recipe.dtype), device=str(ranks.device))
+    model = use_fp8_(load_model(inputs["checkpoint"], dtype=getattr(torch, recipe.dtype), device=str(ranks.device)), recipe.fp8)
     rewards = {reward: load_reward(reward, inputs[MODEL_FIELDS[reward]], tokenizer, ranks.device) for reward in models}
     with console.stage(entry, 1) as progress:
         result = evaluate(

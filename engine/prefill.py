@@ -7,7 +7,7 @@ However it is cut, memory is that of a piece, and a token gets the same bits on 
 
 from collections import deque
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from athanor.kv_cache import ContinuedAttention, PagedKVCache, PrefillAttention, to_device
+from athanor.model.moe import Routes
 from athanor.model.transformer import ROW_STEP, Decoder
 
 
@@ -31,12 +32,13 @@ class Prefill:
 
     def __init__(
         self, model: Decoder, cache: PagedKVCache, prompts: list[Stretch], copies: np.ndarray, resumed: list[Stretch], ends: list[tuple[int, int]],
-        max_tokens: int,
+        max_tokens: int, record_routes: bool = False,
     ):  # fmt: skip
         """copies: as in `PagedKVCache.copy_`, made between the prompts and what continues them.  ends: where each sample's tokens end, (0, i) for
-        prompt i and (1, i) for what is resumed.  max_tokens: of a step."""
+        prompt i and (1, i) for what is resumed.  max_tokens: of a step.  record_routes: keep which experts the tokens go to."""
         self.model, self.cache, self.ends, self.max_tokens = model, cache, ends, max_tokens
         self._last: dict[tuple[int, int], Tensor] = {}  # end -> (D,), the hidden state there
+        self._routes: dict[tuple[int, int], list[Tensor]] | None = {} if record_routes else None  # (kind, i) -> (c, L, k) int16, piece by piece
         self._left: deque[tuple[int, Callable[[], None]]] = deque()  # (tokens, what runs them)
         for kind, sequences in enumerate((prompts, resumed)):
             for piece in pieces([len(s.tokens) for s in sequences], max_tokens):
@@ -61,6 +63,15 @@ class Prefill:
         """(m, D), the hidden state at each of the `ends`, once all has been run."""
         return torch.stack([self._last[end] for end in self.ends])
 
+    def routes(self) -> Tensor | None:
+        """(m, L, k) int16, the experts at each of the `ends`, once all has been run; None where they are not recorded."""
+        return None if self._routes is None else torch.stack([self._routes[end][-1][-1] for end in self.ends])
+
+    def prompt_routes(self, i: int) -> Callable[[], np.ndarray]:
+        """What fetches (p, L, k) int16, the experts of prompt i, from the device when it is first called."""
+        parts = self._routes[0, i]
+        return cache(lambda: torch.cat(parts).cpu().numpy())
+
     def _run(self, kind: int, sequences: list[Stretch], piece: list[tuple[int, int, int]]) -> None:
         device, size = self.cache.device, self.cache.block_size
         lengths = np.array([end - first for _, first, end in piece])
@@ -79,9 +90,13 @@ class Prefill:
             blocks, slots = tables[place, positions // size][:, None], np.where(positions < 0, -1, positions % size).astype(np.int32)
             cu_seqlens, blocks, slots = (to_device(x, device) for x in (cu_seqlens, blocks, slots))
             attend = PrefillAttention(self.cache, cu_seqlens, max(int(lengths.max()), filler), blocks, slots)
-        hidden = self.model(to_device(tokens, device), to_device(np.maximum(positions, 0), device), attend)
+        routes = None if self._routes is None else Routes(num_tokens=int(bounds[-1]))
+        hidden = self.model(to_device(tokens, device), to_device(np.maximum(positions, 0), device), attend, routes)
         last = hidden[to_device(bounds[1:] - 1, device)]
         self._last |= {(kind, i): state for state, (i, _, end) in zip(last, piece, strict=True) if end == len(sequences[i].tokens)}
+        if routes is not None:
+            for chosen, (i, _, _) in zip(routes.by_token.split(lengths.tolist()), piece, strict=True):
+                self._routes.setdefault((kind, i), []).append(chosen)
 
 
 def pieces(lengths: list[int], most: int) -> list[list[tuple[int, int, int]]]:

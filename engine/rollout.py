@@ -56,9 +56,9 @@ class ProblemStream:
         return task.problem(self.split, int(self._orders[entry.task, epoch][at]))
 
 
-def rollout_generator(model: Decoder, tokenizer: Tokenizer, max_rows: int, group_size: int, *, fused_sampling: bool = False) -> Generator:
-    """The generator of a stage: made once, so that its KV pool and captured graphs outlive a step."""
-    return Generator(model, tokenizer.eos_ids, tokenizer=tokenizer, max_rows=max(max_rows, group_size), fused_sampling=fused_sampling)
+def rollout_generator(model: Decoder, tokenizer: Tokenizer, max_rows: int, group_size: int, **options) -> Generator:
+    """The generator of a stage: made once, so that its KV pool and captured graphs outlive a step.  options: more of `Generator`'s."""
+    return Generator(model, tokenizer.eos_ids, tokenizer=tokenizer, max_rows=max(max_rows, group_size), **options)
 
 
 def sample_groups(
@@ -100,7 +100,7 @@ def stream_groups(
     with generator.stream(requests, sampling) as stream:
         for i, member, c in stream:
             text = tokenizer.decode([t for t in c.token_ids.tolist() if t not in tokenizer.eos_ids])
-            groups[i][member] = Sample(problems[i], text, c.token_ids, c.logps, c.finish, prompts[i], c.support)
+            groups[i][member] = Sample(problems[i], text, c.token_ids, c.logps, c.finish, prompts[i], c.support, c.routes)
             if on_sample:
                 on_sample(groups[i][member])
             missing[i] -= 1

@@ -44,6 +44,8 @@ class Completion:
     versions: np.ndarray  # (c,) int32: how often the weights had changed when the token was drawn, by the generator's count
     full_logps: np.ndarray | None = None  # (c,) float32 without truncation; where asked for
     support: tuple[np.ndarray, np.ndarray] | None = None  # (c,) float32, (c,) int64: `Sampled.support` where sampling is truncated or greedy
+    routes: tuple[np.ndarray, np.ndarray] | None = None  # (p, L, k), (c, L, k) int16, where asked for: which experts the prompt's tokens went to
+    # in the L sparse layers, and for each drawn token those of the token before it (of the first: of the prompt's last)
     streak: int = 0  # last tokens in a row above the repetition stop's probability: where it goes on when an aborted sample does
 
 
@@ -79,6 +81,7 @@ class Sample:
     finish: str = "stop"  # as in Completion
     prompt_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     support: tuple[np.ndarray, np.ndarray] | None = None  # as in Completion
+    routes: tuple[np.ndarray, np.ndarray] | None = None  # as in Completion
 
     @property
     def num_tokens(self) -> int:

@@ -9,7 +9,7 @@ host has ended, paused or loaded anew in between is dropped.  A paused row draws
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import perf_counter
 
 import numpy as np
@@ -18,12 +18,13 @@ import torch
 from athanor._host import Events, Scheduler
 from athanor.config import SamplingConfig
 from athanor.decode import ERROR, HELD, LENGTH, NEUTRAL, PARAMETERS, REPETITION, RUNNING, STOP, Launched
+from athanor.model.moe import refresh_fp8_
 from athanor.prefill import Prefill, Stretch
 from athanor.samples import Completion, Finished, Request
 from athanor.stops import StopStrings
 
 FINISH = {STOP: "stop", REPETITION: "repetition", LENGTH: "length", ERROR: "error", RUNNING: "abort", HELD: "abort"}
-INTEGERS = {"tokens": np.int64, "last_kept": np.int64, "versions": np.int32}  # columns; the others are float32
+INTEGERS = {"tokens": np.int64, "last_kept": np.int64, "versions": np.int32, "routes": np.int16}  # columns; the others are float32
 WAITING, FINISHED = -1, -2  # in place of a slot
 NOWHERE = -1  # in place of a row
 
@@ -56,6 +57,7 @@ class Stream(Iterator[Finished]):
             num_rows, longest, num_blocks, g.block_size, policy=g.policy, lookahead=lookahead, refill_rows=max(1, num_rows // 4)
         )
         records = (("full_logps",) if full_logps else ()) + (("thresholds", "last_kept") if any(s.truncated for s in all_sampling) else ())
+        records += ("routes",) if g.record_routes else ()
         eos = [sorted(request.eos_ids or g.eos_ids) for request in requests]
         self.rows = g.reserve(num_blocks, num_rows, self.scheduler.max_blocks, max(map(len, eos)), records)
         # A filter that is on is always given per row: a number and a tensor of it could round differently.
@@ -71,7 +73,9 @@ class Stream(Iterator[Finished]):
         }
         self._stops = {i: StopStrings(s.stop, g.tokenizer) for i, s in enumerate(all_sampling) if s.stop}
         slots, width = self.scheduler.num_table_rows, max(s.max_tokens for s in all_sampling)
-        self._columns = {name: np.empty((slots, width), INTEGERS.get(name, np.float32)) for name in ("tokens", "logps", "versions", *records)}
+        shapes = {"routes": self.rows.routes.shape[1:]} if g.record_routes else {}
+        names = ("tokens", "logps", "versions", *records)
+        self._columns = {name: np.empty((slots, width, *shapes.get(name, ())), INTEGERS.get(name, np.float32)) for name in names}
         self._free_slots = list(range(slots))[::-1]
         self._slot_of = np.full(len(self._request_of), WAITING)
         self._status = np.full(slots, RUNNING)
@@ -82,7 +86,9 @@ class Stream(Iterator[Finished]):
         self._loaded, self._num_loads = np.zeros(slots, np.int64), 0  # the load that gave a slot's row the host's state, while something was unread
         # Of the one request whose prompt, longer than a piece, is on its way into the cache.
         self._prefill: Prefill | None = None
+        self._prefilled: list[tuple[int, int]] = []  # (sample, which of the prompts) of it
         self._held: list[int] = []  # slots of its samples, by row
+        self._prompt_routes: dict[int, Callable[[], np.ndarray] | np.ndarray] = {}  # of samples whose prompt was run; as of the last time
         self._carried: dict[int, dict[str, np.ndarray]] = {}  # columns of waiting samples that were under way before
         # The scheduler's (request, member) is sample _flat[_offset[request] + member].
         self._flat, self._offset = np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -91,6 +97,8 @@ class Stream(Iterator[Finished]):
             for sample, partial in zip(range(self._base[i], self._base[i + 1]), requests[i].partial or (), strict=False):
                 if partial is not None:
                     self._carried[sample], self._streak[sample] = _columns_of(partial, tuple(self._columns)), partial.streak
+                    if g.record_routes:
+                        self._prompt_routes[sample] = partial.routes[0]
             self._submit(i, np.arange(self._base[i], self._base[i + 1]))
 
     def _blocks_wanted(self, active: list[int], num_rows: int) -> int:
@@ -206,7 +214,7 @@ class Stream(Iterator[Finished]):
         start, under_way = perf_counter(), self._prefill is not None
         if not under_way and not self._start_prefill():
             return
-        prefill, held = self._prefill, self._held
+        prefill, held, samples = self._prefill, self._held, self._prefilled
         self.generator.num_prefill_tokens += prefill.step()
         if prefill.finished:
             self._prefill, self._held = None, []
@@ -214,7 +222,10 @@ class Stream(Iterator[Finished]):
             self._load_rows()
         self.generator.timings["prefill_s"] += perf_counter() - start
         if prefill.finished:
-            self._launch(self.rows.draw(prefill.states(), self._row_of[held]))
+            if self.generator.record_routes:
+                of_prompt = [prefill.prompt_routes(j) for j in range(samples[-1][1] + 1)]
+                self._prompt_routes |= {sample: of_prompt[j] for sample, j in samples}
+            self._launch(self.rows.draw(prefill.states(), self._row_of[held], prefill.routes()))
 
     def _start_prefill(self) -> bool:
         """Give rows to the requests that are next, if they fit."""
@@ -223,19 +234,21 @@ class Stream(Iterator[Finished]):
             return False
         samples = self._samples(np.repeat(admission.requests, np.diff(admission.row_offsets)), admission.members).tolist()
         prompts, resumed, ends = [], [], []
+        self._prefilled = []
         for j, (first, end) in enumerate(zip(admission.row_offsets.tolist(), admission.row_offsets[1:].tolist(), strict=False)):
             prompt = np.asarray(self.requests[self._request_of[samples[first]]].prompt_ids, np.int64)
             prompts.append(Stretch(prompt, 0, admission.prompt_blocks[slice(*admission.block_offsets[j : j + 2])]))
             for row, sample, generated in zip(admission.rows[first:end], samples[first:end], admission.generated[first:end].tolist(), strict=True):
                 slot = self._slot_of[sample] = self._free_slots.pop()
                 self._held.append(slot)
+                self._prefilled.append((sample, j))
                 self._status[slot] = RUNNING
                 for name, values in self._carried.pop(sample, {}).items():
                     self._columns[name][slot, : len(values)] = values
                 ends.append((1, len(resumed)) if generated else (0, j))
                 if generated:
                     resumed.append(Stretch(self._columns["tokens"][slot, :generated], len(prompt), s.block_table[row].copy()))
-        self._prefill = Prefill(g.model, g.cache, prompts, admission.copies, resumed, ends, g.max_prefill_tokens)
+        self._prefill = Prefill(g.model, g.cache, prompts, admission.copies, resumed, ends, g.max_prefill_tokens, g.record_routes)
         return True
 
     def _launch(self, launched: Launched) -> None:
@@ -306,8 +319,11 @@ class Stream(Iterator[Finished]):
             self._slot_of[sample] = FINISHED
             i = int(self._request_of[sample])
             support = (values["thresholds"], values["last_kept"]) if self.sampling[i].truncated else None
-            streak = int(self._streak[sample])
-            done = Completion(values["tokens"], values["logps"], FINISH[status], values["versions"], values.get("full_logps"), support, streak)
+            routes, streak = None, int(self._streak[sample])
+            if (prompt := self._prompt_routes.pop(sample, None)) is not None:
+                routes = prompt() if callable(prompt) else prompt, values["routes"]
+            columns = values["tokens"], values["logps"], FINISH[status], values["versions"], values.get("full_logps")
+            done = Completion(*columns, support, routes, streak)
             self._ready.append(Finished(i, sample - int(self._base[i]), done))
 
     def _free(self, slot: int) -> None:
@@ -346,6 +362,7 @@ class Stream(Iterator[Finished]):
         while self._unread:
             self._account()
         self._version = self.generator.version
+        refresh_fp8_(self.generator.model)
         events = self.scheduler.abort_all()
         samples = self._samples(events.finished_requests, events.finished_members)
         for sample, generated in zip(samples.tolist(), events.finished_generated.tolist(), strict=True):
@@ -362,7 +379,7 @@ class Stream(Iterator[Finished]):
 def _columns_of(partial: Completion, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     thresholds, last_kept = partial.support or (None, None)
     columns = {"tokens": partial.token_ids, "logps": partial.logps, "versions": partial.versions, "full_logps": partial.full_logps}
-    columns |= {"thresholds": thresholds, "last_kept": last_kept}
+    columns |= {"thresholds": thresholds, "last_kept": last_kept, "routes": partial.routes and partial.routes[1]}
     missing = [name for name in names if columns[name] is None]
     if missing:
         raise ValueError(f"generate: a partial sample has no {', '.join(missing)}, which this call records; wanted one drawn with the same settings")

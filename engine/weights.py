@@ -3,8 +3,9 @@
 `Decoder` keeps q/k/v and gate/up as one matrix each; a HuggingFace tensor is a range of rows of ours, read and written in place, shard by shard.
 The experts of a layer are one stack, of which each is a part.  Block-scaled FP8 weights (DeepSeek-V3, Qwen3-FP8: `weight_scale_inv`) are dequantised
 when they are read, and saved as what they then are.
+DeepSeek-V3's layer for multi-token prediction is read and written where the files have it.
 Left out: pickled weights (pytorch_model.bin), other quantized checkpoints, sliding windows, RoPE types other than default, llama3 and (DeepSeek-V3)
-yarn, and the layers for multi-token prediction behind DeepSeek-V3's last one, which are skipped.
+yarn.
 """
 
 import hashlib
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from athanor import atomic
 from athanor.errors import UserError
-from athanor.hf_config import fp8_block, model_config_from_hf, model_config_to_hf, num_mtp_layers
-from athanor.hf_tensors import Source, hf_tensors
+from athanor.hf_config import fp8_block, model_config_from_hf, model_config_to_hf
+from athanor.hf_tensors import Source, hf_copies, hf_tensors, mtp_prefix
 from athanor.model.transformer import Decoder
 from athanor.sharding import WholeParameters
 
@@ -50,18 +51,18 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
         raise UserError(f"load_model: folder {path} does not exist")
     hf_config = atomic.read_json(path / "config.json", "load_model")
     config, block = model_config_from_hf(hf_config), fp8_block(hf_config)
+    files = _tensor_files(path)
+    if not any(name.startswith(f"{mtp_prefix(config)}.") for name in files):  # a config.json may speak of a layer that was not saved
+        config = config.model_copy(update={"num_nextn_predict_layers": 0})
     with torch.device("meta"):
         model = Decoder(config)
     model = model.to(dtype).to_empty(device=device)
     sources = hf_tensors(config)
-    files = _tensor_files(path)
-    behind = tuple(f"model.layers.{config.num_hidden_layers + i}." for i in range(num_mtp_layers(hf_config)))
-    files = {name: file for name, file in files.items() if not name.startswith(behind)} if behind else files
     scales = {f"{name}{SCALE}" for name in sources} if block else set()
     missing = [name for name in sources if name not in files]
-    # A tied head may be stored all the same, and is compared; rotary frequencies of old Llama files are computed.
-    redundant = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    extra = [name for name in files if name not in sources and name not in redundant | scales and not name.endswith("rotary_emb.inv_freq")]
+    # What is stored twice is compared, such as a tied head; rotary frequencies of old Llama files are computed.
+    copies = hf_copies(config)
+    extra = [name for name in files if name not in sources and name not in scales | copies.keys() and not name.endswith("rotary_emb.inv_freq")]
     if missing or extra:
         parts = [f"{kind} {_listed(names)}" for kind, names in (("missing tensors", missing), ("unexpected tensors", extra)) if names]
         raise UserError(f"load_model: {path} does not fit its config.json: {'; '.join(parts)}")
@@ -77,11 +78,12 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
                         raise UserError(f"load_model: {name}{SCALE} in {path} is a scale, but {name} is no FP8")
                     with torch.no_grad():
                         source.of(parameters).copy_(value)
-    for name in redundant & set(files):
+    for name in copies.keys() & set(files):
         with _open(path / files[name]) as shard:
-            value = _checked(shard, name, sources["model.embed_tokens.weight"], path / files[name])
-        if not torch.equal(value.to(dtype), model.embed.weight.cpu()):
-            raise UserError(f"load_model: {path} says tie_word_embeddings, but its lm_head.weight differs from the embedding")
+            value = _checked(shard, name, sources[copies[name]], path / files[name])
+        if not torch.equal(value.to(dtype), sources[copies[name]].of(parameters).cpu()):
+            why = " (tie_word_embeddings is true)" if name == "lm_head.weight" else ""
+            raise UserError(f"load_model: {name} in {path} differs from {copies[name]}, wanted the same{why}")
     return model
 
 
@@ -100,7 +102,7 @@ def write_model(model: Decoder, folder: Path, *, token_ids: dict | None = None, 
 
     Where the model is split over ranks, its tensors are whole on the way, and the others call `hand_over` meanwhile.
     """
-    parameters, sources = WholeParameters(model), hf_tensors(model.config)
+    parameters, sources = WholeParameters(model), _written(model)
     shards: list[list[str]] = [[]]
     filled = total = 0
     for name, source in sources.items():
@@ -126,8 +128,14 @@ def write_model(model: Decoder, folder: Path, *, token_ids: dict | None = None, 
 def hand_over(model: Decoder) -> None:
     """This rank's part in another's `write_model`; nothing where the model is not split."""
     parameters = WholeParameters(model)
-    for source in hf_tensors(model.config).values():
+    for source in _written(model).values():
         source.of(parameters)
+
+
+def _written(model: Decoder) -> dict[str, Source]:
+    """What a folder has, in this order: a tied head once, and what DeepSeek's files have twice."""
+    sources = hf_tensors(model.config)
+    return sources | {name: sources[of] for name, of in hf_copies(model.config).items() if name != "lm_head.weight"}
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:

@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parent))  # tests/ is no package
 from sparse_models import FAMILIES, assert_close, in_stack, in_transformers, our_logits, random_decoder, sequences, their_logits
 
 from athanor.hf_tensors import hf_tensors
-from athanor.model.moe import MixtureOfExperts, Routes, imbalance, rebalance_, routers, sequence_balance_loss
+from athanor.model.moe import MixtureOfExperts, Routes, imbalance, rebalance_, routers, sequence_balance_loss, use_fp8_
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
 
@@ -236,6 +236,6 @@ def test_experts_in_fp8_are_near_those_in_fp32():
         for parameter in moe.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
     plain = all_gradients(moe, x, x, moe)
-    moe.fp8 = True
+    use_fp8_(moe, "dgrad")
     for a, b in zip(all_gradients(moe, x, x, moe), plain, strict=True):
         assert 0 < float((a - b).norm() / b.norm()) < 0.1  # e4m3 keeps 3 bits: some 3 % per product

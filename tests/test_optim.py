@@ -93,3 +93,13 @@ def test_a_non_finite_gradient_changes_nothing():
     with pytest.raises(FloatingPointError, match="nan"):
         optimizer.step(1e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_counts_as_a_write_to_every_parameter(name):
+    """Generators and FP8 copies look at these counters; fused updates alone leave them."""
+    net = Net()
+    before = [p._version for p in net.parameters()]
+    net(torch.arange(5)).sum().backward()
+    Optimizer(net, OptimizerConfig(name=name), Ranks(threads=1)).step(1e-2)
+    assert all(p._version > old for p, old in zip(net.parameters(), before, strict=True))

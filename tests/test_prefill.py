@@ -41,9 +41,9 @@ def widest_forward(model, seen):
     """Record the tokens of every forward of a prefill, the fillers included."""
     forward = model.forward
 
-    def watched(input_ids, positions, attend):
+    def watched(input_ids, positions, attend, routes):
         seen.append(len(input_ids))
-        return forward(input_ids, positions, attend)
+        return forward(input_ids, positions, attend, routes)
 
     model.forward = watched
 

@@ -11,13 +11,14 @@ import torch
 from athanor.batch import pack
 from athanor.config import GRPOConfig, OptimizerConfig, SamplingConfig, SFTConfig
 from athanor.errors import UserError
+from athanor.generator import Generator
 from athanor.kernels import LossVariant
 from athanor.model.moe import Routes, routers
 from athanor.model.transformer import PackedAttention, fill_tokens
 from athanor.optim import Optimizer
 from athanor.parallel import Ranks
 from athanor.rollout import rollout_generator, sample_groups
-from athanor.stages.policy_update import update_policy
+from athanor.stages.policy_update import check_experts, update_policy
 from athanor.stages.routing import RouterBalance
 from athanor.stages.training import completion_logprobs, cross_entropy_step
 from athanor.tasks.arithmetic import ArithmeticTask
@@ -117,26 +118,78 @@ def test_recorded_experts_are_replayed_when_the_weights_have_moved():
     assert float((kept - old).abs().mean()) < float((moved - old).abs().mean())
 
 
-@pytest.mark.parametrize("replay", [False, True])
-def test_a_policy_update_of_a_mixture_of_experts_starts_without_a_gap(replay):
-    task = ArithmeticTask()
-    tokenizer = symbol_tokenizer(list(task.symbols))
-    model = random_decoder(FAMILIES["deepseek_v3"].model_copy(update={"vocab_size": tokenizer.vocab_size}))
+def an_update(model, tokenizer, task, replay, **changes):
     config = GRPOConfig(
         kind="grpo", init="base", prompts=[{"task": "chain"}], rewards=[{"reward": "accuracy"}], prompts_per_step=4, group_size=4,
         updates_per_rollout=2, routing_replay=replay, sampling=SamplingConfig(max_tokens=12), optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0),
+        micro_batch_tokens=64, **changes,
     )  # fmt: skip
-    generator = rollout_generator(model, tokenizer, 64, 4)
+    generator = rollout_generator(model, tokenizer, 64, 4, record_routes=replay == "rollout")
     groups = sample_groups(generator, tokenizer, [task.problem("train", i) for i in range(4)], 4, config.sampling, RANKS, 0)
     advantages = torch.from_numpy(np.random.default_rng(0).normal(size=16).astype(np.float32))
     loop = SimpleNamespace(model=model, optimizer=Optimizer(model, config.optimizer, RANKS))
+    return config, loop, groups, advantages
+
+
+def a_policy():
+    task = ArithmeticTask()
+    tokenizer = symbol_tokenizer(list(task.symbols))
+    return random_decoder(FAMILIES["deepseek_v3"].model_copy(update={"vocab_size": tokenizer.vocab_size})), tokenizer, task
+
+
+CONTEXT = SimpleNamespace(name="zero", ranks=RANKS, console=SimpleNamespace(warn=lambda text: None))
+
+
+@pytest.mark.parametrize("replay", ["off", "trainer", "rollout"])
+def test_a_policy_update_of_a_mixture_of_experts_starts_without_a_gap(replay):
+    model, tokenizer, task = a_policy()
     before = [router.bias.clone() for router in routers(model)]
-    metrics = update_policy(SimpleNamespace(name="zero", ranks=RANKS), config, LossVariant(), loop, None, groups, advantages, 0)
+    config, loop, groups, advantages = an_update(model, tokenizer, task, replay)
+    metrics = update_policy(CONTEXT, config, LossVariant(), loop, None, groups, advantages, 0)
     assert metrics["logp_gap_max"] == 0.0 and metrics["router_imbalance"] > 0
-    assert ("route_disagreement" in metrics) == replay
-    assert not replay or metrics["route_disagreement"] > 0  # of the second update: the first moved the routers
-    dense = random_decoder(FAMILIES["qwen3_moe"].model_copy(update={"mlp_only_layers": (0, 1, 2), "vocab_size": tokenizer.vocab_size}))
-    if replay:
-        with pytest.raises(UserError, match="routing_replay is true, but the model has no experts"):
-            update_policy(SimpleNamespace(name="zero", ranks=RANKS), config, LossVariant(), SimpleNamespace(model=dense), None, groups, advantages, 0)
+    assert ("route_disagreement" in metrics) == (replay != "off")
+    assert replay == "off" or metrics["route_disagreement"] > 0  # of the second update: the first moved the routers
+    assert metrics.get("rollout_route_disagreement") == (0.0 if replay == "rollout" else None)
     assert all(not torch.equal(router.bias, old) for router, old in zip(routers(model), before, strict=True))
+
+
+@pytest.mark.parametrize("replay", ["off", "rollout"])
+def test_a_trainer_whose_routers_differ_takes_the_samplers_experts(replay, monkeypatch):
+    """The negative control: what the sampler recorded is trained on, and how often the trainer would have chosen otherwise is told."""
+    model, tokenizer, task = a_policy()
+    config, loop, groups, advantages = an_update(model, tokenizer, task, "rollout", max_logp_gap=100.0, router_bias_rate=0.0)
+    config = config.model_copy(update={"routing_replay": replay})
+    recorded = {bytes(np.concatenate((s.prompt_ids, s.token_ids[:-1]))): np.concatenate((s.routes[0], s.routes[1][1:])) for g in groups for s in g}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for router in routers(model):
+            router.weight.add_(0.3 * torch.randn(router.weight.shape, generator=generator))
+    seen, score = [], RouterBalance.loss
+
+    def watched(self, routes, share):
+        seen.append(torch.stack(routes.ids))
+        return score(self, routes, share)
+
+    monkeypatch.setattr(RouterBalance, "loss", watched)
+    packed, routes_of = [], RouterBalance.routes
+    monkeypatch.setattr(RouterBalance, "routes", lambda self, batch, replay=None: packed.append(batch) or routes_of(self, batch, replay))
+    metrics = update_policy(CONTEXT, config, LossVariant(), loop, None, groups, advantages, 0)
+    assert ("rollout_route_disagreement" in metrics) == (replay == "rollout")
+    assert replay == "off" or 0.05 < metrics["rollout_route_disagreement"] < 0.9
+    same = total = 0
+    for batch, ids in zip(packed, seen, strict=True):
+        bounds = batch.cu_seqlens.tolist()
+        for first, end in zip(bounds[:-1], bounds[1:], strict=True):
+            want = recorded[bytes(batch.input_ids[first:end].numpy())]
+            same += int((ids[:, first:end].transpose(0, 1).numpy() == want).sum())
+            total += want.size
+    assert total > 1000 and (same == total) == (replay == "rollout")
+
+
+def test_replay_is_refused_for_a_dense_model():
+    dense = random_decoder(FAMILIES["qwen3_moe"].model_copy(update={"mlp_only_layers": (0, 1, 2)}))
+    config = GRPOConfig(kind="grpo", prompts=[{"task": "chain"}], rewards=[{"reward": "accuracy"}], routing_replay="trainer")
+    with pytest.raises(UserError, match="routing_replay is trainer, but the model has no experts"):
+        check_experts("zero", config, dense)
+    with pytest.raises(ValueError, match="record_routes is true, but the model has no experts"):
+        Generator(dense, {1}, record_routes=True)

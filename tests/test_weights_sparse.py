@@ -140,12 +140,30 @@ def test_fp8_that_does_not_fit_is_named(damage, message, wide, tmp_path):
         load_model(tmp_path / "m")
 
 
-def test_layers_for_multi_token_prediction_are_skipped_where_the_config_names_them(tmp_path):
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v3_yarn"])  # the second is tied
+def test_the_layer_for_multi_token_prediction_is_saved_and_loaded_as_deepseeks_files_have_it(name, tmp_path):
+    model = random_decoder(FAMILIES[name].model_copy(update={"num_nextn_predict_layers": 1}))
+    save_model(model, tmp_path / "m")
+    assert_same(model, load_model(tmp_path / "m"))
+    tensors = safetensors.torch.load_file(tmp_path / "m" / "model.safetensors")
+    parts = {n.removeprefix("model.layers.3.").split(".")[0] for n in tensors if n.startswith("model.layers.3.")}
+    assert parts == {"embed_tokens", "enorm", "hnorm", "eh_proj", "shared_head", "input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+    assert torch.equal(tensors["model.layers.3.embed_tokens.weight"], model.embed.weight)
+    assert torch.equal(tensors["model.layers.3.shared_head.head.weight"], model.lm_head_weight)
+    edit_tensors(tmp_path / "m" / "model.safetensors", **{"model.layers.3.shared_head.head.weight": torch.ones(67, 48)})
+    with pytest.raises(UserError, match="model.layers.3.shared_head.head.weight in .* differs from (lm_head|model.embed_tokens).weight"):
+        load_model(tmp_path / "m")
+    edit_json(tmp_path / "m" / "config.json", num_nextn_predict_layers=2)
+    with pytest.raises(UserError, match="num_nextn_predict_layers: .* less than or equal to 1"):
+        load_model(tmp_path / "m")
+    edit_json(tmp_path / "m" / "config.json", num_nextn_predict_layers=0)
+    with pytest.raises(UserError, match="unexpected tensors model.layers.3"):
+        load_model(tmp_path / "m")
+
+
+def test_a_config_may_name_a_layer_for_multi_token_prediction_that_the_files_lack(tmp_path):
     model = random_decoder(FAMILIES["deepseek_v3"])
     save_model(model, tmp_path / "m")
-    edit_tensors(tmp_path / "m" / "model.safetensors", **{"model.layers.3.eh_proj.weight": torch.ones(2, 2)})
-    with pytest.raises(UserError, match="unexpected tensors model.layers.3.eh_proj.weight"):
-        load_model(tmp_path / "m")
     edit_json(tmp_path / "m" / "config.json", num_nextn_predict_layers=1)
     assert_same(model, load_model(tmp_path / "m"))
 
@@ -200,7 +218,10 @@ def test_published_configs_give_models_of_the_published_size(name, billions):
     config = model_config_from_hf(json.loads(PUBLISHED[name]))
     with torch.device("meta"):
         model = Decoder(config)
-    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=1e-3)
+    mtp = 0 if model.mtp is None else sum(p.numel() for p in model.mtp.parameters()) / 1e9
+    assert sum(p.numel() for p in model.parameters()) / 1e9 - mtp == pytest.approx(billions, abs=1e-3)
+    # 257 experts of 44.04M, attention 187.1M, input projection 102.8M, router 1.8M
+    assert mtp == pytest.approx(11.610 if name == "DeepSeek-V3" else 0, abs=1e-3)
     assert model_config_from_hf(model_config_to_hf(config)) == config
 
 

@@ -11,13 +11,16 @@ Left out: a capacity with dropped tokens, router noise, the batch-wide auxiliary
 T tokens, D hidden, E experts, k of them per token.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from athanor.config import ModelConfig
-from athanor.kernels import fp8_grouped_gemm, grouped_gemm, linear, moe_permute, moe_route, moe_unpermute, swiglu
+from athanor.kernels import grouped_gemm, linear, moe_permute, moe_route, moe_unpermute, swiglu
 from athanor.kernels.moe_route import scores_of
+from athanor.model.fp8 import Fp8Products
 from athanor.model.layers import ROW_STEP, Swiglu
 
 
@@ -40,6 +43,11 @@ class Routes:
     def recorded(self) -> Tensor:
         """(layers, num_tokens, k) int32: what was chosen, for a later `replay`."""
         return torch.stack(self.ids)[:, : self.num_tokens]
+
+    @property
+    def by_token(self) -> Tensor:
+        """(num_tokens, layers, k) int16: the same as `recorded` in the order and the width in which a sampler keeps it."""
+        return self.recorded.transpose(0, 1).to(torch.int16)
 
     @property
     def disagreement(self) -> Tensor:
@@ -108,21 +116,61 @@ class MixtureOfExperts(nn.Module):
         for stack in (self.gate_up_proj, self.down_proj):
             nn.init.normal_(stack, std=config.initializer_range)
         self.shared = Swiglu(D, width * config.n_shared_experts) if config.n_shared_experts else None
-        self.fp8 = False  # products of the routed experts in block-scaled FP8, forward and dx
+        self.fp8: Fp8Products | None = None  # set by `use_fp8_`
+        # (self, x, ids, weights) -> (T, D), set by `expert_parallel`: the stacks are then a part of the experts
+        self.elsewhere: Callable[..., Tensor] | None = None
 
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
         """x (T, D), normed, to what the layer adds (T, D)."""
         ids, weights = self.router(x, routes)
-        # On a CPU the rows of an expert are whole row steps: what it computes for a token does not depend on how many others it got.
-        rows, places = moe_permute(x, ids, self.num_experts, align=ROW_STEP if x.is_cpu else 1)
+        out = self.routed(x, ids, weights) if self.elsewhere is None else self.elsewhere(self, x, ids, weights)
+        return out if self.shared is None else out + self.shared(x)
+
+    def routed(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Every token through its experts (T, k), summed by weight: (T, D)."""
+        rows, places = moe_permute(x, ids, self.num_experts, align=self.align(x))
         if x.is_cpu:
             # Fewer rows to compute.  And reading a number on the host tells a captured step (cpu_graph) that its course depends on the data: the
             # products below read the offsets on the host too.
             rows = rows[: int(places.offsets[-1])]
-        product = fp8_grouped_gemm if self.fp8 else grouped_gemm
-        y = product(swiglu(product(rows, self.gate_up_proj, places.offsets)), self.down_proj, places.offsets)
-        out = moe_unpermute(y, weights, places)
-        return out if self.shared is None else out + self.shared(x)
+        return moe_unpermute(self.experts(rows, places.offsets), weights, places)
+
+    def align(self, x: Tensor) -> int:
+        """What the number of every expert's rows is a multiple of.
+
+        On a CPU whole row steps: what an expert computes for a token does not depend on how many others it got.
+        """
+        wanted = ROW_STEP if x.is_cpu else 1
+        return wanted if self.fp8 is None else max(wanted, self.fp8.align(torch.is_grad_enabled()))
+
+    def experts(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """(P, D): rows (P, D) through their expert's SwiGLU; those of expert e are offsets[e] up to offsets[e + 1]."""
+
+        def product(name: str, x: Tensor) -> Tensor:
+            weight = getattr(self, name)
+            return grouped_gemm(x, weight, offsets) if self.fp8 is None else self.fp8(name, x, weight, offsets)
+
+        return product("down_proj", swiglu(product("gate_up_proj", rows)))
+
+
+def mixtures(model: nn.Module) -> list[MixtureOfExperts]:
+    return [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+
+
+def use_fp8_(model: nn.Module, mode: str) -> nn.Module:
+    """Set the products of all routed experts, and return the model.  mode: `fp8` of a recipe, "off", "dgrad" or "wgrad"."""
+    if mode not in ("off", "dgrad", "wgrad"):
+        raise ValueError(f"use_fp8_: mode is {mode!r}; wanted off, dgrad or wgrad")
+    for moe in mixtures(model):
+        moe.fp8 = None if mode == "off" else Fp8Products(wgrad=mode == "wgrad")
+    return model
+
+
+def refresh_fp8_(model: nn.Module) -> None:
+    """Bring the FP8 copies of all experts up to date, for captured steps, which cannot look themselves."""
+    for moe in mixtures(model):
+        for name, copy in moe.fp8.weights.items() if moe.fp8 is not None else ():
+            copy.of(getattr(moe, name))
 
 
 def tokens_per_expert(ids: Tensor, num_experts: int) -> Tensor:
@@ -148,8 +196,9 @@ def sequence_balance_loss(scores: Tensor, ids: Tensor, cu_seqlens: Tensor) -> Te
 
 
 def routers(model: nn.Module) -> list[Router]:
-    """The routers of a model in the order of its layers, which is that of the lists in `Routes`."""
-    return [module for module in model.modules() if isinstance(module, Router)]
+    """The routers of a model in the order of its layers, which is that of the lists in `Routes`; of a layer for multi-token prediction while it is
+    trained."""
+    return [router for name, router in model.named_modules() if isinstance(router, Router) and ("mtp" not in name or router.weight.requires_grad)]
 
 
 @torch.no_grad()

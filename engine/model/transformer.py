@@ -117,6 +117,26 @@ class DecoderLayer(nn.Module):
         return self.o_proj(attended.reshape(T, H * d))
 
 
+class NextTokenLayer(nn.Module):
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2, eqs. 21-23): a layer that sees one token further than its position.
+
+    h'_t = layer(M [norm(Emb(token t+1)); norm(h_t)]),  from which the model's own head predicts token t+2.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.embed_norm, self.hidden_norm = RMSNorm(D, eps), RMSNorm(D, eps)
+        self.input_proj = Linear(2 * D, D, bias=False)
+        self.layer = DecoderLayer(config, config.num_hidden_layers)
+        self.norm = RMSNorm(D, eps)
+
+    def forward(self, hidden: Tensor, following: Tensor, cos: Tensor, sin: Tensor, attend: Attend, routes: Routes | None = None) -> Tensor:
+        """Normalised states (T, D) from those of the decoder (T, D) and the embeddings (T, D) of each position's next token."""
+        x = self.input_proj(torch.cat((self.embed_norm(following), self.hidden_norm(hidden)), -1))
+        return self.norm(*self.layer(x, None, cos, sin, attend, routes))[0]
+
+
 class Decoder(nn.Module):
     """Embedding, layers and final norm; `lm_head_weight` is applied by the caller (`linear_logprob`, the sampler)."""
 
@@ -130,6 +150,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = NextTokenLayer(config) if config.num_nextn_predict_layers else None
         self.rotation_factor = rotation_factor(config)
         self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)
 
@@ -149,16 +170,28 @@ class Decoder(nn.Module):
 
         routes: what the routers of sparse layers shall choose, and where they write down what they chose.
         """
-        x = self.embed(input_ids)
+        x, residual = self.embed(input_ids), None
+        cos, sin = self._rotation(positions, x.dtype)
+        for layer in self.layers:
+            x, residual = layer(x, residual, cos, sin, attend, routes)
+        return self.norm(x) if residual is None else self.norm(x, residual)[0]
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = positions.float()[:, None] * self.inv_freq[None]
         cos, sin = angles.cos(), angles.sin()
         if self.rotation_factor != 1:
             cos, sin = cos * self.rotation_factor, sin * self.rotation_factor
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        residual = None
-        for layer in self.layers:
-            x, residual = layer(x, residual, cos, sin, attend, routes)
-        return self.norm(x) if residual is None else self.norm(x, residual)[0]
+        return cos.to(dtype), sin.to(dtype)
+
+    def look_ahead(self, hidden: Tensor, next_ids: Tensor, positions: Tensor, attend: Attend, routes: Routes | None = None) -> Tensor:
+        """What the layer for multi-token prediction makes of the forward's hidden (T, D) and each position's next token (T,): (T, D), for the
+        head."""
+        return self.mtp(hidden, self.embed(next_ids), *self._rotation(positions, hidden.dtype), attend, routes)
+
+    def train_mtp_(self, trained: bool) -> None:
+        """Set whether the layer for multi-token prediction takes part in training."""
+        for name, parameter in self.mtp.named_parameters():
+            parameter.requires_grad_(trained and not name.endswith("router.bias"))
 
     @torch.no_grad()
     def initialize_(self, seed: int) -> "Decoder":

@@ -70,8 +70,9 @@ def command(argv: list[str]) -> dict:
 
 
 def shape_at(path: Path) -> ModelConfig:
-    """The model of a config.json, or of the folder that has it."""
-    return model_config_from_hf(read_json(path / "config.json" if path.is_dir() else path, "--plan"))
+    """The model of a config.json, or of the folder that has it, without a layer for multi-token prediction, whose time no plan counts."""
+    config = model_config_from_hf(read_json(path / "config.json" if path.is_dir() else path, "--plan"))
+    return config.model_copy(update={"num_nextn_predict_layers": 0})
 
 
 def plan_of_recipe(recipe: _Recipe) -> Plan:
@@ -96,7 +97,7 @@ def plan_of_recipe(recipe: _Recipe) -> Plan:
         values |= dict(
             prompts_per_step=stage.prompts_per_step, group_size=stage.group_size, updates_per_rollout=stage.updates_per_rollout,
             max_tokens=stage.sampling.max_tokens, reference=variant.kl != "none",
-            scoring_passes=(variant.kl != "none") + (variant.correction != "none") + stage.routing_replay,
+            scoring_passes=(variant.kl != "none") + (variant.correction != "none") + (stage.routing_replay == "trainer"),
         )  # fmt: skip
         values |= {"prompt_tokens": sum(weight * tokens for weight, tokens in lengths) / sum(weight for weight, _ in lengths)} if lengths else {}
     else:

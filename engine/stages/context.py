@@ -9,6 +9,7 @@ from athanor.config import RecipeConfig, StageConfig
 from athanor.console import Console
 from athanor.errors import UserError
 from athanor.metrics import MetricsWriter
+from athanor.model.moe import use_fp8_
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
 from athanor.sharding import shard_size
@@ -58,9 +59,10 @@ class StageContext:
         return folder
 
     def load(self, reference: str, *, parallel: bool = False) -> Decoder:
-        """The model of a checkpoint on this rank's device.  parallel: on the CPU where it is to be split, for `parallelize_`."""
+        """The policy of a checkpoint on this rank's device, with the run's products of experts.  parallel: on the CPU where it is to be split, for
+        `parallelize_`."""
         device = "cpu" if parallel and shard_size(self.recipe.parallel, self.ranks) > 1 else str(self.ranks.device)
-        return load_model(self.source_dir(reference), dtype=self.dtype, device=device)
+        return use_fp8_(load_model(self.source_dir(reference), dtype=self.dtype, device=device), self.recipe.fp8)
 
     @property
     def dtype(self):

@@ -30,7 +30,7 @@ from athanor.samples import Sample, in_domain
 from athanor.seeds import derive_seed
 from athanor.sharding import FullWeights, copy_weights_, parallelize_
 from athanor.stages.context import StageContext
-from athanor.stages.policy_update import update_policy
+from athanor.stages.policy_update import check_experts, update_policy
 from athanor.stages.training import TrainingLoop
 from athanor.transcript_log import rewind_transcripts, transcript_path, write_transcripts
 from athanor.weights import weights_hash
@@ -50,6 +50,7 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
     objective = formula(preset) + ("; A replaced by GDPO's (arXiv 2601.05242)" if config.reward_scaling == "gdpo" else "")
     context.console.note(f"{context.name}: {objective}")
     model = context.load(config.init, parallel=True)
+    check_experts(context.name, config, model)
     loop = TrainingLoop(context, config, model)
     reference = _reference(context, preset, loop, config)
     detectors = Detectors(config.detectors, [row for row in read_metrics(context.run_dir) if row["stage"] == context.name])
@@ -63,7 +64,8 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
     # On a CPU the trainer's bits are those of `sample` on logits.
     fused = context.ranks.device.type == "cuda" and not config.sampling.truncated
     weights = FullWeights(model)
-    generator = rollout_generator(weights.model, context.tokenizer, context.recipe.max_rows, config.group_size, fused_sampling=fused)
+    options = {"fused_sampling": fused, "record_routes": config.routing_replay == "rollout"}
+    generator = rollout_generator(weights.model, context.tokenizer, context.recipe.max_rows, config.group_size, **options)
     trained = weights_hash(model) if context.recipe.verify_weights else None
     for step, metrics in loop.steps(config.steps, SHOWN):
         start = time.perf_counter()

@@ -15,7 +15,7 @@ from athanor.batch import PackedBatch
 from athanor.config import GRPOConfig
 from athanor.errors import UserError
 from athanor.kernels import LogProbs, LossVariant, is_strict, policy_loss
-from athanor.model.moe import Routes
+from athanor.model.moe import Routes, routers
 from athanor.model.transformer import Decoder
 from athanor.optim import learning_rate
 from athanor.samples import Sample
@@ -48,10 +48,13 @@ def update_policy(
     spread = shares(groups, advantages, config.updates_per_rollout, ranks, hidden_size=loop.model.config.hidden_size, all_live=reference is not None)
     parts = [_Part(context, config, variant, loop.model, reference, share, moved=i > 0) for i, share in enumerate(spread)]
     balanced: dict = {}  # of the last update, which is the farthest from the sampler
+    sampled: dict = {}
     for part in parts:
         _, norm = optimizer_step(loop.optimizer, part.batches, part.loss, learning_rate(config.optimizer, step, config.steps))
         norms.append(norm)
         balanced = part.balance.finish()
+        if part is parts[0] and config.routing_replay == "rollout":  # the same weights: what is left is the difference between sampler and trainer
+            sampled = {"rollout_route_disagreement": balanced.get("route_disagreement", 0.0)}
         sums += part.sums
         ratio_max = torch.maximum(ratio_max, part.ratio_max)
     gap, gap_sums = parts[0].gap, parts[0].gap_sums  # later parts are scored by other weights than those that sampled them
@@ -75,7 +78,7 @@ def update_policy(
     correction = {}
     if variant.correction != "none":
         correction = {"correction_weight": values["weight_sum"] / tokens, "kl_rollout": values["rollout_kl_sum"] / tokens}
-    return correction | balanced | {
+    return correction | balanced | sampled | {
         "logp_gap_max": float(gap),
         "logp_gap_mean": gap_mean,
         "logp_gap_k3": gap_k3,
@@ -87,6 +90,12 @@ def update_policy(
         "ratio_mean": values["ratio_sum"] / tokens,
         "ratio_max": float(ratio_max),
     }
+
+
+def check_experts(name: str, config: GRPOConfig, model: Decoder) -> None:
+    """Refuse routing_replay for a model without routers."""
+    if config.routing_replay != "off" and not routers(model):
+        raise UserError(f"stage {name}: routing_replay is {config.routing_replay}, but the model has no experts; wanted off")
 
 
 class _Part:
@@ -105,15 +114,14 @@ class _Part:
         self.gap, self.ratio_max = self.sums.new_zeros(()), self.sums.new_zeros(())
         self.gap_sums = self.sums.new_zeros(3)  # |trainer - sampler|, the k3 estimate of their KL divergence, tokens
         self.old: dict[int, Tensor] = {}  # the trainer's log-probs before the first update, by batch
-        if config.routing_replay and not self.balance.routers:
-            raise UserError(f"stage {context.name}: routing_replay is true, but the model has no experts")
-        self.recorded: dict[int, Tensor] = {}  # the experts before the first update, by batch
+        # the experts of the sampler or of before the first update, by batch
+        self.recorded = {id(batch): self._sampled_routes(batch) for batch in self.batches} if config.routing_replay == "rollout" else {}
         self.corrected = variant.correction != "none"
-        replays = config.routing_replay and moved  # before the first update the routers choose what they would record
+        replays = config.routing_replay == "trainer" and moved  # before the first update the routers choose what they would record
         if self.corrected or replays:
             with torch.no_grad():
                 for batch in self.batches:
-                    routes = self.balance.routes(batch)
+                    routes = self.balance.routes(batch, self.recorded.get(id(batch)))
                     logps = self._score(model, batch, routes).logps
                     if self.corrected:
                         self.old[id(batch)] = logps
@@ -131,6 +139,11 @@ class _Part:
         joined = [np.concatenate(v) for v in (zip(*values, strict=True) if name == "support" else [values])]
         tensors = [torch.from_numpy(x).to(batch.input_ids.device) for x in joined]
         return tuple(tensors) if name == "support" else tensors[0]
+
+    def _sampled_routes(self, batch: PackedBatch) -> Tensor:
+        """(L, T, k) int32, the experts that the sampler chose for the inputs of the batch: all of a sequence but its last token."""
+        parts = [part for i in batch.sequences for prompt, own in [self.samples[i].routes] for part in (prompt, own[1:])]
+        return torch.from_numpy(np.concatenate(parts)).to(batch.input_ids.device, torch.int32).transpose(0, 1).contiguous()
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Loss of one micro-batch, already divided by the denominators of the whole optimizer step."""

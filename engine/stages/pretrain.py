@@ -5,6 +5,7 @@ import numpy as np
 from athanor.config import GateConfig, PretrainConfig, SamplingConfig
 from athanor.errors import UserError
 from athanor.generator import Generator
+from athanor.model.moe import use_fp8_
 from athanor.model.transformer import Decoder
 from athanor.optim import learning_rate
 from athanor.samples import Request
@@ -23,6 +24,7 @@ def run(context: StageContext, config: PretrainConfig) -> dict:
         model = context.load(config.init, parallel=True)
     else:
         model = Decoder(shape).initialize_(derive_seed(context.recipe.seed, context.name, "init")).to(context.dtype)
+        use_fp8_(model, context.recipe.fp8)
     loop = TrainingLoop(context, config, model)
     rounds = loop.extra.setdefault("rounds", 0)
     while True:
@@ -57,7 +59,7 @@ def _train(context: StageContext, config: PretrainConfig, loop: TrainingLoop, ro
         num_targets = context.ranks.sum_int(sum(b.num_targets for b in batches))
         lr = learning_rate(config.optimizer, step - start, end - start, peak)
         balance = RouterBalance(loop.model, config, context.ranks)
-        metrics["loss"], metrics["grad_norm"] = cross_entropy_step(loop.model, loop.optimizer, batches, num_targets, lr, balance)
+        metrics |= cross_entropy_step(loop.model, loop.optimizer, batches, num_targets, lr, balance, config.mtp_loss)
         metrics |= {"lr": lr, "tokens": num_targets, **balance.finish()}
 
 

@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from athanor.config import MixEntry, RewardModelConfig
 from athanor.errors import UserError
+from athanor.model.moe import use_fp8_
 from athanor.optim import learning_rate
 from athanor.reward_models import RewardModel, batches, judged_tokens, packed, save_reward_head
 from athanor.rollout import ProblemStream, as_asked, rollout_generator, sample_groups
@@ -47,7 +48,7 @@ def run(context: StageContext, config: RewardModelConfig) -> dict:
     if len(examples) < 5:
         raise UserError(f"stage {context.name}: task {config.task!r} gave {len(examples)} examples, wanted at least 5")
     held_out, training = examples[: len(examples) // 5], examples[len(examples) // 5 :]
-    model = RewardModel(context.load(config.init, parallel=True), config.objective)
+    model = RewardModel(use_fp8_(context.load(config.init, parallel=True), "off"), config.objective)
     loop = TrainingLoop(context, config, model)
     size = min(config.batch_size, len(training))
     right = "pair_accuracy" if config.objective == "pairwise" else "label_accuracy"

@@ -46,8 +46,9 @@ def fit(context: StageContext, config: SFTConfig | DistillConfig, model: Decoder
         num_targets = context.ranks.sum_int(sum(b.num_targets for b in batches))
         lr = learning_rate(config.optimizer, step, config.steps)
         balance = RouterBalance(model, config, context.ranks)
-        loss, norm = cross_entropy_step(model, loop.optimizer, batches, num_targets, lr, balance)
-        metrics |= {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": num_targets, "epoch": step * size / n, **balance.finish()}
+        measured = cross_entropy_step(model, loop.optimizer, batches, num_targets, lr, balance, config.mtp_loss)
+        loss = measured["loss"]
+        metrics |= {**measured, "lr": lr, "tokens": num_targets, "epoch": step * size / n, **balance.finish()}
     return loss
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from athanor.batch import PackedBatch, empty_batch, pack
 from athanor.checkpoint import load_latest_state, save_state
 from athanor.config import TrainConfig
+from athanor.errors import UserError
 from athanor.kernels import LogProbs, linear_logprob
 from athanor.kernels.logprob import IGNORE
 from athanor.model.moe import Routes
@@ -26,6 +27,11 @@ class TrainingLoop:
 
     def __init__(self, context: StageContext, config: TrainConfig, model: Decoder, extra_models: dict | None = None):
         self.context, self.config, self.model = context, config, model
+        trains = getattr(config, "mtp_loss", 0) > 0
+        for decoder in (module for module in model.modules() if isinstance(module, Decoder) and module.mtp is not None):
+            decoder.train_mtp_(trains)
+        if trains and model.mtp is None:
+            raise UserError(f"stage {context.name}: mtp_loss is {config.mtp_loss}, but the model has no num_nextn_predict_layers; wanted 0")
         parallelize_(model, context.recipe.parallel, context.ranks)
         self.optimizer = Optimizer(model, config.optimizer, context.ranks)
         self.extra: dict = {}
@@ -74,13 +80,33 @@ def completion_logprobs(
 
     routes: for the routers of a mixture of experts.
     """
+    return _scored(model, batch, _hidden(model, batch, routes), temperature, support)
+
+
+def _hidden(model: Decoder, batch: PackedBatch, routes: Routes | None) -> Tensor:
     input_ids, positions, cu_seqlens = fill_tokens(batch.input_ids, batch.positions, batch.cu_seqlens)
-    hidden = model(input_ids, positions, PackedAttention(cu_seqlens), routes)
+    return model(input_ids, positions, PackedAttention(cu_seqlens), routes)
+
+
+def _scored(model: Decoder, batch: PackedBatch, hidden: Tensor, temperature: float = 1.0, support: tuple[Tensor, Tensor] | None = None) -> LogProbs:
     rows, targets = fill_rows(hidden[batch.loss_rows]), fill_rows(batch.targets, IGNORE)
     if support is not None:
         support = fill_rows(support[0], -torch.inf), fill_rows(support[1])
     logps, entropy = linear_logprob(rows, model.lm_head_weight, targets, temperature=temperature, support=support)[:2]
     return LogProbs(logps[: batch.num_targets], entropy[: batch.num_targets])
+
+
+def mtp_logprobs(model: Decoder, batch: PackedBatch, hidden: Tensor, routes: Routes | None = None) -> Tensor:
+    """(M,) log-probs of the trained tokens as `Decoder.look_ahead` predicts them from two tokens before, knowing the one between.
+
+    hidden: the forward's, filler included.  M leaves out tokens whose sequence has nothing two tokens before.
+    """
+    input_ids, positions, cu_seqlens = fill_tokens(batch.input_ids, batch.positions, batch.cu_seqlens)
+    # A sequence's last input is followed by its last target, which nothing trained reads here: row t - 1 predicts what follows row t.
+    ahead = model.look_ahead(hidden, input_ids.roll(-1), positions, PackedAttention(cu_seqlens), routes)
+    later = batch.positions[batch.loss_rows] > 0
+    rows, targets = batch.loss_rows[later] - 1, batch.targets[later]
+    return linear_logprob(fill_rows(ahead[rows]), model.lm_head_weight, fill_rows(targets, IGNORE))[0][: len(rows)]
 
 
 def optimizer_step(optimizer: Optimizer, batches: list[PackedBatch], loss_of: Callable[[PackedBatch], Tensor], lr: float) -> tuple[float, float]:
@@ -99,16 +125,27 @@ def optimizer_step(optimizer: Optimizer, batches: list[PackedBatch], loss_of: Ca
 
 
 def cross_entropy_step(
-    model: Decoder, optimizer: Optimizer, batches: list[PackedBatch], num_targets: int, lr: float, balance: RouterBalance
-) -> tuple[float, float]:
-    """One step of mean negative log-likelihood over `num_targets` tokens (all ranks); return (loss, gradient norm)."""
+    model: Decoder, optimizer: Optimizer, batches: list[PackedBatch], num_targets: int, lr: float, balance: RouterBalance, mtp_loss: float = 0.0
+) -> dict[str, float]:
+    """One step of mean negative log-likelihood over `num_targets` tokens (all ranks); return its metrics.
+
+    mtp_loss: factor of the same mean of multi-token prediction (DeepSeek-V3, eqs. 24-25), which is `mtp_loss` of the metrics, and is not in `loss`.
+    """
+    ahead = torch.zeros((), dtype=torch.float64, device=optimizer.ranks.device)
 
     def loss_of(batch: PackedBatch) -> Tensor:
+        nonlocal ahead
         routes = balance.routes(batch)
-        logps = completion_logprobs(model, batch, routes=routes).logps
-        return -logps.sum() / num_targets + balance.loss(routes, batch.num_targets / num_targets)
+        hidden = _hidden(model, batch, routes)
+        loss = -_scored(model, batch, hidden).logps.sum() / num_targets
+        if mtp_loss:
+            mtp = -mtp_logprobs(model, batch, hidden, routes).sum() / num_targets
+            ahead = ahead + mtp.detach()
+            loss = loss + mtp_loss * mtp
+        return loss + balance.loss(routes, batch.num_targets / num_targets)
 
     loss, norm = optimizer_step(optimizer, batches, loss_of, lr)
-    value = torch.tensor(loss, dtype=torch.float64)
-    optimizer.ranks.sum_(value)
-    return float(value), norm
+    values = torch.stack((torch.tensor(loss, dtype=torch.float64, device=ahead.device) - mtp_loss * ahead, ahead))
+    optimizer.ranks.sum_(values)
+    metrics = {"loss": float(values[0]), "grad_norm": norm}
+    return metrics | {"mtp_loss": float(values[1])} if mtp_loss else metrics
