@@ -94,9 +94,8 @@ def cases(world: int) -> dict[str, tuple]:
         "fsdp, one batch": (qwen3, 1000, {"shard": 0}),
         "fsdp, untied": (("qwen2, untied", "adamw"), 48, {"shard": 0}),
         "fsdp, muon": (("qwen3", "muon"), 48, {"shard": 0}),
-        # The sequence balance loss is a mean over a micro-batch, so each has one sequence.
-        "fsdp, sparse": (("deepseek_v3", "adamw"), 16, {"shard": 0}),
-        "fsdp, sparse, recomputed": (("deepseek_v3", "adamw"), 16, {"shard": 0, "activation_checkpointing": True}),
+        "fsdp, sparse": (("deepseek_v3", "adamw"), 48, {"shard": 0}),
+        "fsdp, sparse, recomputed": (("deepseek_v3", "adamw"), 48, {"shard": 0, "activation_checkpointing": True}),
     }
     if world == 4:
         found |= {"hsdp": (qwen3, 48, {"shard": 2}), "hsdp, one batch": (qwen3, 1000, {"shard": 2})}

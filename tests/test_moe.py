@@ -195,6 +195,9 @@ def test_the_sequence_balance_loss_is_the_papers_formula():
             f = 4 / (2 * (end - first)) * sum(e in ids[t].tolist() for t in range(first, end))
             total += f * sum(float(scores[t, e] / scores[t].sum()) for t in range(first, end)) / (end - first) / 2
     assert float(sequence_balance_loss(scores, ids, cu)) == pytest.approx(total, rel=1e-12)
+    alone = [float(sequence_balance_loss(scores[a:b], ids[a:b], torch.tensor([0, b - a]))) for a, b in ((0, 5), (5, 9))]
+    weighted = sequence_balance_loss(scores, ids, cu, torch.tensor([0.3, 9.0, 0.7]))
+    assert float(weighted) == pytest.approx(0.3 * alone[0] + 0.7 * alone[1], rel=1e-6)
     level = torch.ones(8, 4), torch.arange(16, dtype=torch.int32).view(8, 2) % 4
     assert float(sequence_balance_loss(*level, torch.tensor([0, 8]))) == pytest.approx(1.0)
     scores.requires_grad_()

@@ -99,6 +99,23 @@ def test_the_balance_loss_does_not_depend_on_a_dense_layer_and_reaches_the_route
     assert all(router.weight.grad.any() for router in routers(model))
 
 
+def test_the_balance_loss_does_not_depend_on_the_packing():
+    model, found = random_decoder(FAMILIES["deepseek_v3"]).double(), []
+    for micro_batch_tokens in (1, 64, 10**6):
+        split = batches(micro_batch_tokens)
+        num_targets, total = sum(batch.num_targets for batch in split), 0.0
+        balance = RouterBalance(model, sft_config(balance_loss=0.5), RANKS)
+        for batch in split:
+            routes = balance.routes(batch)
+            completion_logprobs(model, batch, routes=routes)
+            total = total + balance.loss(routes, batch.num_targets / num_targets)
+        found.append([total, *torch.autograd.grad(total, [router.weight for router in routers(model)])])
+    assert len(batches(1)) > len(batches(64)) > len(batches(10**6)) == 1
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
 def test_recorded_experts_are_replayed_when_the_weights_have_moved():
     model = random_decoder(FAMILIES["deepseek_v3"])
     (batch,) = batches(10**6)

@@ -1,5 +1,6 @@
 """Balance of a mixture of experts over one optimizer step: selection biases (DeepSeek-V3, arXiv 2412.19437, section 2.1.2) and the sequence balance
-loss, which its micro-batches share by their trained tokens.  For a dense model all of it is nothing."""
+loss: the mean over the step's sequences weighted by their trained tokens, which does not depend on how they are packed.  For a dense model all of
+it is nothing."""
 
 import torch
 from torch import Tensor
@@ -25,7 +26,10 @@ class RouterBalance:
         """For a forward over the batch, filler rows behind it or not.  replay: `Routes.recorded` of an earlier one over it."""
         if not self.routers:
             return None
-        return Routes(replay, num_tokens=len(batch.input_ids), cu_seqlens=batch.cu_seqlens if self.alpha else None)
+        if not self.alpha:
+            return Routes(replay, num_tokens=len(batch.input_ids))
+        weights = batch.loss_cu_seqlens.diff() / max(batch.num_targets, 1)
+        return Routes(replay, num_tokens=len(batch.input_ids), cu_seqlens=batch.cu_seqlens, weights=weights)
 
     def loss(self, routes: Routes | None, share: float) -> Tensor | float:
         """alpha times the mean over layers, times the batch's share of the step; counts what the forward chose."""
