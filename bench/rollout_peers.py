@@ -149,7 +149,7 @@ class TRLStep:
         from datasets import Dataset
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
-        from trl import GRPOConfig, GRPOTrainer
+        from trl import GRPOConfig
 
         self.device, self.new_tokens = device, new_tokens
         V, rows = model.config.vocab_size, len(prompts) * group_size
@@ -170,7 +170,7 @@ class TRLStep:
             adam_beta2=optimizer.betas[1], adam_epsilon=optimizer.eps, weight_decay=optimizer.weight_decay, max_grad_norm=optimizer.grad_clip,
         )  # fmt: skip
         data = Dataset.from_dict({"prompt": [" ".join(f"t{i}" for i in ids) for ids in prompts.tolist()]})
-        self.trainer = GRPOTrainer(huggingface_model(model), reward_funcs=rewards, args=config, train_dataset=data, processing_class=tokenizer)
+        self.trainer = self.make_trainer(huggingface_model(model), reward_funcs=rewards, args=config, train_dataset=data, processing_class=tokenizer)
         self.trainer.create_optimizer_and_scheduler(num_training_steps=1)
         prepared = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
         self.trainer.model_wrapped, self.trainer.optimizer = prepared
@@ -184,6 +184,11 @@ class TRLStep:
             return inputs
 
         self.trainer._prepare_inputs = prepare_timed
+
+    def make_trainer(self, model, **arguments):
+        from trl import GRPOTrainer
+
+        return GRPOTrainer(model, **arguments)
 
     def step(self) -> float:
         t = self.trainer
@@ -204,3 +209,13 @@ class TRLStep:
     def run(self) -> dict[str, float]:
         _, total_s = seconds_of(self.step, self.device)
         return {"seconds": total_s, "rollout_s": self.rollout_s, "update_s": total_s - self.rollout_s}
+
+
+class TRLStepOnAthanor(TRLStep):
+    """The same step with the adapters: our sampling, log-probs and loss in TRL's trainer, our kernels in transformers' model."""
+
+    def make_trainer(self, model, **arguments):
+        from athanor.adapters.transformers import patch
+        from athanor.adapters.trl import AthanorGRPOTrainer
+
+        return AthanorGRPOTrainer(patch(model), **arguments)

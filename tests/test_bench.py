@@ -303,9 +303,9 @@ def test_a_row_holds_the_split_that_the_generator_reports(rollout):
 def test_a_workload_says_what_a_peer_would_need(rollout, monkeypatch):
     found = rollout.workloads.importlib.util.find_spec
     monkeypatch.setattr(rollout.workloads.importlib.util, "find_spec", lambda name: None if name in ("trl", "datasets") else found("json"))
-    ours, trl = rollout.workloads.rows_of(rollout.cases.grpo_step("cpu", TINY), CEILING, 1, lambda text: None)
+    ours, trl, adapted = rollout.workloads.rows_of(rollout.cases.grpo_step("cpu", TINY), CEILING, 1, lambda text: None)
     assert ours["correct"] and ours["median_us"] == pytest.approx(1e6 * (ours["rollout_s"] + ours["update_s"]), rel=0.5)
-    assert trl["skipped"] == "not installed: pip install trl==1.16.0 datasets" and "times_rival" not in ours
+    assert trl["skipped"] == adapted["skipped"] == "not installed: pip install trl==1.16.0 datasets" and "times_rival" not in ours
     monkeypatch.setattr(rollout.workloads.importlib.util, "find_spec", lambda name: None if name == "pydantic" else found(name))
     (alone,) = rollout.workloads.rows_of(rollout.cases.grpo_step("cpu", TINY), CEILING, 1, lambda text: None)
     assert alone["skipped"] == "not installed: pip install pydantic"
@@ -373,10 +373,11 @@ def test_a_peer_of_another_model_is_not_timed(rollout, monkeypatch):
     assert rows[2]["wrong"].startswith("greedy: ") and "median_us" not in rows[2] and rows[0]["median_us"] > 0
 
 
-def test_trl_takes_a_whole_step(rollout):
+@pytest.mark.parametrize("maker", ["TRLStep", "TRLStepOnAthanor"])
+def test_trl_takes_a_whole_step(maker, rollout):
     for name in ("trl", "datasets", "accelerate", "transformers"):
         pytest.importorskip(name)
-    peer = rollout.workloads.Contender("rollout_peers:TRLStep", lambda: rollout.cases.step_arguments("cpu", TINY)).make("cpu")
+    peer = rollout.workloads.Contender(f"rollout_peers:{maker}", lambda: rollout.cases.step_arguments("cpu", TINY)).make("cpu")
     assert peer.check().wrong is None
     figures = peer.run()
     assert figures["seconds"] == figures["rollout_s"] + figures["update_s"] and figures["update_s"] > 0

@@ -126,7 +126,8 @@ def grpo_step(device: str, sizes: dict) -> Workload:
     return Workload(
         "rollout", "grpo_step", device, sizes, dtype_of(sizes),
         {"athanor": Contender("rollout_engine:EngineStep", lambda: step_arguments(device, sizes), ours=True),
-         "trl": Contender("rollout_peers:TRLStep", lambda: step_arguments(device, sizes), needs=TRL)},
+         "trl": Contender("rollout_peers:TRLStep", lambda: step_arguments(device, sizes), needs=TRL),
+         "trl on athanor": Contender("rollout_peers:TRLStepOnAthanor", lambda: step_arguments(device, sizes), needs=TRL)},
         rival="trl", gate="sampled log-probs = training forward in the step, all tokens trained",
         work="as generate, then forward and backward on prompts and samples; bytes are the sampling's", **cost,
     )  # fmt: skip
