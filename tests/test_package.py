@@ -150,7 +150,8 @@ def test_pins_fit_what_the_installed_packages_ask_for():
 
 def test_every_imported_package_is_a_declared_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    users = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in ("gpu", "flash", "parquet", "trl"))]  # not the tests' own
+    extras = ("gpu", "flash", "parquet", "trl")  # not the tests' own
+    users = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
     declared = {canonicalize_name(Requirement(line).name) for group in users for line in group}
     owners = {"cupy": ["cupy-cuda13x"], "flash_attn": ["flash-attn"]} | importlib.metadata.packages_distributions()
     for folder in ("engine", "kernels"):
