@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from athanor.adapters import transformers as adapter
 from athanor.adapters.transformers import SUPPORTED, patch, unpatch
 from athanor.errors import UserError
 
@@ -179,6 +180,14 @@ def test_undoing_gives_the_bits_back(name):
     after = model(**inputs)
     assert torch.equal(before.logits, after.logits) and torch.equal(before.loss, after.loss)
     assert model.state_dict().keys() == state.keys() and all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_the_lines_of_the_docstring_run():
+    lines = [line[4:] for line in adapter.__doc__.splitlines() if line.startswith("    ") and not line.startswith("     ")]
+    scope = {"model": plain_model("llama").train()}
+    exec("\n".join(lines), scope)
+    assert len(lines) == 2 and scope["model"](**batch()).logits is None
+    scope["unpatch"](scope["model"])
 
 
 def test_other_instances_stay_as_they_are_and_a_copy_is_patched():

@@ -13,11 +13,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
+from athanor.adapters import shared_decoder as shared_decoder_module  # noqa: E402
+from athanor.adapters import trl as trl_adapter  # noqa: E402
 from athanor.adapters.shared_decoder import shared_decoder, shares_weights  # noqa: E402
 from athanor.adapters.transformers import patch, unpatch  # noqa: E402
 from athanor.adapters.trl import AthanorGRPOTrainer  # noqa: E402
 from athanor.config import SamplingConfig  # noqa: E402
 from athanor.errors import UserError  # noqa: E402
+from athanor.generator import Generator  # noqa: E402
 from athanor.samples import Request  # noqa: E402
 
 V, G, P, C = 40, 4, 5, 9  # vocabulary, group, prompt and completion tokens
@@ -207,6 +210,23 @@ def test_training_samples_the_weights_that_it_trains(checkpoint, tmp_path):
         unpatch(model)
     del model.forward
     assert type(model)(model.config).state_dict().keys() == model.state_dict().keys()
+
+
+def test_the_lines_of_the_docstrings_run(checkpoint, tmp_path):
+    plain = trainer(GRPOTrainer, checkpoint, tmp_path)
+    scope = {"model": plain.model, "reward": even, "config": plain.args, "data": plain.train_dataset, "tokenizer": tokenizer()}
+    exec(snippet(trl_adapter), scope)
+    assert type(scope["trainer"]) is AthanorGRPOTrainer
+    scope |= {"Generator": Generator, "eos_ids": {EOS}}
+    exec(snippet(shared_decoder_module), scope)
+    assert scope["generator"].model is not plain.model and shares_weights(scope["generator"].model, plain.model)
+
+
+def snippet(module) -> str:
+    """The two indented lines of a docstring."""
+    lines = [line[4:] for line in module.__doc__.splitlines() if line.startswith("    ") and not line.startswith("     ")]
+    assert len(lines) == 2
+    return "\n".join(lines)
 
 
 def test_a_group_is_one_request_and_ends_like_trls(checkpoint, tmp_path):

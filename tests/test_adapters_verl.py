@@ -4,6 +4,7 @@ verl pins older versions of transformers and tensordict than constraints.txt, so
 """
 
 import importlib
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -179,6 +180,17 @@ def test_registered_names_are_found_by_verl(core_algos):
     assert core_algos.get_policy_loss_fn("athanor_vanilla") is adapter.vanilla
     for name in PRESETS:
         assert adapter.verl_settings(name)["algorithm.adv_estimator"] in [member.value for member in core_algos.AdvantageEstimator]
+
+
+def test_verl_loads_what_the_docstring_names(core_algos):
+    from verl.utils.import_utils import import_external_libs, load_extern_object
+
+    words = [word.split("=", 1)[1] for word in adapter.__doc__.split() if "=" in word]
+    assert words == ["athanor.adapters.verl_losses", "athanor_dapo", "pkg://athanor.adapters.verl", "compute_score", "code"]
+    sys.modules.pop(words[0], None)
+    import_external_libs(words[0])
+    assert core_algos.get_policy_loss_fn(words[1])
+    assert load_extern_object(words[2], words[3]) is adapter.compute_score
 
 
 @pytest.mark.parametrize("info", [{}, INFO])

@@ -1,5 +1,6 @@
 """A Decoder that has no weights of its own: its parameters are those of a transformers model, so that `Generator` samples what a trainer trains.
 
+    from athanor.adapters.shared_decoder import shared_decoder
     generator = Generator(shared_decoder(model), eos_ids)
 
 The Decoder keeps q, k, v and gate, up as one matrix each.  Such a matrix is allocated once, and the model's parameters become ranges of its rows: the

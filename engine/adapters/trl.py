@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer with Athanor's log-probs, losses and Generator (TRL 1.16).
 
     from athanor.adapters.trl import AthanorGRPOTrainer
-    trainer = AthanorGRPOTrainer(model=..., reward_funcs=..., args=GRPOConfig(...), train_dataset=...)      # in place of GRPOTrainer
+    trainer = AthanorGRPOTrainer(model, reward_funcs=reward, args=config, train_dataset=data, processing_class=tokenizer)    # in place of GRPOTrainer
 
 What changes; rewards, advantages, metrics, logging, saving and the training loop stay TRL's:
 
