@@ -3,6 +3,10 @@
 The truth of a loss is TRL's own code on log-probs of an fp64 model; our gradient's error is at most twice that of TRL's fused lm_head in fp32.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -286,3 +290,41 @@ def test_other_models_are_refused(checkpoint, tmp_path):
     model.model.layers[0].mlp.register_parameter("extra", torch.nn.Parameter(torch.zeros(1)))
     with pytest.raises(UserError, match="shared_decoder: model.layers.0.mlp.extra and 0 other parameters are not as Qwen3ForCausalLM has them"):
         shared_decoder(model)
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_two_processes_have_the_gradients_and_metrics_of_trls(checkpoint, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, checkpoint, str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert sorted(line for line in ran.stdout.splitlines() if line.startswith("rank")) == ["rank 0 of 2 is done", "rank 1 of 2 is done"]
+
+
+def in_one_of_two_processes(checkpoint: str, tmp_path: str) -> None:
+    """Each rank has half of the batch; DDP averages the gradients.  Then a whole step, after which the ranks must have the same weights."""
+    for options in (dict(loss_type="dapo", epsilon_high=0.28), dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=0.03)):
+        made = []
+        for cls in (AthanorGRPOTrainer, GRPOTrainer):
+            t = trainer(cls, checkpoint, tmp_path, per_device_train_batch_size=G, **options)
+            rank, world = t.accelerator.process_index, t.accelerator.num_processes
+            draw = torch.Generator().manual_seed(4)
+            inputs = batch() | {"old_per_token_logps": -3 - torch.rand(2 * G, C, generator=draw)}
+            half = {key: value if value.ndim == 0 else value[rank * G : (rank + 1) * G] for key, value in inputs.items()}
+            wrapped = t.accelerator.prepare(t.model)  # a name, because DDP's hooks hold it weakly
+            t._compute_loss(wrapped, half).backward()
+            made.append((torch.cat([p.grad.flatten() for p in t.model.parameters()]), {key: x[-1] for key, x in t._metrics["train"].items()}))
+        (gradient, metrics), (their_gradient, their_metrics) = made
+        torch.testing.assert_close(gradient, their_gradient, rtol=1e-3, atol=1e-5)
+        assert gradient.abs().max() > 1e-3 and metrics == pytest.approx(their_metrics, abs=1e-5, nan_ok=True)
+    ours = trainer(AthanorGRPOTrainer, checkpoint, tmp_path, per_device_train_batch_size=G, learning_rate=0.01, max_steps=1)
+    ours.train()
+    weights = torch.cat([p.detach().flatten() for p in ours.model.parameters()])
+    assert torch.equal(*ours.accelerator.gather(weights[None]))
+    first_tokens = ours.accelerator.gather(torch.tensor([ours._generate_single_turn([[3, 4]], None, {}, 1)[0][0][0] for _ in range(8)])[None])
+    assert not torch.equal(*first_tokens)  # each rank has seeds of its own
+    print(f"rank {rank} of {world} is done", flush=True)
+
+
+if __name__ == "__main__":
+    in_one_of_two_processes(*sys.argv[1:])

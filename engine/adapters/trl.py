@@ -13,7 +13,7 @@ What changes; rewards, advantages, metrics, logging, saving and the training loo
 
 rollout="trl" leaves sampling to TRL and its options.  Llama, Qwen2 and Qwen3; `patch(model)` of athanor.adapters.transformers, before the trainer is
 made, adds the kernels of the training forward.  Options that are not there raise a UserError that names them.  Left out: VESPO, entropy bonus and
-mask, off-policy mask, vLLM, PEFT, FSDP and DeepSpeed; several processes share the work as with TRL, which no test has run.
+mask, off-policy mask, vLLM, PEFT, FSDP and DeepSpeed.
 
 To undo it, make TRL's GRPOTrainer again, on a model loaded afresh or after `del model.forward`, which TRL itself leaves replaced.
 """
