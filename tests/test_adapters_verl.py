@@ -84,6 +84,7 @@ def test_vanilla_is_the_dual_clip_formula(mode, info, cap, weighted):
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(gradient, x.grad)
+    assert not weighted or not gradient[0, :3].any()  # weight 0 is exactly 0
     ratio = (x - inputs["old_log_prob"]).exp()
     kept = mask.double()
     outside = ((ratio > 1.28) & (A > 0)) | ((ratio < 0.8) & (A < 0))

@@ -132,8 +132,11 @@ class AthanorGRPOTrainer(GRPOTrainer):
             total, count = self.accelerator.reduce(torch.stack(((x * weight).sum(), weight.sum().float())), reduction="sum")
             return (total / count.clamp_min(1)).item()
 
-        def per_sequence(x: Tensor) -> Tensor:
-            return self.accelerator.gather(x.squeeze(1) if x.shape[1] == 1 else (x * mask).sum(1) / mask.sum(1))
+        def extreme(x: Tensor, of) -> float:
+            """Of the sequences' means; one without tokens has none."""
+            rows = self.accelerator.gather(x.squeeze(1) if x.shape[1] == 1 else (x * mask).sum(1) / mask.sum(1))
+            rows = rows[~rows.isnan()]
+            return of(rows).item() if len(rows) else float("nan")
 
         if self.beta:
             metrics["kl"].append(mean(k3(ref - logps) * (ratio if self.args.use_bias_correction_kl else 1)))
@@ -145,10 +148,8 @@ class AthanorGRPOTrainer(GRPOTrainer):
             low = (ratio < 1 - self.variant.clip_low) & (positive < 0)
             for name, cut in (("low", low), ("high", high), ("region", low | high)):
                 metrics[f"clip_ratio/{name}_mean"].append(mean(cut.float()))
-            rows = per_sequence(low.float())
-            metrics["clip_ratio/low_min"].append(rows[~rows.isnan()].min().item() if not rows.isnan().all() else float("nan"))
-            rows = per_sequence(high.float())
-            metrics["clip_ratio/high_max"].append(rows[~rows.isnan()].max().item() if not rows.isnan().all() else float("nan"))
+            metrics["clip_ratio/low_min"].append(extreme(low.float(), torch.min))
+            metrics["clip_ratio/high_max"].append(extreme(high.float(), torch.max))
 
 
 def refuse_options(config: GRPOConfig, only: dict) -> None:
