@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from athanor.adapters import transformers as adapter
+from athanor.adapters.shared_decoder import shared_decoder, shares_weights
 from athanor.adapters.transformers import SUPPORTED, patch, unpatch
 from athanor.errors import UserError
+from athanor.model.transformer import PackedAttention
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
 
@@ -225,6 +227,41 @@ def test_a_forward_that_somebody_else_replaced_is_left_alone():
     del model.forward  # all of it undone by hand is fine, too
     with pytest.raises(UserError, match="replaced by None"):
         unpatch(model)
+
+
+DECODABLE = [("llama", {"mlp_bias": False}), ("llama3", {}), ("qwen2", {"use_sliding_window": False, "sliding_window": None}), ("qwen3", {})]
+
+
+@pytest.mark.parametrize("name, changes", DECODABLE)
+@torch.no_grad()
+def test_a_shared_decoder_is_the_model_before_and_after_a_step(name, changes):
+    model = plain_model(name, **changes)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    parameters = list(model.parameters())
+    decoder = shared_decoder(model)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))  # an optimizer may hold them
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    ids, cu_seqlens = torch.randint(SHAPE["vocab_size"], (L,), generator=torch.Generator().manual_seed(2)), torch.tensor([0, L], dtype=torch.int32)
+    seen = []
+    for _ in range(2):
+        ours = decoder(ids, torch.arange(L), PackedAttention(cu_seqlens)) @ decoder.lm_head_weight.T
+        torch.testing.assert_close(ours, model(ids[None]).logits[0], rtol=1e-4, atol=1e-4)
+        seen.append(ours)
+        for parameter in parameters:  # as an optimizer does, in place
+            parameter.mul_(1.1).add_(0.01)
+    assert (seen[0] - seen[1]).abs().max() > 0.1
+    model.load_state_dict(before)
+    assert torch.equal(decoder(ids, torch.arange(L), PackedAttention(cu_seqlens)) @ decoder.lm_head_weight.T, seen[0])
+    assert shares_weights(decoder, model)
+    for parameter in model.parameters():  # how the docstring undoes it
+        parameter.data = parameter.data.clone()
+    assert not shares_weights(decoder, model)
+
+
+@pytest.mark.parametrize("key", ["mlp_bias", "attention_bias"])
+def test_a_config_that_the_decoder_does_not_have_is_named(key):
+    with pytest.raises(UserError, match=f"{key} is True"):
+        shared_decoder(plain_model("llama", **{"mlp_bias": False, key: True}))
 
 
 def test_importing_the_adapters_imports_no_host():
