@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,24 +55,26 @@ def test_commands_are_accepted(page, words, tmp_path):
         return  # installs and environments: what .ci/run and tests/test_package.py do for real
     if words[0] == "torchrun":
         words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
+    if words[0] == "athanor":
+        words = ["python", "-m", "athanor", *words[1:], "--help"]
+    if "my_recipe.toml" in words:
+        shutil.copy(ROOT / "engine" / "recipes" / "tiny.toml", tmp_path / "my_recipe.toml")
+        words[words.index("my_recipe.toml")] = str(tmp_path / "my_recipe.toml")
     if words[0] == "pytest":
         words = ["python", "-m", "pytest", *words[1:]]
+    options = set()
     assert words[0] == "python", f"{page}: {words}: add what this command needs to be tested"
     assert words[1] == "-m" or (ROOT / words[1]).is_file(), f"{page}: {words[1]}"
-    if words[1] == "-m" and words[2] == "pytest":
+    module, evaluation = words[1] == "-m", words[2:3] == ["eval"]
+    if words[1:3] == ["-m", "pytest"]:
         words += ["--collect-only", "-q"]
-    elif words[1] == "-m" or words[2:3] == ["eval"] or words[1] not in CHEAP:
-        options = {word.partition("=")[0] for word in words if word.startswith("-")} - {"-m", "-n", "-c"}
-        help_ = run([*words[: 4 if words[2:3] == ["eval"] else 3 if words[1] == "-m" else 2], "--help"][: 5], tmp_path)
-        assert help_.returncode == 0, help_.stderr[-2000:]
-        assert not (missing := sorted(option for option in options if option not in help_.stdout)), f"{page}: {words[1:3]} does not know {missing}"
-        return
+    elif module or evaluation or words[1] not in CHEAP:
+        options = {word.partition("=")[0] for word in words[3:] if word.startswith("-")}
+        words = [*words[: 3 if module or evaluation else 2], "--help"]
     elif not {"--help", "--plan", "--list"} & set(words):
         words += [CHEAP[words[1]]]
-    done = run(words, tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def run(words: list[str], folder: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if words[-1] == "--help" and words[1:3] != ["-m", "athanor"]:
+        assert not (missing := sorted(option for option in options if option not in done.stdout)), f"{page}: {words[1:3]} does not know {missing}"
