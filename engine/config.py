@@ -142,6 +142,8 @@ class TrainConfig(StageConfig):
     """Steps between resumable states."""
     keep_states: int = Field(2, ge=1)
     """Resumable states that are kept; when the newest is damaged, the one before takes its place."""
+    max_skipped_in_row: int = Field(3, ge=1)
+    """Updates in a row with a loss or gradient that is not finite after which the run stops; each is skipped, counted and kept in RUN/skipped."""
 
 
 class GateConfig(Config):
@@ -361,6 +363,21 @@ class ParallelConfig(Config):
         return self
 
 
+class DeadlineConfig(Config):
+    """Seconds after which a phase counts as hung: the process says where it is and ends with status 3; `torchrun --max-restarts` starts it again."""
+
+    rollout_s: float = Field(7200, gt=0)
+    """Sampling without one more finished sample."""
+    reward_s: float = Field(3600, gt=0)
+    """Judging the samples of a rollout, or as many at a time."""
+    update_s: float = Field(3600, gt=0)
+    """One optimizer step."""
+    checkpoint_s: float = Field(3600, gt=0)
+    """Writing a state or a finished model."""
+    collective_s: float = Field(7200, gt=0)
+    """Waiting for other ranks: at least as long as they may differ in the phases above."""
+
+
 class RecipeConfig(Config):
     """A whole run."""
 
@@ -393,6 +410,11 @@ class RecipeConfig(Config):
     """Last stage to run, and to evaluate; empty = all.  The same run goes on when it is started again without it."""
     parallel: ParallelConfig = ParallelConfig()
     """Sharding over ranks, activation checkpointing."""
+    failed_save: Literal["stop", "go_on"] = "stop"
+    """When a training state cannot be written (disk full): stop, or warn and go on to the next one.  The last good state stays in any case; a line of
+    metrics or a finished model that cannot be written ends the run."""
+    deadlines: DeadlineConfig = DeadlineConfig()
+    """When a run counts as hung."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """Tokenizer of all models."""
     models: dict[str, ModelConfig] = {}

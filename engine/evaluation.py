@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
+from athanor import preemption
 from athanor.atomic import read_json, write_file
 from athanor.config import SamplingConfig
 from athanor.console import Console
@@ -96,6 +97,8 @@ def command(argv: list[str]) -> dict:
     try:
         results = {}
         for entry in asked:
+            if preemption.asked(ranks):
+                preemption.stop(ranks, f"with {len(results)} of {len(asked)} tasks done")
             budget = _max_tokens(entry, options, tokenizer, model.config.max_position_embeddings)
             drawn = sampling.model_copy(update={"max_tokens": budget})
             results[entry.task.name] = evaluate_task(entry, out, facts, drawn, generator, tokenizer, ranks, console, options)

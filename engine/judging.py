@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from itertools import combinations
 
+from athanor import watchdog
 from athanor.errors import UserError
 from athanor.rewards import make_reward
 from athanor.rewards.accuracy import Accuracy, scorers
@@ -69,7 +70,9 @@ def score_groups(
         for first in range(0, len(places), BATCH):
             part = places[first : first + BATCH]
             samples = [groups[i][j] for i, j in part]
-            for (i, j), value in zip(part, built(samples, [sample.problem for sample in samples]), strict=True):
+            with watchdog.phase("reward"):
+                values = built(samples, [sample.problem for sample in samples])
+            for (i, j), value in zip(part, values, strict=True):
                 scores[i][j] = value
             done += len(part)
             if progress:

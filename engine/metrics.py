@@ -6,6 +6,7 @@ that was killed and resumed has every step once.  TensorBoard is a view of it un
 sent they keep, so steps that a resumed run repeats are there twice.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -77,10 +78,11 @@ class MetricsWriter:
         if numbers.keys() & {"stage", "step"}:
             raise ValueError("MetricsWriter.write: `stage` and `step` are arguments, not names of values")
         row = {"stage": stage, "step": int(step), **numbers}
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        if self._tensorboard_dir is not None:
-            self._write_events(stage, int(step), numbers)
+        with self._writing():
+            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+            if self._tensorboard_dir is not None:
+                self._write_events(stage, int(step), numbers)
         for module in self._loggers:
             module.log({f"{stage}/step": int(step)} | {f"{stage}/{name}": value for name, value in numbers.items() if value is not None})
 
@@ -99,11 +101,13 @@ class MetricsWriter:
     def flush(self) -> None:
         """Push the numbers to the disk, TensorBoard's too: call it beside every checkpoint."""
         if self._active:
-            os.fsync(self._file.fileno())
-            for events in self._events.values():
-                events.flush()
+            with self._writing():
+                os.fsync(self._file.fileno())
+                for events in self._events.values():
+                    events.flush()
 
     def close(self) -> None:
+        self._active = False
         if self._file is not None:
             self._file.close()
         for events in self._events.values():
@@ -112,7 +116,18 @@ class MetricsWriter:
         for module in self._loggers:
             module.finish()
         self._loggers.clear()
-        self._active = False
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Turn what the disk refuses into a UserError; then nothing more is written, and a half line is cut off by the next start."""
+        try:
+            yield
+        except OSError as error:
+            for part in (self._file, *self._events.values()):  # what is left in their buffers would be refused once more
+                with contextlib.suppress(OSError):
+                    part.close()
+            self._events.clear()
+            raise UserError(f"cannot write {self._path} or its TensorBoard events: {error.strerror or error}") from error
 
     def __enter__(self) -> "MetricsWriter":
         return self

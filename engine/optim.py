@@ -79,12 +79,12 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def step(self, lr: float) -> float:
-        """Reduce, clip and apply; return the gradient norm before clipping.  A non-finite norm raises FloatingPointError and applies nothing."""
+        """Reduce, clip and apply; return the gradient norm before clipping.  When it is not finite, nothing is applied."""
         self.ranks.sum_gradients_([p for p in self.parameters if not isinstance(p, DTensor)])
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {float(norm)}")
+            return float(norm)
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip or math.inf, norm)
         self._apply(lr)
         return float(norm)

@@ -5,6 +5,7 @@ ranks, so N ranks give the gradients of one.
 """
 
 import datetime
+import functools
 import heapq
 import os
 import pickle
@@ -14,7 +15,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from athanor import watchdog
 from athanor.errors import UserError
+
+
+def collective(method):
+    """Names a method of Ranks to the watchdog while it runs: ranks wait for each other in it."""
+
+    @functools.wraps(method)
+    def watched(self, *args, **kwargs):
+        if self.world == 1:
+            return method(self, *args, **kwargs)
+        with watchdog.phase("collective", method.__name__):
+            return method(self, *args, **kwargs)
+
+    return watched
 
 
 def spread(work: Sequence[float], num_ranks: int) -> list[list[int]]:
@@ -26,6 +41,19 @@ def spread(work: Sequence[float], num_ranks: int) -> list[list[int]]:
         shares[rank].append(i)
         heapq.heappush(loads, (load + work[i], rank))
     return [sorted(share) for share in shares]
+
+
+def _attempt() -> str:
+    """Names this start of the ranks: after `--max-restarts`, torchrun's store still holds the addresses of those that died."""
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        # Launchers of different ages count different restarts, so no name is common to their ranks.
+        raise UserError(
+            "torchrun --max-restarts on several nodes shares one store between starts, in which ranks find the addresses of dead ones; "
+            "wanted TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment on every node"
+        )
+    return f"attempt-{restarts if shared else 0}"
 
 
 class Ranks:
@@ -44,8 +72,11 @@ class Ranks:
         # Ranks that share cores and spin on each other's threads are 20-100 times slower: each gets its own share.
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
         if self.world > 1 and not dist.is_initialized():
+            timeout = datetime.timedelta(seconds=timeout_s)
+            store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
             # gloo too: scalars, and state that is kept in CPU memory, are summed where they are.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+            backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+            dist.init_process_group(backend, store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=world, timeout=timeout)
 
     @property
     def is_main(self) -> bool:
@@ -57,16 +88,19 @@ class Ranks:
             return items[self.rank :: self.world]
         return [items[i] for i in spread(work, self.world)[self.rank]]
 
+    @collective
     def sum_(self, *tensors: Tensor) -> None:
         """Sum tensors over ranks in place."""
         if self.world > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
+    @collective
     def max_(self, tensor: Tensor) -> None:
         if self.world > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
 
+    @collective
     def sum_int(self, value: int) -> int:
         if self.world == 1:
             return value
@@ -74,6 +108,7 @@ class Ranks:
         dist.all_reduce(tensor)
         return int(tensor)
 
+    @collective
     def max_int(self, value: int) -> int:
         if self.world == 1:
             return value
@@ -81,6 +116,7 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor)
 
+    @collective
     def sum_gradients_(self, parameters: list[Tensor]) -> None:
         """Sum gradients in one flat bucket, in the order of `parameters`; a missing gradient counts as zero."""
         if self.world == 1 or not parameters:
@@ -90,6 +126,7 @@ class Ranks:
         for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = grad.view_as(parameter)
 
+    @collective
     def gather(self, items: list) -> list:
         """Every rank's items in the order that `share` split them."""
         if self.world == 1:
@@ -99,6 +136,7 @@ class Ranks:
         longest = max(len(part) for part in parts)
         return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
+    @collective
     def concatenate(self, items: list) -> tuple[list, int]:
         """Every rank's items, rank after rank, and where this rank's begin; ranks may have different numbers of them."""
         if self.world == 1:
@@ -107,6 +145,7 @@ class Ranks:
         dist.all_gather_object(parts, items)
         return [item for part in parts for item in part], sum(len(part) for part in parts[: self.rank])
 
+    @collective
     def exchange(self, outgoing: list[list]) -> list[list]:
         """Give rank r the list outgoing[r]; return what every rank gave to this one."""
         if self.world == 1:
@@ -120,6 +159,7 @@ class Ranks:
         dist.all_to_all_single(incoming, payload, received.tolist(), sizes.tolist())
         return [pickle.loads(part.numpy().tobytes()) for part in incoming.split(received.tolist())]
 
+    @collective
     def broadcast(self, item):
         """Rank 0's object on every rank."""
         if self.world == 1:
@@ -128,10 +168,12 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    @collective
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
 
+    @collective
     def close(self) -> None:
         """Leave the process group.  After work that ended well, `barrier` comes first: who leaves earlier breaks the connections of those at work."""
         if self.world > 1 and dist.is_initialized():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from athanor import preemption, watchdog
 from athanor.atomic import write_file
 from athanor.config import GRPOConfig, RecipeConfig
 from athanor.console import Console
@@ -43,7 +44,9 @@ from athanor.tokenizer import Tokenizer, symbol_tokenizer
 from athanor.transcripts import write_page
 from athanor.weights import load_model
 
-LOCATION_KEYS = ("name", "run_root", "reuse", "until", "threads", "max_rows", "report_notes", "parallel", "loggers", "downloads")
+LOCATION_KEYS = (
+    "name", "run_root", "reuse", "until", "threads", "max_rows", "report_notes", "parallel", "failed_save", "deadlines", "loggers", "downloads",
+)  # fmt: skip
 RESULT_KEYS = ("pass@1", "pass@1_t1", "mean_tokens", "reflection_rate", "format_rate", "language_consistency")
 
 
@@ -56,12 +59,15 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
     tasks = build_tasks(recipe)
     check(recipe, tasks)
     whole, recipe = recipe, up_to(recipe)
-    ranks = Ranks(recipe.device, recipe.threads)
+    deadlines_s = {name.removesuffix("_s"): seconds for name, seconds in recipe.deadlines.model_dump().items()}
+    # The process group's own timeout comes after the watchdog, which can say more.
+    ranks = Ranks(recipe.device, recipe.threads, timeout_s=deadlines_s["collective"] + watchdog.GRACE_S)
     shard_size(recipe.parallel, ranks)
     run_dir = Path(recipe.run_root) / recipe.name
     console = Console(len(recipe.stages) + len(recipe.evaluation.stages))
     lock = open_run_folder(run_dir, config_data(whole), overwrite=overwrite, ignore=LOCATION_KEYS) if ranks.is_main else None
     ranks.barrier()
+    guard = watchdog.Watchdog(deadlines_s, ranks.rank, ranks.world)
     try:
         with strict_mode(recipe.strict), MetricsWriter(run_dir, loggers=recipe.loggers, config=config_data(whole)) as metrics:
             manifest = Manifest(run_dir, seed=recipe.seed)
@@ -70,18 +76,30 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
                 manifest.set_run_facts(recipe=recipe_name, **run_facts(ranks))
             tokenizer = build_tokenizer(recipe, tasks)
             for name in recipe.stages:
+                _leave_if_asked(ranks, name)
                 _run_stage(name, recipe, run_dir, ranks, tokenizer, tasks, metrics, console, manifest)
             for name in recipe.evaluation.stages:
+                _leave_if_asked(ranks, f"evaluate.{name}")
                 _evaluate_stage(name, recipe, run_dir, ranks, tokenizer, tasks, console, manifest)
         summary = {}
         if ranks.is_main:
             summary = finish(recipe, recipe_name, run_dir, manifest, console, started)
         ranks.barrier()
         return summary
+    except Exception as error:
+        watchdog.note(error)
+        raise
     finally:
         if lock:
             lock.release()
         ranks.close()
+        guard.stop()
+
+
+def _leave_if_asked(ranks: Ranks, name: str) -> None:
+    watchdog.at(name)
+    if preemption.asked(ranks):
+        preemption.stop(ranks, f"before {name}")
 
 
 def finish(recipe: RecipeConfig, recipe_name: str, run_dir: Path, manifest: Manifest, console: Console, started: float) -> dict:
@@ -257,7 +275,7 @@ def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenize
     used = {task: recipe.tasks[task].model_dump() for task in sorted(set(_tasks_of(stage)))}
     shape = recipe.models[stage.model].model_dump() if stage.kind == "pretrain" else None
     # Everything that decides the stage's result besides its inputs' bytes; how often it saves and what it is called in the report do not.
-    own = stage.model_dump(mode="json", exclude={"label", "save_every", "keep_states", "detectors", "transcripts"})
+    own = stage.model_dump(mode="json", exclude={"label", "save_every", "keep_states", "max_skipped_in_row", "detectors", "transcripts"})
     vocabulary = [tokenizer.id_to_token(i) for i in range(tokenizer.vocab_size)]
     facts = {"stage": own, "tasks": used, "model": shape, "vocabulary": vocabulary, "name": name}
     facts |= {"seed": recipe.seed, "dtype": recipe.dtype, "strict": recipe.strict, "fp8": recipe.fp8}
@@ -273,11 +291,13 @@ def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenize
             resumes = manifest.begin(name, key, inputs)
             decision = "resume" if resumes else "run"
     decision = ranks.broadcast(decision)
+    context = StageContext(name, stage, recipe, run_dir, ranks, tokenizer, tasks, metrics, console)
     if decision not in ("run", "resume"):
+        if ranks.is_main:
+            context.discard_state()  # of a process that died between the last two lines of this function
         console.skip(name, decision)
         return
     start = time.perf_counter()
-    context = StageContext(name, stage, recipe, run_dir, ranks, tokenizer, tasks, metrics, console)
     context.on_save = lambda: manifest.record_wall(name, time.perf_counter() - start)
     if decision == "run" and ranks.is_main:
         context.discard_state()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from athanor import watchdog
 from athanor.config import MixEntry, SamplingConfig
 from athanor.generator import Generator
 from athanor.model.transformer import Decoder
@@ -97,8 +98,9 @@ def stream_groups(
     requests = [Request(ids, sample_seeds(group_size, *key, p.task, p.split, p.id)) for ids, p in zip(prompts, problems, strict=True)]
     groups: list[list] = [[None] * group_size for _ in problems]
     missing, done = [group_size] * len(problems), 0
-    with generator.stream(requests, sampling) as stream:
+    with watchdog.phase("rollout") as alive, generator.stream(requests, sampling) as stream:
         for i, member, c in stream:
+            alive()
             text = tokenizer.decode([t for t in c.token_ids.tolist() if t not in tokenizer.eos_ids])
             groups[i][member] = Sample(problems[i], text, c.token_ids, c.logps, c.finish, prompts[i], c.support, c.routes)
             if on_sample:

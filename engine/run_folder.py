@@ -17,7 +17,7 @@ from athanor.atomic import write_file
 from athanor.errors import UserError
 
 RUN_FILES = ("manifest.json", "config.json", "metrics.jsonl", "samples.jsonl", "report.html", "transcripts", "transcripts.html", "data",
-             "checkpoints", "evaluations", "tensorboard", "wandb")  # fmt: skip
+             "checkpoints", "evaluations", "tensorboard", "wandb", "skipped")  # fmt: skip
 LOCK_NAME = ".lock"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from athanor import preemption
 from athanor.atomic import write_file
 from athanor.config import SamplingConfig
 from athanor.errors import UserError
@@ -53,11 +54,18 @@ def resumable_groups(
                 progress=lambda done, _: progress and progress(before + done * ranks.world),
             )  # fmt: skip
             folder.mkdir(parents=True, exist_ok=True)
-            with open(path, "ab") as file:
-                for position, group in stream:
-                    groups[mine[position]] = group
-                    file.write(_line(mine[position], group))
-                    file.flush()
+            try:
+                with open(path, "ab") as file:
+                    for position, group in stream:
+                        groups[mine[position]] = group
+                        file.write(_line(mine[position], group))
+                        file.flush()
+                        if preemption.asked_here():
+                            break
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror or error}; the groups before are kept") from error
+        if preemption.asked(ranks):
+            preemption.stop(ranks, f"with {ranks.sum_int(len(groups))} of {len(problems)} groups of samples saved")
         groups = dict(ranks.concatenate(list(groups.items()))[0])
         if ranks.is_main:
             _write(folder, groups, beyond)

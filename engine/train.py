@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     debug = "--debug" in argv
     try:
         from athanor.errors import UserError
+        from athanor.preemption import Stopped
     except ImportError as error:
         print(f"train.py: {error}; install the package first: pip install -e .", file=sys.stderr)
         return 2
@@ -45,6 +46,10 @@ def main(argv: list[str]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last saved step", file=sys.stderr)
         return 130
@@ -72,14 +77,18 @@ def _train(argv: list[str]) -> dict:
 
         return dry_run(recipe, name)
     _keep_freed_memory()
+    from athanor import preemption
     from athanor.pipeline import run
 
+    preemption.listen()
     return run(recipe, name, overwrite="overwrite" in switches)
 
 
 def _evaluate(argv: list[str]) -> dict:
+    from athanor import preemption
     from athanor.evaluation import command
 
+    preemption.listen()
     _keep_freed_memory()
     return command(argv[1:])
 

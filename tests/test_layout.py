@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module or folder of engine/ imports only from its own floor and those below it.  A new one is added here, on the lowest floor that serves.
 FLOORS = {
     0: "kernels _host",
-    1: "atomic batch config config_fields console errors hf_config hf_tensors manifest metrics model_config parallel recipe_draft recipe_inputs "
-    "recipe_io registry run_folder samples seeds watch_config",
+    1: "atomic batch config config_fields console errors hf_config hf_tensors manifest metrics model_config parallel preemption recipe_draft "
+    "recipe_inputs recipe_io registry run_folder samples seeds watch_config watchdog",
     2: "advantages contamination detectors judging losses metrics_eval rewards sandbox tasks",
     3: "checkpoint expert_parallel mla model moe optim sharding tokenizer weights",
     4: "chat cpu_graph decode generate generative_judge generator kv_cache prefill reward_models stops stream",

@@ -148,3 +148,13 @@ def test_other_ranks_start_no_logger(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail("imported"))
     with MetricsWriter(tmp_path / "run", rank=1, loggers=["wandb"]) as writer:
         writer.write("zero", 1, {"reward": 1.0})
+
+
+def test_a_full_disk_is_one_clear_error_and_the_lines_before_it_stay(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False, rank=0) as metrics:
+        metrics.write("zero", 1, {"loss": 1.0})
+        metrics._file.close()
+        metrics._file = open("/dev/full", "ab")  # takes nothing: no space left on device
+        with pytest.raises(UserError, match="cannot write .*metrics.jsonl.*: No space left on device"):
+            metrics.write("zero", 2, {"loss": 2.0})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]

@@ -90,8 +90,8 @@ def test_a_non_finite_gradient_changes_nothing():
     before = [p.detach().clone() for p in net.parameters()]
     optimizer = Optimizer(net, OptimizerConfig(), Ranks(threads=1))
     (loss_of(net) * float("nan")).backward()
-    with pytest.raises(FloatingPointError, match="nan"):
-        optimizer.step(1e-3)
+    assert math.isnan(optimizer.step(1e-3))
+    assert not any(value.any() for value in optimizer.state_tensors().values())
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 

@@ -1,5 +1,6 @@
 """The update of one rollout: identities of the first step, what must not change the gradient, and the gate on the log-prob gap."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,7 +41,7 @@ def rollout(seed=0):
 
 def update(model, groups, advantages, variant=None, reference=None, **changes):
     config = grpo_config(**{"updates_per_rollout": 1, **changes})
-    loop = SimpleNamespace(model=model, optimizer=Optimizer(model, config.optimizer, CONTEXT.ranks))
+    loop = SimpleNamespace(model=model, optimizer=Optimizer(model, config.optimizer, CONTEXT.ranks), applied=lambda norm, *_: math.isfinite(norm))
     metrics = update_policy(CONTEXT, config, variant or LossVariant(), loop, reference, groups, advantages, 0)
     return metrics, torch.cat([p.grad.reshape(-1).clone() for p in model.parameters()])
 
@@ -123,9 +124,14 @@ def test_a_rollout_by_other_weights_is_caught():
         model.layers[0].o_proj.weight.mul_(1.01)
     with pytest.raises(UserError, match="sampled log-probs differ from the trainer's"):
         update(model, groups, advantages)
+
+
+def test_a_log_prob_that_is_no_number_changes_no_weight():
+    model, groups, advantages = rollout()
     groups[0][0].logps[0] = np.nan
-    with pytest.raises((UserError, FloatingPointError)):
-        update(rollout()[0], groups, advantages)
+    metrics, _ = update(model, groups, advantages)
+    assert math.isnan(metrics["grad_norm"]) and math.isnan(metrics["logp_gap_max"])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), rollout()[0].parameters(), strict=True))
 
 
 @pytest.mark.parametrize("sampling", [{"top_k": 3}, {"top_p": 0.7}, {"temperature": 0.8, "min_p": 0.1}], ids=lambda s: " ".join(s))
@@ -135,7 +141,7 @@ def test_truncated_sampling_starts_from_the_same_identities(sampling):
     model, _, advantages = rollout()
     generator = rollout_generator(model, TOKENIZER, 64, 4)
     groups = sample_groups(generator, TOKENIZER, [TASK.problem("train", i) for i in range(6)], 4, config.sampling, CONTEXT.ranks, 0)
-    loop = SimpleNamespace(model=model, optimizer=Optimizer(model, config.optimizer, CONTEXT.ranks))
+    loop = SimpleNamespace(model=model, optimizer=Optimizer(model, config.optimizer, CONTEXT.ranks), applied=lambda norm, *_: math.isfinite(norm))
     metrics = update_policy(CONTEXT, config, LossVariant(), loop, None, groups, advantages, 0)
     assert metrics["logp_gap_max"] == metrics["logp_gap_mean"] == metrics["logp_gap_k3"] == 0.0
     assert metrics["ratio_mean"] == metrics["ratio_max"] == 1.0

@@ -1,5 +1,6 @@
 """Balance of routers over an optimizer step, and replay of recorded experts through the trainer's scoring."""
 
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,7 +145,7 @@ def an_update(model, tokenizer, task, replay, **changes):
     generator = rollout_generator(model, tokenizer, 64, 4, record_routes=replay == "rollout")
     groups = sample_groups(generator, tokenizer, [task.problem("train", i) for i in range(4)], 4, config.sampling, RANKS, 0)
     advantages = torch.from_numpy(np.random.default_rng(0).normal(size=16).astype(np.float32))
-    loop = SimpleNamespace(model=model, optimizer=Optimizer(model, config.optimizer, RANKS))
+    loop = SimpleNamespace(model=model, optimizer=Optimizer(model, config.optimizer, RANKS), applied=lambda norm, *_: math.isfinite(norm))
     return config, loop, groups, advantages
 
 

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from athanor import watchdog
 from athanor.checkpoint import export_model
 from athanor.config import RecipeConfig, StageConfig
 from athanor.console import Console
@@ -73,8 +74,9 @@ class StageContext:
     def export(self, model: Decoder, folder: Path | None = None) -> Path:
         """Write the stage's result, or what belongs in another folder, in HuggingFace format (rank 0; the others hand over their parts and wait)."""
         folder = folder or self.checkpoint_dir
-        export_model(model, self.tokenizer, folder, writes=self.ranks.is_main)
-        self.ranks.barrier()
+        with watchdog.phase("checkpoint", "finished model"):
+            export_model(model, self.tokenizer, folder, writes=self.ranks.is_main)
+            self.ranks.barrier()
         return folder
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from athanor import watchdog
 from athanor.advantages import advantages_of, gdpo_advantages, groups_with_contrast
 from athanor.config import GRPOConfig
 from athanor.detectors import Detectors
@@ -164,7 +165,8 @@ def _rollout(
             generator, context.tokenizer, problems, config.group_size, config.sampling, ranks, *key, on_sample=lambda s: rewards.submit(s, step)
         )
         if attempts > 1:
-            raw = torch.from_numpy(rewards.score([s for group in groups for s in group], step).raw)
+            with watchdog.phase("reward"):
+                raw = torch.from_numpy(rewards.score([s for group in groups for s in group], step).raw)
             contrast = groups_with_contrast(raw, torch.arange(len(groups)).repeat_interleave(config.group_size)).view(len(groups), -1)[:, 0]
             groups = [group for group, keep in zip(groups, contrast.tolist(), strict=True) if keep]
         kept = (kept + groups)[:wanted]
@@ -173,7 +175,8 @@ def _rollout(
             break
     if total == 0:
         context.console.warn(f"{context.name}: a step trains on nothing, no group in {attempts} draws had rewards that differ")
-    return kept, rewards.score([sample for group in kept for sample in group], step), attempt
+    with watchdog.phase("reward"):
+        return kept, rewards.score([sample for group in kept for sample in group], step), attempt
 
 
 def _advantages(context: StageContext, config: GRPOConfig, preset: Preset, groups: list[list[Sample]], scores: RewardScores, step: int) -> Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from athanor import watchdog
 from athanor.batch import PackedBatch
 from athanor.config import GRPOConfig
 from athanor.errors import UserError
@@ -46,13 +47,14 @@ def update_policy(
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=ranks.device)
     norms, ratio_max = [], torch.zeros((), dtype=torch.float64, device=ranks.device)
     spread = shares(groups, advantages, config.updates_per_rollout, ranks, hidden_size=loop.model.config.hidden_size, all_live=reference is not None)
-    parts = [_Part(context, config, variant, loop.model, reference, share, moved=i > 0) for i, share in enumerate(spread)]
+    with watchdog.phase("update", "scores before the first"):
+        parts = [_Part(context, config, variant, loop.model, reference, share, moved=i > 0) for i, share in enumerate(spread)]
     balanced: dict = {}  # of the last update, which is the farthest from the sampler
     sampled: dict = {}
     for part in parts:
-        _, norm = optimizer_step(loop.optimizer, part.batches, part.loss, learning_rate(config.optimizer, step, config.steps))
+        loss, norm = optimizer_step(loop.optimizer, part.batches, part.loss, learning_rate(config.optimizer, step, config.steps))
         norms.append(norm)
-        balanced = part.balance.finish()
+        balanced = part.balance.finish(loop.applied(norm, loss, part.replay))
         if part is parts[0] and config.routing_replay == "rollout":  # the same weights: what is left is the difference between sampler and trainer
             sampled = {"rollout_route_disagreement": balanced.get("route_disagreement", 0.0)}
         sums += part.sums
@@ -63,7 +65,8 @@ def update_policy(
     ranks.max_(ratio_max)
     exact = ranks.device.type == "cpu" or is_strict()
     limit = config.max_logp_gap or (EXACT_LIMIT if exact else None)
-    if limit is not None and not float(gap) <= limit:  # NaN must not pass
+    # NaN must not pass, except with an update that was skipped for it
+    if limit is not None and not float(gap) <= limit and np.isfinite(norms[0]):
         raise UserError(
             f"stage {context.name}, step {step + 1}: sampled log-probs differ from the trainer's by {float(gap):.2e}, "
             f"more than max_logp_gap = {limit}"
@@ -144,6 +147,11 @@ class _Part:
         """(L, T, k) int32, the experts that the sampler chose for the inputs of the batch: all of a sequence but its last token."""
         parts = [part for i in batch.sequences for prompt, own in [self.samples[i].routes] for part in (prompt, own[1:])]
         return torch.from_numpy(np.concatenate(parts)).to(batch.input_ids.device, torch.int32).transpose(0, 1).contiguous()
+
+    def replay(self) -> dict:
+        """What the loss is computed from, besides the weights; `batches[i].sequences` index the samples' columns."""
+        columns = {name: [getattr(s, name) for s in self.samples] for name in ("prompt_ids", "token_ids", "logps", "support", "text", "finish")}
+        return {"batches": self.batches, "advantages": self.advantages, "num_tokens": self.num_tokens, "num_sequences": self.num_sequences, **columns}
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Loss of one micro-batch, already divided by the denominators of the whole optimizer step."""

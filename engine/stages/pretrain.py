@@ -60,7 +60,8 @@ def _train(context: StageContext, config: PretrainConfig, loop: TrainingLoop, ro
         lr = learning_rate(config.optimizer, step - start, end - start, peak)
         balance = RouterBalance(loop.model, config, context.ranks)
         metrics |= cross_entropy_step(loop.model, loop.optimizer, batches, num_targets, lr, balance, config.mtp_loss)
-        metrics |= {"lr": lr, "tokens": num_targets, **balance.finish()}
+        applied = loop.applied(metrics["grad_norm"], metrics["loss"], lambda batches=batches: {"batches": batches})
+        metrics |= {"lr": lr, "tokens": num_targets, **balance.finish(applied)}
 
 
 def _documents(context: StageContext, config: PretrainConfig, step: int) -> tuple[list[np.ndarray], list[np.ndarray]]:

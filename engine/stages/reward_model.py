@@ -25,7 +25,7 @@ from athanor.samples import Problem
 from athanor.seeds import derive_seed
 from athanor.sharding import WholeParameters, missing_forwards
 from athanor.stages.context import StageContext
-from athanor.stages.training import TrainingLoop
+from athanor.stages.training import TrainingLoop, optimizer_step
 
 SOURCES = {"pairwise": ("pair", "preferred"), "pointwise": ("labelled", "judged_safe")}  # powers of a task, one of which the objective needs
 
@@ -56,17 +56,20 @@ def run(context: StageContext, config: RewardModelConfig) -> dict:
         chosen = np.random.default_rng(derive_seed(context.recipe.seed, context.name, step)).choice(len(training), size, replace=False)
         drawn = [training[i] for i in chosen.tolist()]
         mine = context.ranks.share(drawn, [example.num_tokens for example in drawn])
-        loop.optimizer.zero_grad()
-        totals = torch.zeros(2, dtype=torch.float64)
-        parts = [mine[first:end] for first, end in batches([example.num_tokens for example in mine], config.micro_batch_tokens)]
-        for part in parts + [[]] * missing_forwards(model, context.ranks, len(parts)):
+        shares = []  # of this rank's parts in the accuracy
+
+        def loss_of(part: list[Example], shares=shares) -> Tensor:
             margin = _margins(model, part or training[:1], context.ranks.device)[: len(part)]
-            loss = -logsigmoid(margin).sum() / size
-            loss.backward()
-            totals += torch.tensor([float(loss.detach()), float((margin > 0).sum()) / size], dtype=torch.float64)
+            shares.append(float((margin > 0).sum()) / size)
+            return -logsigmoid(margin).sum() / size
+
+        parts = [mine[first:end] for first, end in batches([example.num_tokens for example in mine], config.micro_batch_tokens)]
+        parts += [[]] * missing_forwards(model, context.ranks, len(parts))
         lr = learning_rate(config.optimizer, step, config.steps)
-        norm = loop.optimizer.step(lr)
+        loss, norm = optimizer_step(loop.optimizer, parts, loss_of, lr)
+        totals = torch.tensor([loss, sum(shares)], dtype=torch.float64)
         context.ranks.sum_(totals)
+        loop.applied(norm, float(totals[0]), lambda mine=mine: {"examples": mine})
         metrics |= {"loss": float(totals[0]), right: float(totals[1]), "grad_norm": norm, "lr": lr}
     model.eval()
     if config.objective == "pairwise":

@@ -41,8 +41,8 @@ class RouterBalance:
             self.changed += torch.stack((torch.stack(routes.changed).sum(), (routes.replay >= 0).sum())).double()
         return self.alpha * share * torch.stack(routes.balance).mean() if routes.balance else 0.0
 
-    def finish(self) -> dict:
-        """Move the biases by the counts of all ranks; return the step's metrics."""
+    def finish(self, applied: bool = True) -> dict:
+        """Move the biases by the counts of all ranks, with a step that was applied; return the step's metrics."""
         if not self.routers:
             return {}
         experts = len(self.routers[0].weight)
@@ -51,6 +51,6 @@ class RouterBalance:
         metrics = {"route_disagreement": float(self.changed[0] / self.changed[1])} if self.changed[1] else {}
         if not counts.any():
             return metrics | {"router_imbalance": 0.0}
-        if self.rate and all(router.bias is not None for router in self.routers):
+        if applied and self.rate and all(router.bias is not None for router in self.routers):
             rebalance_(self.model, counts, self.rate)
         return metrics | {"router_imbalance": imbalance(list(counts))}

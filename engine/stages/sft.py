@@ -25,7 +25,7 @@ def run(context: StageContext, config: SFTConfig) -> dict:
 
 
 def fit(context: StageContext, config: SFTConfig | DistillConfig, model: Decoder, examples: list[tuple[str, str]]) -> float:
-    """Train `config.steps` steps over shuffled epochs of (prompt, completion) texts; return the last step's loss."""
+    """Train `config.steps` steps over shuffled epochs of (prompt, completion) texts; return the last loss that was applied."""
     tokenizer, n = context.tokenizer, len(examples)
     prompts = [np.array(tokenizer.encode_prompt(prompt), np.int64) for prompt, _ in examples]
     completions = [np.array([*ids, tokenizer.eos_id], np.int64) for ids in tokenizer.encode_batch([text for _, text in examples])]
@@ -47,8 +47,9 @@ def fit(context: StageContext, config: SFTConfig | DistillConfig, model: Decoder
         lr = learning_rate(config.optimizer, step, config.steps)
         balance = RouterBalance(model, config, context.ranks)
         measured = cross_entropy_step(model, loop.optimizer, batches, num_targets, lr, balance, config.mtp_loss)
-        loss = measured["loss"]
-        metrics |= {**measured, "lr": lr, "tokens": num_targets, "epoch": step * size / n, **balance.finish()}
+        applied = loop.applied(measured["grad_norm"], measured["loss"], lambda batches=batches: {"batches": batches})
+        loss = measured["loss"] if applied else loss
+        metrics |= {**measured, "lr": lr, "tokens": num_targets, "epoch": step * size / n, **balance.finish(applied)}
     return loss
 
 

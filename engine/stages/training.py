@@ -1,5 +1,6 @@
 """What every stage that trains has in common: one optimizer step over packed micro-batches, and states that a killed run goes on from."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from athanor import preemption, watchdog
 from athanor.batch import PackedBatch, empty_batch, pack
 from athanor.checkpoint import load_latest_state, save_state
 from athanor.config import TrainConfig
@@ -20,6 +22,7 @@ from athanor.parallel import Ranks
 from athanor.sharding import missing_forwards, parallelize_
 from athanor.stages.context import StageContext
 from athanor.stages.routing import RouterBalance
+from athanor.stages.skipped import record_skip
 
 
 class TrainingLoop:
@@ -37,20 +40,33 @@ class TrainingLoop:
         self.extra: dict = {}
         self.next_step = 0
         self.stopped = False  # set by the stage: this step is the last
+        self._save_now = False
         state = load_latest_state(context.state_dir, model, self.optimizer, context.ranks)
         if state is not None:
             self.extra, self.next_step = state.extra, state.step
         context.metrics.rewind(context.name, self.next_step)
-        self.resumed_at = self.next_step
+        self.resumed_at = self.saved_step = self.next_step
 
     def save(self) -> None:
-        """Save the state after `next_step` finished steps."""
-        context = self.context
+        """Save the state after `next_step` finished steps; all ranks call it.  When that fails, stop or go on as the recipe says."""
+        context, failure = self.context, ""
         if context.ranks.is_main:
             context.metrics.flush()
-        save_state(context.state_dir, self.next_step, self.model, self.optimizer, self.extra, context.ranks, keep=self.config.keep_states)
-        if context.ranks.is_main and context.on_save:
-            context.on_save()
+        with watchdog.phase("checkpoint", f"state after step {self.next_step}"):
+            try:
+                save_state(context.state_dir, self.next_step, self.model, self.optimizer, self.extra, context.ranks, keep=self.config.keep_states)
+                if context.ranks.is_main and context.on_save:
+                    context.on_save()
+            except (UserError, OSError) as error:
+                failure = str(error)
+            failure = next(filter(None, context.ranks.concatenate([failure])[0]), "")
+        if not failure:
+            self.saved_step = self.next_step
+            return
+        last = f"the last good state is that after step {self.saved_step}" if self.saved_step else "there is no earlier state of the stage"
+        if context.recipe.failed_save == "stop":
+            raise UserError(f"{failure}; {last}: make room, and the same command goes on from there (or go on without: --failed_save go_on)")
+        context.console.note(f"warning: {failure}; {last}; going on")
 
     def steps(self, total: int, figures: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
         """Yield (0-based step, dict to fill with its metrics) up to `total`; write, show and save after each."""
@@ -58,13 +74,29 @@ class TrainingLoop:
             while self.next_step < total and not self.stopped:
                 metrics: dict = {}
                 start = time.perf_counter()
+                watchdog.at(self.context.name, self.next_step + 1)
                 yield self.next_step, metrics
                 self.next_step += 1
-                metrics["step_s"] = time.perf_counter() - start
+                metrics |= {"step_s": time.perf_counter() - start, "skipped_updates": self.extra.get("skipped_updates", 0)}
                 self.context.metrics.write(self.context.name, self.next_step, metrics)
                 progress.step(self.next_step, {key: metrics[key] for key in figures if key in metrics})
-                if self.next_step % self.config.save_every == 0 and self.next_step < total and not self.stopped:
+                if self.next_step == total or self.stopped:
+                    continue  # the stage's result comes next
+                leaving = preemption.asked(self.context.ranks)
+                if leaving or self._save_now or self.next_step % self.config.save_every == 0:
                     self.save()
+                    self._save_now = False
+                if leaving:
+                    preemption.stop(self.context.ranks, f"after step {self.next_step} of {self.context.name}, saved up to step {self.saved_step}")
+
+    def applied(self, norm: float, loss: float, replay: Callable[[], dict]) -> bool:
+        """Whether an update with this gradient norm was applied.  If not, count it and keep what `replay` gives, the origin of its loss."""
+        if math.isfinite(norm):
+            self.extra.pop("skipped_in_row", None)
+            return True
+        self._save_now = True
+        record_skip(self.context, self.config, self.extra, self.next_step + 1, {"loss": loss, "grad_norm": norm}, replay())
+        return False
 
 
 def packed_batches(model: nn.Module, ranks: Ranks, prompts: list[np.ndarray], completions: list[np.ndarray], max_tokens: int) -> list[PackedBatch]:
@@ -109,19 +141,23 @@ def mtp_logprobs(model: Decoder, batch: PackedBatch, hidden: Tensor, routes: Rou
     return linear_logprob(fill_rows(ahead[rows]), model.lm_head_weight, fill_rows(targets, IGNORE))[0][: len(rows)]
 
 
-def optimizer_step(optimizer: Optimizer, batches: list[PackedBatch], loss_of: Callable[[PackedBatch], Tensor], lr: float) -> tuple[float, float]:
-    """Accumulate the gradients of `loss_of` over micro-batches and apply them; return (summed loss of this rank, gradient norm).
+def optimizer_step(optimizer: Optimizer, batches: list, loss_of: Callable[..., Tensor], lr: float) -> tuple[float, float]:
+    """Accumulate the gradients of `loss_of(batch)` over micro-batches and apply them; return (summed loss of this rank, gradient norm).
 
     `loss_of` divides by denominators of the whole optimizer step, so the split into micro-batches does not change the gradient.
+    When a rank's loss or the gradient is not finite, the norm is not either, on all ranks, and nothing is applied.
     """
-    optimizer.zero_grad()
-    total = 0.0
-    for batch in batches:
-        loss = loss_of(batch)
-        loss.backward()
-        total += float(loss.detach())
-        del loss  # its graph holds what linear_logprob keeps on a CPU, which the next forward would find beside its own
-    return total, optimizer.step(lr)
+    with watchdog.phase("update"):
+        optimizer.zero_grad()
+        total = 0.0
+        for batch in batches:
+            loss = loss_of(batch)
+            loss.backward()
+            total += float(loss.detach())
+            del loss  # its graph holds what linear_logprob keeps on a CPU, which the next forward would find beside its own
+        if optimizer.ranks.sum_int(int(not math.isfinite(total))):
+            return total, math.nan
+        return total, optimizer.step(lr)
 
 
 def cross_entropy_step(
