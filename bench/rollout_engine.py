@@ -5,6 +5,7 @@ shares its prompt equal those of one request per sample.  It runs in fp32, where
 """
 
 import copy
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -141,6 +142,13 @@ class EngineGenerate:
         return figures(self.generate, len(self.prompts) * self.group_size, self.new_tokens, self.device) | {"logp_gap": self.gap} | self.timings
 
 
+def applied(norm: float, loss: float, replay) -> bool:
+    """A step that was skipped did not do the work that is timed."""
+    if not math.isfinite(norm):
+        raise ArithmeticError(f"the gradient norm is {norm}, the loss {loss}")
+    return True
+
+
 class EngineStep:
     """A GRPO step of the engine's pieces: Generator, a reward, group advantages, and `update_policy` with one optimizer step and no KL."""
 
@@ -155,7 +163,7 @@ class EngineStep:
         ranks = Ranks(device, threads=torch.get_num_threads())
         self.context = SimpleNamespace(name="bench", ranks=ranks, console=SimpleNamespace(warn=lambda text: None))  # the row says the gap
         model = copy.deepcopy(model)
-        self.loop = SimpleNamespace(model=model, optimizer=Optimizer(model, optimizer, ranks))
+        self.loop = SimpleNamespace(model=model, optimizer=Optimizer(model, optimizer, ranks), applied=applied)
         self.generator, self.steps = generator_of(model, len(prompts) * group_size), 0
 
     def rollout(self) -> tuple[list[list[Sample]], Tensor]:
