@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from athanor.errors import UserError
 from athanor.kernels import moe_permute, moe_unpermute
 from athanor.model.moe import MixtureOfExperts, mixtures
+from athanor.sharding import all_gather
 
 STACKS = ("gate_up_proj", "down_proj")
 
@@ -104,7 +105,7 @@ def unshard_experts(model: nn.Module) -> nn.Module:
         for name in STACKS:
             stack = getattr(moe, name)
             whole = stack.new_empty(moe.num_experts, *stack.shape[1:], requires_grad=False)
-            dist.all_gather_into_tensor(whole, stack.detach().contiguous(), group=moe.elsewhere.group)
+            all_gather(whole, stack.detach().contiguous(), group=moe.elsewhere.group)
             setattr(moe, name, nn.Parameter(whole, requires_grad=stack.requires_grad))
         moe.elsewhere = None
     return model

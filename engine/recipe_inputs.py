@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from athanor.config import RecipeConfig
-
-SPLITS = ("train", "validation", "test")
+from athanor.samples import SPLITS
 
 
 def missing_inputs(recipe: RecipeConfig) -> dict[str, str]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # rewards and tasks see samples, and need nothing of the reci
 # what a problem is about -> the family that rewards may name instead; "reasoning" and "general" are domains of their own too
 FAMILIES = {"math": "reasoning", "code": "reasoning", "stem": "reasoning", "logic": "reasoning"}
 DOMAINS = (*FAMILIES, "reasoning", "general", "safety")
+SPLITS = ("train", "validation", "test")
 
 
 def in_domain(domain: str, wanted: str) -> bool:

@@ -237,7 +237,7 @@ class _Recomputed:
             adding, first = first, False
             if routes is None:
                 return context.run(self.forward, x, residual, cos, sin, attend)
-            own = Routes(routes.replay, routes.num_tokens, routes.cu_seqlens, routes.weights)
+            own = routes.unwritten()
             own.ids += before
             out = context.run(self.forward, x, residual, cos, sin, attend, own)
             if adding:

@@ -10,6 +10,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import torch  # noqa: E402
 
 
+@pytest.fixture
+def threads():
+    """One thread until the test sets more by what it gets: two wait for each other at every small operation, for long where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

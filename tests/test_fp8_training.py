@@ -30,12 +30,7 @@ EOS = 1
 WIDE = {name: FAMILIES[name].model_copy(update={"hidden_size": 144, "moe_intermediate_size": 128}) for name in ("qwen3_moe", "deepseek_v3")}
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def a_model(name: str, mode: str):

@@ -111,13 +111,6 @@ def test_impossible_requests_are_refused(request_, message):
         Generator(make_model(), {EOS}, max_rows=8).generate([request_], SamplingConfig(max_tokens=10))
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def scored(model, batch, temperature=1.0, samples=None):
     """The trainer's log-probs of a packed batch, with the supports of the samples where they have any."""
     support = None

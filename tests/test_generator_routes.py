@@ -21,12 +21,7 @@ EOS, NEVER = 1, 999  # the second is outside of the vocabulary
 NAMES = ["qwen3_moe_unnormalised_some_dense_untied", "deepseek_v3"]
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def requests(num=4, samples=3, longest=30):

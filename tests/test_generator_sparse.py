@@ -25,13 +25,7 @@ def requests(num=5, samples=3, seed=0, longest=30):
     return [Request(rng.integers(2, 67, size=rng.integers(1, longest)), rng.integers(0, 2**62, size=samples)) for _ in range(num)]
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """One thread unless a test sets more: two wait for each other at every small operation, for long where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def gaps(model, asked, groups, micro_batch_tokens):

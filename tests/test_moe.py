@@ -18,13 +18,7 @@ from athanor.model.moe import MixtureOfExperts, Routes, imbalance, rebalance_, r
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """One thread unless a test sets more: two wait for each other at every small operation, for long where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def all_chosen(config):

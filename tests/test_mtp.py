@@ -27,12 +27,7 @@ RANKS = Ranks(threads=1)
 WITH = {name: FAMILIES[name].model_copy(update={"num_nextn_predict_layers": 1}) for name in ("deepseek_v3", "deepseek_v3_yarn")}
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def theirs_of(model):

@@ -114,12 +114,7 @@ def assert_close(predicted: dict, measured: dict, within: float = 0.1) -> None:
         assert abs(predicted[name] / value - 1) <= within, f"{name}; predicted and measured in MB: {figures}"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 @pytest.mark.parametrize("name, again", [

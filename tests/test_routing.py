@@ -31,13 +31,7 @@ from sparse_models import FAMILIES, random_decoder  # noqa: E402
 RANKS = Ranks(threads=1)
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """One thread unless a test sets more: two wait for each other at every small operation, for long where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def sft_config(**changes):

@@ -41,6 +41,10 @@ class Routes:
         self.changed: list[Tensor] = []  # () int32 replayed choices that the router would not have made
         self.balance: list[Tensor] = []  # () the sequence balance loss, not yet multiplied by alpha; differentiable
 
+    def unwritten(self) -> "Routes":
+        """The same question without the answers: for a forward whose record is its own."""
+        return Routes(self.replay, self.num_tokens, self.cu_seqlens, self.weights)
+
     @property
     def recorded(self) -> Tensor:
         """(layers, num_tokens, k) int32: what was chosen, for a later `replay`."""

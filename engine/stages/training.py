@@ -26,9 +26,9 @@ from athanor.stages.skipped import record_skip
 
 
 class TrainingLoop:
-    """Model, optimizer and step of one stage.  `steps()` yields what is left to do; `done()` records a step and saves when it is time."""
+    """Model, optimizer and step of one stage.  `steps()` yields what is left to do, records each step and saves when it is time."""
 
-    def __init__(self, context: StageContext, config: TrainConfig, model: Decoder, extra_models: dict | None = None):
+    def __init__(self, context: StageContext, config: TrainConfig, model: Decoder):
         self.context, self.config, self.model = context, config, model
         trains = getattr(config, "mtp_loss", 0) > 0
         for decoder in (module for module in model.modules() if isinstance(module, Decoder) and module.mtp is not None):
@@ -45,7 +45,7 @@ class TrainingLoop:
         if state is not None:
             self.extra, self.next_step = state.extra, state.step
         context.metrics.rewind(context.name, self.next_step)
-        self.resumed_at = self.saved_step = self.next_step
+        self.saved_step = self.next_step
 
     def save(self) -> None:
         """Save the state after `next_step` finished steps; all ranks call it.  When that fails, stop or go on as the recipe says."""

@@ -8,10 +8,8 @@ from typing import Protocol, runtime_checkable
 
 from athanor.errors import UserError
 from athanor.registry import build, registered
-from athanor.samples import Problem, in_domain
+from athanor.samples import SPLITS, Problem, in_domain
 from athanor.tasks._templates import R1_ZERO, render
-
-SPLITS = ("train", "validation", "test")
 
 __all__ = ["R1_ZERO", "SPLITS", "Task", "available_tasks", "make_task", "render", "require_answers"]
 

@@ -17,11 +17,10 @@ from typing import ClassVar
 
 from athanor.errors import UserError
 from athanor.registry import near_misses
-from athanor.samples import Problem
+from athanor.samples import SPLITS, Problem
 from athanor.tasks._rows import read_rows
 from athanor.tasks._templates import check_template, render
 
-SPLITS = ("train", "validation", "test")
 _SHOWN_BAD_ROWS = 5
 
 

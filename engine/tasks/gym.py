@@ -28,7 +28,7 @@ from athanor.errors import UserError
 from athanor.registry import near_misses
 from athanor.rewards.accuracy import scorers
 from athanor.rewards.answers import same_answer
-from athanor.samples import DOMAINS, Problem
+from athanor.samples import DOMAINS, SPLITS, Problem
 from athanor.sandbox import SandboxError, why_not
 from athanor.tasks._sandboxed import ALGEBRA, ARITHMETIC, LITERAL, SandboxedScorer
 from athanor.tasks._templates import check_template, render
@@ -137,7 +137,7 @@ class GymTask:
         return True
 
     def _check_split(self, split: str) -> None:
-        if split not in ("train", "validation", "test"):
+        if split not in SPLITS:
             raise UserError(f"task {self.name}: unknown split {split!r}, wanted train, validation or test")
 
 
