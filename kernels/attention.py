@@ -24,21 +24,26 @@ from ._dispatch import Backend, check, late, register
 from ._triton import why_not_triton
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float | None = None, max_seqlen: int | None = None,
-              backend: str | None = None) -> Tensor:  # fmt: skip
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, cu_seqlens_k: Tensor | None = None, scale: float | None = None,
+              max_seqlen: int | None = None, backend: str | None = None) -> Tensor:  # fmt: skip
     """Attend causally within each sequence of a packed batch.
 
-    q: (T, H, d).  k, v: (T, Hkv, d), query head h reads head h // (H / Hkv).  cu_seqlens: (S+1,) int32, from 0 to T, zero-length allowed.
-    scale: default 1/sqrt(d).  max_seqlen: at least the longest sequence, which flash attention must know; without it each call waits for the device.
-    Returns (T, H, d) in q's dtype, differentiable in q, k, v.  Raises ValueError on a shape mismatch and, where the
-    reference serves, on cu_seqlens that break these rules.
+    q: (T, H, d).  k, v: (U, Hkv, d), query head h reads head h // (H / Hkv).  cu_seqlens: (S+1,) int32, from 0 to T, zero-length allowed.
+    cu_seqlens_k: (S+1,) int32, from 0 to U, where sequences have more keys than queries, which are then those of their last keys; without it U = T.
+    scale: default 1/sqrt(d).  max_seqlen: at least the most keys of a sequence, which flash attention must know; without it each call waits for the
+    device.  Returns (T, H, d) in q's dtype, differentiable in q, k, v.  Raises ValueError on a shape mismatch and, where the reference or the cpu
+    backend serves, on cu_seqlens that break these rules.
     """
     T, H, d = q.shape
-    check(k.shape == v.shape and k.ndim == 3 and k.shape[0] == T and k.shape[2] == d,
+    check(k.shape == v.shape and k.ndim == 3 and (k.shape[0] == T or cu_seqlens_k is not None) and k.shape[2] == d,
           lambda: f"attention: q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; wanted k and v (T, Hkv, d)")  # fmt: skip
     check(k.shape[1] > 0 and H % k.shape[1] == 0, lambda: f"attention: {H} query heads are not a multiple of {k.shape[1]} key heads")
     check(cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 1, lambda: f"attention: cu_seqlens is {tuple(cu_seqlens.shape)}; wanted (S+1,)")
-    return op(backend, q=q, k=k, v=v, cu_seqlens=cu_seqlens, scale=d**-0.5 if scale is None else float(scale), max_seqlen=max_seqlen)
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    check(cu_seqlens_k.shape == cu_seqlens.shape,
+          lambda: f"attention: cu_seqlens_k is {tuple(cu_seqlens_k.shape)}; wanted that of cu_seqlens, {tuple(cu_seqlens.shape)}")  # fmt: skip
+    return op(backend, q=q, k=k, v=v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, scale=d**-0.5 if scale is None else float(scale),
+              max_seqlen=max_seqlen)  # fmt: skip
 
 
 def longest_of(cu_seqlens: Tensor) -> int:
@@ -115,17 +120,34 @@ class ScatterRows(torch.autograd.Function):
         return out.index_copy_(0, inverse, grad), None
 
 
-def known_offsets(cu_seqlens: Tensor, T: int) -> tuple[int, ...]:
+def known_offsets(cu_seqlens: Tensor, cu_seqlens_k: Tensor, T: int, U: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where sequences begin and end among the T queries and the U keys.  ValueError where they do not cover them, or keys are missing."""
+    queries = _offsets("cu_seqlens", cu_seqlens, "T", T)
+    if cu_seqlens_k is cu_seqlens:
+        return queries, queries
+    keys = _offsets("cu_seqlens_k", cu_seqlens_k, "U", U)
+    for s, ((a, b), (c, e)) in enumerate(zip(pairwise(queries), pairwise(keys), strict=True)):
+        check(b - a <= e - c, lambda s=s, n=b - a, m=e - c: f"attention: sequence {s} has {n} queries and {m} keys; wanted as many keys or more")
+    return queries, keys
+
+
+def _offsets(name: str, cu_seqlens: Tensor, what: str, end: int) -> tuple[int, ...]:
     offsets = tuple(cu_seqlens.tolist())
-    check(offsets[0] == 0 and offsets[-1] == T and all(a <= b for a, b in pairwise(offsets)),
-          lambda: f"attention: cu_seqlens runs from {offsets[0]} to {offsets[-1]}; wanted non-decreasing from 0 to T = {T}")  # fmt: skip
+    check(offsets[0] == 0 and offsets[-1] == end and all(a <= b for a, b in pairwise(offsets)),
+          lambda: f"attention: {name} runs from {offsets[0]} to {offsets[-1]}; wanted non-decreasing from 0 to {what} = {end}")  # fmt: skip
     return offsets
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int | None = None) -> Tensor:
-    offsets = known_offsets(cu_seqlens, q.shape[0])
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float,
+                        max_seqlen: int | None = None) -> Tensor:  # fmt: skip
+    queries, offsets = known_offsets(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0])
     if q.shape[0] == 0:
         return q * 1
+    if queries != offsets:  # a query for every key, of which the last ones count
+        ends = [torch.arange(end - (b - a), end, device=q.device) for (a, b), end in zip(pairwise(queries), offsets[1:], strict=True)]
+        rows = torch.cat(ends)
+        q = q.new_zeros(k.shape[0], *q.shape[1:]).index_copy(0, rows, q)
+        return attention_reference(q, k, v, cu_seqlens_k, cu_seqlens_k, scale)[rows]
     index, inverse, buckets = bucket_plan(offsets)
     index, inverse = index.to(q.device), inverse.to(q.device)
     q, k, v = (GatherRows.apply(x, index, inverse) for x in (q, k, v))
@@ -158,19 +180,21 @@ def _flash_attn_there() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def attention_cuda(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int | None = None) -> Tensor:
-    longest = longest_of(cu_seqlens) if max_seqlen is None else max_seqlen
+def attention_cuda(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float,
+                   max_seqlen: int | None = None) -> Tensor:  # fmt: skip
+    longest = longest_of(cu_seqlens_k) if max_seqlen is None else max_seqlen
     if longest == 0 or q.shape[0] == 0:
         return q * 1
-    cu_seqlens = cu_seqlens.to(torch.int32)
+    # Both libraries let the last query see the last key.
+    cu_seqlens, cu_seqlens_k = cu_seqlens.to(torch.int32), cu_seqlens_k.to(torch.int32)
     if _flash_attn_there():
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True)
+        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest, softmax_scale=scale, causal=True)
     from torch.nn.attention.varlen import varlen_attn
 
     groups = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(-1, 0), **groups)
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest, scale=scale, window_size=(-1, 0), **groups)
 
 
 @lru_cache(maxsize=1)
@@ -189,11 +213,11 @@ def why_not_attention(call: dict) -> str | None:
     return why_not_triton(call)
 
 
-def _cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int | None = None) -> Tensor:
+def _cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, max_seqlen: int | None = None) -> Tensor:
     from .attention_cpu import attention_cpu
 
-    known_offsets(cu_seqlens, q.shape[0])
-    return attention_cpu(q, k, v, cu_seqlens, scale)
+    known_offsets(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0])
+    return attention_cpu(q, k, v, cu_seqlens, cu_seqlens_k, scale)
 
 
 op = register("attention", cuda=Backend(attention_cuda, _why_not_cuda),

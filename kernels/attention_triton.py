@@ -15,6 +15,8 @@ All sums are in fp32 and in fixed order, without atomics.
 A grid of T // ROWS + S tiles holds those of every sequence whatever the lengths, so no call waits for the device: sequence s begins at tile
 cu_seqlens[s] // ROWS + s, and a tile behind its end leaves at once.  The last tiles, which see the most keys of their sequence, start first.
 
+Where a sequence has more keys than queries (cu_seqlens_k), query i is that of its key `num_keys - length + i`.
+
 Memory: lse and delta, 8 H bytes per token.  On an H200, at 8 x 1024 tokens, 32 / 8 heads of 128: 0.295 ms forward
 (233 TFLOP/s), 0.94 ms with the backward.
 """
@@ -41,45 +43,46 @@ def backward_tiles(q: Tensor, repeat: int, table: dict[int, Tiles]) -> Tiles:
     return tiles._replace(BM=max(tiles.BM, triton.next_power_of_2(repeat)))
 
 
-def attention_triton(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int | None = None) -> Tensor:
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float,
+                     max_seqlen: int | None = None) -> Tensor:  # fmt: skip
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    return AttentionFunction.apply(q, k, v, cu_seqlens.to(torch.int32).contiguous(), scale)
+    return AttentionFunction.apply(q, k, v, *(cu.to(torch.int32).contiguous() for cu in (cu_seqlens, cu_seqlens_k)), scale)
 
 
 class AttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, scale):
+    def forward(ctx, q, k, v, cu_seqlens, cu_seqlens_k, scale):
         T, H, _ = q.shape
         out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(T, H, dtype=torch.float32, device=q.device)
         if T:
-            call, tiles = shared_arguments(q, k, v, cu_seqlens, scale, tiles_of(q, H // k.shape[1], TILES))
+            call, tiles = shared_arguments(q, k, v, cu_seqlens, cu_seqlens_k, scale, tiles_of(q, H // k.shape[1], TILES))
             with on_device_of(q):
                 attention_fwd_kernel[(tiles * k.shape[1],)](out_ptr=out, lse_ptr=lse, tiles=tiles, CHUNK=CHUNK, enable_fp_fusion=False, **call)
-        ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
+        ctx.save_for_backward(q, k, v, cu_seqlens, cu_seqlens_k, out, lse)
         ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
-        (T, H, _), Hkv = q.shape, k.shape[1]
+        q, k, v, cu_seqlens, cu_seqlens_k, out, lse = ctx.saved_tensors
+        H, Hkv = q.shape[1], k.shape[1]
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        if T:
+        if k.shape[0]:
             dout, delta = dout.contiguous(), torch.empty_like(lse)
-            call, tiles = shared_arguments(q, k, v, cu_seqlens, ctx.scale, backward_tiles(q, H // Hkv, TILES_DQ))
+            call, tiles = shared_arguments(q, k, v, cu_seqlens, cu_seqlens_k, ctx.scale, backward_tiles(q, H // Hkv, TILES_DQ))
             with on_device_of(q):
                 attention_dq_kernel[(tiles * Hkv,)](out_ptr=out, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta, dq_ptr=dq, tiles=tiles, **call)
-                call, _ = shared_arguments(q, k, v, cu_seqlens, ctx.scale, backward_tiles(q, H // Hkv, TILES_DKV))
-                key_tiles = T // call["BN"] + len(cu_seqlens) - 1
+                call, _ = shared_arguments(q, k, v, cu_seqlens, cu_seqlens_k, ctx.scale, backward_tiles(q, H // Hkv, TILES_DKV))
+                key_tiles = k.shape[0] // call["BN"] + len(cu_seqlens) - 1
                 attention_dkv_kernel[(key_tiles * Hkv,)](dout_ptr=dout, lse_ptr=lse, delta_ptr=delta, dk_ptr=dk, dv_ptr=dv, **call)
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
-def shared_arguments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, tiles: Tiles) -> tuple[dict, int]:
+def shared_arguments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, tiles: Tiles) -> tuple[dict, int]:
     """What all three kernels take, and the number of query tiles."""
     (T, H, d), Hkv, S = q.shape, k.shape[1], len(cu_seqlens) - 1
     places = triton.next_power_of_2(H // Hkv)
-    call = dict(q_ptr=q, k_ptr=k, v_ptr=v, cu_ptr=cu_seqlens, S=S, factor=scale * 1.4426950408889634, HKV=Hkv, REPEAT=H // Hkv, PLACES=places, D=d,
+    call = dict(q_ptr=q, k_ptr=k, v_ptr=v, cu_ptr=cu_seqlens, cu_k_ptr=cu_seqlens_k, S=S, factor=scale * 1.4426950408889634, HKV=Hkv, REPEAT=H // Hkv, PLACES=places, D=d,
                 BM=tiles.BM, BN=tiles.BN, BD=max(16, triton.next_power_of_2(d)), num_warps=tiles.num_warps, num_stages=tiles.num_stages)  # fmt: skip
     call |= {f"{name}_{axis}_stride": x.stride(i) for name, x in (("q", q), ("k", k), ("v", v)) for i, axis in enumerate(("row", "head"))}
     return call, T // (tiles.BM // places) + S
@@ -87,20 +90,26 @@ def shared_arguments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale:
 
 @triton.jit
 def tile_of(cu_ptr, index, S, ROWS: tl.constexpr):
-    """First token in 64 bits and length of the sequence that tile `index` is in, and the tile's first position; beyond the end in a surplus tile."""
+    """The sequence that tile `index` is in, its first token in 64 bits and length, and the tile's first of these; beyond the end in a surplus tile."""
     lanes = tl.arange(0, 64)
     begun = tl.zeros([64], tl.int32)
     for i in range(0, S, 64):
         s = i + lanes
         begun += ((s < S) & (tl.load(cu_ptr + s, mask=s < S, other=0) // ROWS + s <= index)).to(tl.int32)
     s = tl.sum(begun, 0) - 1
+    base, length = span_of(cu_ptr, s)
+    return s, base.to(tl.int64), length, (index - base // ROWS - s) * ROWS
+
+
+@triton.jit
+def span_of(cu_ptr, s):
     base = tl.load(cu_ptr + s)
-    return base.to(tl.int64), tl.load(cu_ptr + s + 1) - base, (index - base // ROWS - s) * ROWS
+    return base, tl.load(cu_ptr + s + 1) - base
 
 
 @triton.jit
 def query_rows(first, length, BM: tl.constexpr, PLACES: tl.constexpr, REPEAT: tl.constexpr):
-    """Position, which query head of the key head, and whether there is one, for each row of a tile of queries."""
+    """Place among the sequence's queries, which query head of the key head, and whether there is one, for each row of a tile of queries."""
     lanes = tl.arange(0, BM)
     position, query_head = first + lanes // PLACES, lanes % PLACES
     return position, query_head, (query_head < REPEAT) & (position < length)
@@ -127,22 +136,23 @@ def with_chunk(M, L, out, m, l, acc):
 
 
 # The numbers of sequences and tiles change from step to step and are not specialised; the strides belong to the model.
-@triton.jit(do_not_specialize=["S", "tiles"], do_not_specialize_on_alignment=["cu_ptr"])
+@triton.jit(do_not_specialize=["S", "tiles"], do_not_specialize_on_alignment=["cu_ptr", "cu_k_ptr"])
 def attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, cu_ptr, out_ptr, lse_ptr, S, tiles, q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
-    factor, HKV: tl.constexpr, REPEAT: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, cu_ptr, cu_k_ptr, out_ptr, lse_ptr, S, tiles, q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride,
+    v_head_stride, factor, HKV: tl.constexpr, REPEAT: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     head = (tl.program_id(0) % HKV).to(tl.int64)
-    base, length, first = tile_of(cu_ptr, tiles - 1 - tl.program_id(0) // HKV, S, BM // PLACES)
+    s, base, length, first = tile_of(cu_ptr, tiles - 1 - tl.program_id(0) // HKV, S, BM // PLACES)
     if first >= length:
         return
+    key_base, num_keys = span_of(cu_k_ptr, s)
     position, query_head, there = query_rows(first, length, BM, PLACES, REPEAT)
-    lens = tl.where(there, position + 1, 0)
+    lens = tl.where(there, num_keys - length + position + 1, 0)
     longest = tl.max(lens, 0)
     q = rows_of(q_ptr, (base + position) * q_row_stride + (head * REPEAT + query_head) * q_head_stride, there, D, BD)
-    k_ptr += base * k_row_stride + head * k_head_stride
-    v_ptr += base * v_row_stride + head * v_head_stride
+    k_ptr += key_base.to(tl.int64) * k_row_stride + head * k_head_stride
+    v_ptr += key_base.to(tl.int64) * v_row_stride + head * v_head_stride
     M = tl.full([BM], float("-inf"), tl.float32)
     L = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, BD], tl.float32)
@@ -162,18 +172,19 @@ def attention_fwd_kernel(
     tl.store(lse_ptr + at, lse, mask=there)
 
 
-@triton.jit(do_not_specialize=["S", "tiles"], do_not_specialize_on_alignment=["cu_ptr"])
+@triton.jit(do_not_specialize=["S", "tiles"], do_not_specialize_on_alignment=["cu_ptr", "cu_k_ptr"])
 def attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, cu_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, S, tiles, q_row_stride, q_head_stride, k_row_stride, k_head_stride,
-    v_row_stride, v_head_stride, factor, HKV: tl.constexpr, REPEAT: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, cu_ptr, cu_k_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, S, tiles, q_row_stride, q_head_stride, k_row_stride,
+    k_head_stride, v_row_stride, v_head_stride, factor, HKV: tl.constexpr, REPEAT: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     head = (tl.program_id(0) % HKV).to(tl.int64)
-    base, length, first = tile_of(cu_ptr, tiles - 1 - tl.program_id(0) // HKV, S, BM // PLACES)
+    s, base, length, first = tile_of(cu_ptr, tiles - 1 - tl.program_id(0) // HKV, S, BM // PLACES)
     if first >= length:
         return
+    key_base, num_keys = span_of(cu_k_ptr, s)
     position, query_head, there = query_rows(first, length, BM, PLACES, REPEAT)
-    lens = tl.where(there, position + 1, 0)
+    lens = tl.where(there, num_keys - length + position + 1, 0)
     longest = tl.max(lens, 0)
     at = (base + position) * (HKV * REPEAT) + head * REPEAT + query_head
     q = rows_of(q_ptr, (base + position) * q_row_stride + (head * REPEAT + query_head) * q_head_stride, there, D, BD)
@@ -181,50 +192,52 @@ def attention_dq_kernel(
     delta = tl.sum(dout.to(tl.float32) * rows_of(out_ptr, at * D, there, D, BD).to(tl.float32), 1)
     tl.store(delta_ptr + at, delta, mask=there)
     lse = tl.load(lse_ptr + at, mask=there, other=0.0)
-    k_ptr += base * k_row_stride + head * k_head_stride
-    v_ptr += base * v_row_stride + head * v_head_stride
+    k_ptr += key_base.to(tl.int64) * k_row_stride + head * k_head_stride
+    v_ptr += key_base.to(tl.int64) * v_row_stride + head * v_head_stride
     dq = tl.zeros([BM, BD], tl.float32)
     for start in range(0, longest, BN):
         keys = start + tl.arange(0, BN)
         k = rows_of(k_ptr, keys.to(tl.int64) * k_row_stride, keys < longest, D, BD)
         v = rows_of(v_ptr, keys.to(tl.int64) * v_row_stride, keys < longest, D, BD)
-        s = tl.dot(q, k.T, input_precision="ieee") * factor
-        p = tl.where(keys[None, :] < lens[:, None], tl.exp2(s - lse[:, None]), 0.0)
+        scores = tl.dot(q, k.T, input_precision="ieee") * factor
+        p = tl.where(keys[None, :] < lens[:, None], tl.exp2(scores - lse[:, None]), 0.0)
         ds = p * (tl.dot(dout, v.T, input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     put_rows(dq_ptr, at * D, there, dq * (factor * LN2), D, BD)
 
 
-@triton.jit(do_not_specialize=["S"], do_not_specialize_on_alignment=["cu_ptr"])
+@triton.jit(do_not_specialize=["S"], do_not_specialize_on_alignment=["cu_ptr", "cu_k_ptr"])
 def attention_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, cu_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, S, q_row_stride, q_head_stride, k_row_stride, k_head_stride,
-    v_row_stride, v_head_stride, factor, HKV: tl.constexpr, REPEAT: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, cu_ptr, cu_k_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, S, q_row_stride, q_head_stride, k_row_stride,
+    k_head_stride, v_row_stride, v_head_stride, factor, HKV: tl.constexpr, REPEAT: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     head = (tl.program_id(0) % HKV).to(tl.int64)
-    base, length, first = tile_of(cu_ptr, tl.program_id(0) // HKV, S, BN)
-    if first >= length:
+    s, key_base, num_keys, first = tile_of(cu_k_ptr, tl.program_id(0) // HKV, S, BN)
+    if first >= num_keys:
         return
+    base, length = span_of(cu_ptr, s)
+    base = base.to(tl.int64)
     keys = first + tl.arange(0, BN)
-    k = rows_of(k_ptr, (base + keys) * k_row_stride + head * k_head_stride, keys < length, D, BD)
-    v = rows_of(v_ptr, (base + keys) * v_row_stride + head * v_head_stride, keys < length, D, BD)
+    k = rows_of(k_ptr, (key_base + keys) * k_row_stride + head * k_head_stride, keys < num_keys, D, BD)
+    v = rows_of(v_ptr, (key_base + keys) * v_row_stride + head * v_head_stride, keys < num_keys, D, BD)
     dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
     # queries before the tile's first key see none of its keys
-    for start in range(first, length, BM // PLACES):
+    for start in range(tl.maximum(first - (num_keys - length), 0), length, BM // PLACES):
         position, query_head, there = query_rows(start, length, BM, PLACES, REPEAT)
         at = (base + position) * (HKV * REPEAT) + head * REPEAT + query_head
         q = rows_of(q_ptr, (base + position) * q_row_stride + (head * REPEAT + query_head) * q_head_stride, there, D, BD)
         dout = rows_of(dout_ptr, at * D, there, D, BD)
         lse, delta = tl.load(lse_ptr + at, mask=there, other=0.0), tl.load(delta_ptr + at, mask=there, other=0.0)
-        seen = there[None, :] & (keys[:, None] <= position[None, :])
-        s = tl.dot(k, q.T, input_precision="ieee") * factor
-        p = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
+        seen = there[None, :] & (keys[:, None] <= num_keys - length + position[None, :])
+        scores = tl.dot(k, q.T, input_precision="ieee") * factor
+        p = tl.where(seen, tl.exp2(scores - lse[None, :]), 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         ds = p * (tl.dot(v, dout.T, input_precision="ieee") - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    at = ((base + keys) * HKV + head) * D
-    put_rows(dk_ptr, at, keys < length, dk * (factor * LN2), D, BD)
-    put_rows(dv_ptr, at, keys < length, dv, D, BD)
+    at = ((key_base + keys) * HKV + head) * D
+    put_rows(dk_ptr, at, keys < num_keys, dk * (factor * LN2), D, BD)
+    put_rows(dv_ptr, at, keys < num_keys, dv, D, BD)
 
 
 def ahead_of_time() -> list[AheadOfTime]:
@@ -234,7 +247,7 @@ def ahead_of_time() -> list[AheadOfTime]:
 
     def add(kernel, dtype, D, repeat, tiles, capabilities):
         tensors = dict.fromkeys((f"{name}_ptr" for name in ("q", "k", "v", *names[kernel])), f"*{dtype}:16")
-        rows = dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32:16") | {"cu_ptr": "*i32", "S": "i32", "tiles": "i32", "factor": "fp32"}
+        rows = dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32:16") | {"cu_ptr": "*i32", "cu_k_ptr": "*i32", "S": "i32", "tiles": "i32", "factor": "fp32"}
         signature = {name: kind for name, kind in (tensors | rows | strides).items() if name in kernel.arg_names}
         forward = kernel is attention_fwd_kernel
         constants = dict(HKV=8, REPEAT=repeat, PLACES=triton.next_power_of_2(repeat), D=D, BM=tiles.BM, BN=tiles.BN, BD=D)

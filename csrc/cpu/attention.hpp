@@ -6,12 +6,13 @@
 
 namespace athanor::cpu {
 
-// Packed causal attention: sequence s is tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1.  Outputs, gradients and
+// Packed causal attention: sequence s has the queries cu_seqlens[s] .. cu_seqlens[s + 1] - 1, and the keys that cu_seqlens_k says; where there are more
+// keys, the queries are those of the last ones.  Outputs, gradients and
 // stats (T, H, 2: largest score, sum of e^(score - largest)) are contiguous.
 struct PackedAttention {
-    const float *q, *k, *v;  // (T, H, d), (T, Hkv, d) twice; the strides of their tokens and heads
+    const float *q, *k, *v;  // (T, H, d), (U, Hkv, d) twice; the strides of their tokens and heads
     std::int64_t q_token, q_head, k_token, k_head, v_token, v_head;
-    const std::int32_t* cu_seqlens;
+    const std::int32_t *cu_seqlens, *cu_seqlens_k;
     std::int64_t S, H, Hkv, d;
     float scale;
     int threads;

@@ -27,8 +27,8 @@ inline void to_panels(const float* x, std::int64_t stride, std::int64_t n, std::
 }
 
 struct AttentionItem {
-    std::int64_t begin;     // first token of the sequence
-    std::int64_t from, to;  // positions in it whose rows are wanted
+    std::int64_t query, key;  // where the query of position 0 would be, and the first key
+    std::int64_t from, to;    // positions whose rows are wanted
     std::int64_t head;      // key head
     std::int64_t cost() const { return (to - from) * (from + to); }
 };
@@ -37,10 +37,10 @@ struct AttentionItem {
 inline std::vector<AttentionItem> attention_items(const PackedAttention& a, std::int64_t span) {
     std::vector<AttentionItem> items;
     for (std::int64_t s = 0; s < a.S; ++s) {
-        const std::int64_t begin = a.cu_seqlens[s], n = a.cu_seqlens[s + 1] - begin;
-        for (std::int64_t from = 0; from < n; from += span) {
+        const std::int64_t begin = a.cu_seqlens[s], key = a.cu_seqlens_k[s], n = a.cu_seqlens_k[s + 1] - key, before = n - (a.cu_seqlens[s + 1] - begin);
+        for (std::int64_t from = before; from < n; from += span) {
             for (std::int64_t head = 0; head < a.Hkv; ++head) {
-                items.push_back({begin, from, std::min(n, from + span), head});
+                items.push_back({begin - before, key, from, std::min(n, from + span), head});
             }
         }
     }
@@ -73,7 +73,7 @@ struct AttentionRow {
 inline void attention_rows(const AttentionItem& item, std::int64_t repeat, std::int64_t first, std::int64_t count, AttentionRow* rows) {
     std::int64_t position = first / repeat, head = first % repeat;
     for (std::int64_t r = 0; r < count; ++r) {
-        rows[r] = {item.begin + position, item.head * repeat + head, position};
+        rows[r] = {item.query + position, item.head * repeat + head, position};
         if (++head == repeat) {
             head = 0;
             ++position;
@@ -87,9 +87,9 @@ inline void attention_fwd(const PackedAttention& a, float* out, float* stats) {
     over_items(attention_items(a, kSpan), a, [&](const AttentionItem& item, Workspace& workspace) {
         const std::int64_t floats = whole_tiles(item.to) * kLanes * d;
         float *panels = workspace.take(floats + kBlockRows * d + attend_scratch(item.to)), *q = panels + floats;
-        to_panels(a.k + item.begin * a.k_token + item.head * a.k_head, a.k_token, item.to, d, panels);
+        to_panels(a.k + item.key * a.k_token + item.head * a.k_head, a.k_token, item.to, d, panels);
         const PanelKeys keys{panels, d};
-        const RowValues values{a.v + item.begin * a.v_token + item.head * a.v_head, a.v_token};
+        const RowValues values{a.v + item.key * a.v_token + item.head * a.v_head, a.v_token};
         for (std::int64_t row = item.from * repeat; row < item.to * repeat; row += kBlockRows) {
             const std::int64_t count = std::min(kBlockRows, item.to * repeat - row);
             AttentionRow rows[kBlockRows];

@@ -12,10 +12,10 @@ namespace {
 template <std::size_t N>
 using Sizes = std::array<Size, N>;  // a tensor's shape or strides
 
-PackedAttention packed(Address q, Address k, Address v, Sizes<3> q_strides, Sizes<3> k_strides, Sizes<3> v_strides, Address cu_seqlens, Size S, Size H,
-                       Sizes<3> k_shape, float scale, int threads) {
+PackedAttention packed(Address q, Address k, Address v, Sizes<3> q_strides, Sizes<3> k_strides, Sizes<3> v_strides, Address cu_seqlens, Address cu_seqlens_k,
+                       Size S, Size H, Sizes<3> k_shape, float scale, int threads) {
     return {at(q), at(k), at(v), q_strides[0], q_strides[1], k_strides[0], k_strides[1], v_strides[0], v_strides[1], at<std::int32_t>(cu_seqlens),
-            S, H, k_shape[1], k_shape[2], scale, threads};
+            at<std::int32_t>(cu_seqlens_k), S, H, k_shape[1], k_shape[2], scale, threads};
 }
 
 PagedCache paged(Address keys, Address values, Sizes<4> shape, Sizes<4> key_strides, Sizes<4> value_strides, Address table, Sizes<2> table_shape,

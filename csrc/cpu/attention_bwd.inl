@@ -97,13 +97,13 @@ ATHANOR_INLINE void accumulate_rows(const float* const (&w)[N], std::int64_t w_r
 inline void attention_bwd_item(const PackedAttention& a, const AttentionItem& item, Workspace& workspace, const float* out, const float* stats,
                                const float* dout, float* dq, float* dk, float* dv) {
     const std::int64_t repeat = a.H / a.Hkv, d = a.d, n = item.to, tiles = whole_tiles(n), width = whole_tiles(d) * kLanes, ahead = kBlockRows / repeat;
-    const std::int64_t rows = n * repeat, panel = tiles * kLanes * d, table = tiles * kLanes * width, block = kBlockRows * width;
+    const std::int64_t start = item.from * repeat, rows = n * repeat, panel = tiles * kLanes * d, table = tiles * kLanes * width, block = kBlockRows * width;
     float* memory = workspace.take(2 * panel + 3 * table + 3 * block + 2 * kBlockRows * kWeightsStride);
     const auto part = [&](std::int64_t floats) { return (memory += floats) - floats; };
     float *k_rows = part(table), *dk_rows = part(table), *dv_rows = part(table), *q = part(block), *g = part(block), *dq_rows = part(block);
     float *k_panels = part(panel), *v_panels = part(panel), *p = part(kBlockRows * kWeightsStride), *ds = part(kBlockRows * kWeightsStride);
     std::memset(k_rows, 0, sizeof(float) * static_cast<std::size_t>(3 * table + 3 * block));  // the lanes beyond d stay 0
-    const float *k = a.k + item.begin * a.k_token + item.head * a.k_head, *v = a.v + item.begin * a.v_token + item.head * a.v_head;
+    const float *k = a.k + item.key * a.k_token + item.head * a.k_head, *v = a.v + item.key * a.v_token + item.head * a.v_head;
     to_panels(k, a.k_token, n, d, k_panels);
     to_panels(v, a.v_token, n, d, v_panels);
     for (std::int64_t j = 0; j < n; ++j) {
@@ -111,7 +111,7 @@ inline void attention_bwd_item(const PackedAttention& a, const AttentionItem& it
     }
     const PanelKeys keys{k_panels, d}, values{v_panels, d};
 
-    for (std::int64_t first = 0; first < rows; first += kBlockRows) {
+    for (std::int64_t first = start; first < rows; first += kBlockRows) {
         const std::int64_t count = std::min(kBlockRows, rows - first);
         AttentionRow at[kBlockRows];
         attention_rows(item, repeat, first, count, at);
@@ -157,7 +157,7 @@ inline void attention_bwd_item(const PackedAttention& a, const AttentionItem& it
         }
     }
     for (std::int64_t j = 0; j < n; ++j) {
-        const std::int64_t at = ((item.begin + j) * a.Hkv + item.head) * d;
+        const std::int64_t at = ((item.key + j) * a.Hkv + item.head) * d;
         copy_row(dk_rows + j * width, d, 1, dk + at);
         copy_row(dv_rows + j * width, d, 1, dv + at);
     }

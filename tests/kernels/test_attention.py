@@ -59,6 +59,32 @@ def test_matches_brute_force_in_fp64_with_gradients(lengths, H, Hkv, d, close64,
             close64(a, b, f"d{name}")
 
 
+# queries and keys of each sequence: none of its tokens before the queries; one query; no query; nothing at all
+PARTS = [(3, 3), (1, 9), (5, 22), (0, 4), (0, 0), (16, 17)]
+
+
+def last_queries(q, parts):
+    """Rows of q, one for each key, that are the last queries of each sequence."""
+    ends, rows = 0, []
+    for n, m in parts:
+        ends += m
+        rows += range(ends - n, ends)
+    return q[torch.tensor(rows, device=q.device)]
+
+
+def test_queries_of_the_last_keys_are_rows_of_the_whole_with_gradients(close64, generator):
+    queries, keys = ([part[i] for part in PARTS] for i in range(2))
+    everything, k, v = inputs(keys, 4, 2, 24, generator)
+    q = last_queries(everything, PARTS)
+    out = attention(q, k, v, offsets(queries), cu_seqlens_k=offsets(keys))
+    expected = last_queries(brute_force(everything, k, v, keys, 24**-0.5), PARTS)
+    close64(out, expected)
+    dout = torch.randn(out.shape, dtype=torch.float64, generator=generator)
+    got, want = (torch.autograd.grad(x, (everything, k, v), dout) for x in (out, expected))
+    for name, a, b in zip("qkv", got, want, strict=True):
+        close64(a, b, f"d{name}")
+
+
 @pytest.mark.parametrize("lengths", LENGTHS[1:3])  # a single token has dq = 0 exactly in the textbook, which no relative rule can judge
 def test_fp32_errs_no_more_than_the_textbook(lengths, within_rule, generator):
     q, k, v = inputs(lengths, 4, 2, 24, generator, torch.float32)
@@ -105,8 +131,29 @@ def test_bad_shapes_are_refused():
         attention(q, k, k, torch.tensor([0, 4]))
     with pytest.raises(ValueError, match="cu_seqlens runs from 0 to 3; wanted non-decreasing from 0 to T = 4"):
         attention(k, k, k, torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="k and v .T, Hkv, d"):
+        attention(k[:3], k, k, torch.tensor([0, 3]))
+    for backend in ("reference", "cpu"):
+        with pytest.raises(ValueError, match="sequence 1 has 2 queries and 1 keys; wanted as many keys or more"):
+            attention(k, k, k, torch.tensor([0, 2, 4]), cu_seqlens_k=torch.tensor([0, 3, 4]), backend=backend)
+        with pytest.raises(ValueError, match="cu_seqlens_k runs from 0 to 5; wanted non-decreasing from 0 to U = 4"):
+            attention(k[:2], k, k, torch.tensor([0, 2]), cu_seqlens_k=torch.tensor([0, 5]), backend=backend)
+    with pytest.raises(ValueError, match="cu_seqlens_k is .3,.; wanted that of cu_seqlens, .2,"):
+        attention(k, k, k, torch.tensor([0, 4]), cu_seqlens_k=torch.tensor([0, 2, 4]))
     with pytest.raises(ValueError, match="cuda' cannot serve this call: tensors are on cpu"):
         attention(k, k, k, torch.tensor([0, 4]), backend="cuda")
+
+
+@pytest.mark.gpu
+def test_flash_on_the_gpu_lets_the_last_query_see_the_last_key(generator):
+    parts = [(64, 192), (1, 130), (70, 70)]
+    queries, keys = ([part[i] for part in parts] for i in range(2))
+    everything, k, v = (x.detach().cuda() for x in inputs(keys, 4, 2, 64, generator, torch.bfloat16))
+    cu = offsets(keys).cuda()
+    if reason := OPS["attention"].why_not("cuda", q=everything, k=k, v=v, cu_seqlens=cu, cu_seqlens_k=cu):
+        pytest.skip(reason)
+    out = attention(last_queries(everything, parts), k, v, offsets(queries).cuda(), cu_seqlens_k=cu, backend="cuda")
+    torch.testing.assert_close(out, last_queries(attention(everything, k, v, cu, backend="cuda"), parts), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.gpu
@@ -114,7 +161,7 @@ def test_bad_shapes_are_refused():
 def test_flash_on_the_gpu_errs_no_more_than_the_textbook(lengths, within_rule, generator):
     q, k, v = (x.detach().cuda().requires_grad_() for x in inputs(lengths, 4, 2, 64, generator, torch.bfloat16))
     cu_seqlens = offsets(lengths).cuda()
-    if reason := OPS["attention"].why_not("cuda", q=q, k=k, v=v, cu_seqlens=cu_seqlens):
+    if reason := OPS["attention"].why_not("cuda", q=q, k=k, v=v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens):
         pytest.skip(reason)
     out = attention(q, k, v, cu_seqlens, backend="cuda")
     dout = torch.randn(out.shape, generator=generator).to(out)

@@ -88,6 +88,26 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_packing(H, Hkv, d, genera
     assert same(run(a, b, c, [lengths[i] for i in order], g), [torch.cat([x[i] for i in order]) for x in whole])
 
 
+@pytest.mark.parametrize("H, Hkv, d", [(4, 2, 32), (5, 1, 24)])
+def test_queries_of_the_last_keys_have_the_bits_of_the_whole(H, Hkv, d, within_rule, generator):
+    parts = [(20, 53), (0, 7), (33, 33), (1, 300), (0, 0), (129, 400)]  # queries and keys; more than one block of keys and span of positions
+    queries, keys = ([part[i] for part in parts] for i in range(2))
+    everything, k, v = inputs(keys, H, Hkv, d, generator)
+    rows = torch.cat([torch.arange(end - n, end) for n, end in zip(queries, offsets(keys).tolist()[1:], strict=True)])
+    dout = torch.zeros(everything.shape)
+    dout[rows] = torch.randn(len(rows), H, d, generator=generator)
+    whole, dq, dk, dv = run(everything, k, v, keys, dout)
+    q = everything.detach()[rows].requires_grad_()
+    out = attention(q, k, v, offsets(queries), cu_seqlens_k=offsets(keys), backend="cpu")
+    assert torch.equal(out, whole[rows])
+    got = torch.autograd.grad(out, (q, k, v), dout[rows])
+    wide = [x.detach().double().requires_grad_() for x in (everything, k, v)]
+    oracle = torch.autograd.grad(textbook(*wide, keys, d**-0.5), wide, dout.double())
+    for name, a, b, c in zip(NAMES, got, (dq[rows], dk, dv), (oracle[0][rows], *oracle[1:]), strict=True):
+        within_rule(a, b, c, name)  # sums in other blocks
+    assert not got[1][53:60].any() and not got[2][53:60].any()
+
+
 @pytest.mark.parametrize("repeat", [1, 2, 3, 5])
 def test_the_bits_of_a_token_do_not_depend_on_what_follows_it_in_its_sequence(repeat, generator):
     q, k, v = (x.detach() for x in inputs([200], 2 * repeat, 2, 32, generator))

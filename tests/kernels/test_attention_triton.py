@@ -62,6 +62,23 @@ def test_errs_no_more_than_pytorchs_attention(H, Hkv, d, lengths, dtype, triton_
         within_rule(a, b, c, what)
 
 
+@pytest.mark.parametrize("H, Hkv, parts", [(2, 2, [(5, 66), (0, 3), (20, 20), (3, CHUNK + 2)]), (7, 1, [(9, 18), (0, 0), (1, 70)])], ids=str)
+def test_queries_of_the_last_keys_have_the_bits_of_the_whole(H, Hkv, parts, triton_device, rowwise_products, within_rule, generator):
+    queries, keys = ([part[i] for part in parts] for i in range(2))
+    everything, k, v = inputs(keys, H, Hkv, 16, generator)
+    rows = torch.cat([torch.arange(end - n, end) for n, end in zip(queries, offsets(keys).tolist()[1:], strict=True)])
+    dout = torch.zeros(everything.shape)
+    dout[rows] = torch.randn(len(rows), H, 16, generator=generator)
+    whole = packed((everything, k, v), keys, dout, triton_device)
+    cu, cu_k = (offsets(n).to(triton_device) for n in (queries, keys))
+    leaves = [x.to(triton_device) for x in (everything[rows], k, v)]
+    out, *got = differentiated(lambda q, k, v: attention(q, k, v, cu, cu_seqlens_k=cu_k, backend="triton"), leaves, dout[rows])
+    assert torch.equal(out, whole[0][rows])
+    _, dq, dk, dv = differentiated(lambda *x: textbook(*x, keys), [x.double() for x in (everything, k, v)], dout)
+    for a, b, c, what in zip(got, (whole[1][rows], *whole[2:]), (dq[rows], dk, dv), ("dq", "dk", "dv"), strict=True):
+        within_rule(a, b, c, what)
+
+
 def test_scale_is_honoured_forward_and_backward(triton_device, within_rule, generator):
     q, k, v = inputs([9], 2, 1, 16, generator)
     dout = torch.randn(q.shape, generator=generator)
@@ -197,7 +214,7 @@ def test_neither_lengths_nor_counts_compile_anew_and_nothing_is_contracted(launc
         lengths = torch.randint(0, 5 + n, (n,), generator=generator).tolist() + [1]
         cu = torch.cat((torch.zeros(n % 4, dtype=torch.int32), offsets(lengths)))[n % 4 :]
         leaves = [x.requires_grad_() for x in inputs(lengths, 4, 2, 32, generator)]
-        attention_triton(*leaves, cu, 0.1 * n).sum().backward()
+        attention_triton(*leaves, cu, cu, 0.1 * n).sum().backward()
     assert sorted(name for name, *_ in launches.keys) == ["attention_dkv_kernel", "attention_dq_kernel", "attention_fwd_kernel"]
     table, lens = torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     paged_attention_triton(torch.zeros(2, 4, 32), *torch.zeros(2, 3, 2, 16, 32), table, lens, 1.0, None, None, 64)
