@@ -5,6 +5,7 @@ heads, d head width, T packed tokens.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ class PrefillAttention:
 
     def latent(self, layer: int, x: Latent) -> Tensor:
         append_latent(self.cache, layer, x, self.blocks, self.slots)
-        return packed_latent(x, self.cu_seqlens, self.max_seqlen)
+        return packed_latent(x, partial(attention, cu_seqlens=self.cu_seqlens, max_seqlen=self.max_seqlen))
 
 
 def append_latent(cache: PagedKVCache, layer: int, x: Latent, block_table: Tensor, positions: Tensor) -> None:

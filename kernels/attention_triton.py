@@ -82,7 +82,8 @@ def shared_arguments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seq
     """What all three kernels take, and the number of query tiles."""
     (T, H, d), Hkv, S = q.shape, k.shape[1], len(cu_seqlens) - 1
     places = triton.next_power_of_2(H // Hkv)
-    call = dict(q_ptr=q, k_ptr=k, v_ptr=v, cu_ptr=cu_seqlens, cu_k_ptr=cu_seqlens_k, S=S, factor=scale * 1.4426950408889634, HKV=Hkv, REPEAT=H // Hkv, PLACES=places, D=d,
+    call = dict(q_ptr=q, k_ptr=k, v_ptr=v, cu_ptr=cu_seqlens, cu_k_ptr=cu_seqlens_k, S=S)
+    call |= dict(factor=scale * 1.4426950408889634, HKV=Hkv, REPEAT=H // Hkv, PLACES=places, D=d,
                 BM=tiles.BM, BN=tiles.BN, BD=max(16, triton.next_power_of_2(d)), num_warps=tiles.num_warps, num_stages=tiles.num_stages)  # fmt: skip
     call |= {f"{name}_{axis}_stride": x.stride(i) for name, x in (("q", q), ("k", k), ("v", v)) for i, axis in enumerate(("row", "head"))}
     return call, T // (tiles.BM // places) + S
@@ -90,7 +91,7 @@ def shared_arguments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seq
 
 @triton.jit
 def tile_of(cu_ptr, index, S, ROWS: tl.constexpr):
-    """The sequence that tile `index` is in, its first token in 64 bits and length, and the tile's first of these; beyond the end in a surplus tile."""
+    """The sequence that tile `index` is in, its first row in 64 bits and length, and where in it the tile begins: beyond its end in a surplus tile"""
     lanes = tl.arange(0, 64)
     begun = tl.zeros([64], tl.int32)
     for i in range(0, S, 64):
@@ -175,8 +176,8 @@ def attention_fwd_kernel(
 @triton.jit(do_not_specialize=["S", "tiles"], do_not_specialize_on_alignment=["cu_ptr", "cu_k_ptr"])
 def attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, cu_ptr, cu_k_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, S, tiles, q_row_stride, q_head_stride, k_row_stride,
-    k_head_stride, v_row_stride, v_head_stride, factor, HKV: tl.constexpr, REPEAT: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr,
+    k_head_stride, v_row_stride, v_head_stride, factor, HKV: tl.constexpr, REPEAT: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     head = (tl.program_id(0) % HKV).to(tl.int64)
     s, base, length, first = tile_of(cu_ptr, tiles - 1 - tl.program_id(0) // HKV, S, BM // PLACES)
@@ -209,8 +210,8 @@ def attention_dq_kernel(
 @triton.jit(do_not_specialize=["S"], do_not_specialize_on_alignment=["cu_ptr", "cu_k_ptr"])
 def attention_dkv_kernel(
     q_ptr, k_ptr, v_ptr, cu_ptr, cu_k_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, S, q_row_stride, q_head_stride, k_row_stride,
-    k_head_stride, v_row_stride, v_head_stride, factor, HKV: tl.constexpr, REPEAT: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr,
+    k_head_stride, v_row_stride, v_head_stride, factor, HKV: tl.constexpr, REPEAT: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     head = (tl.program_id(0) % HKV).to(tl.int64)
     s, key_base, num_keys, first = tile_of(cu_k_ptr, tl.program_id(0) // HKV, S, BN)
@@ -247,7 +248,8 @@ def ahead_of_time() -> list[AheadOfTime]:
 
     def add(kernel, dtype, D, repeat, tiles, capabilities):
         tensors = dict.fromkeys((f"{name}_ptr" for name in ("q", "k", "v", *names[kernel])), f"*{dtype}:16")
-        rows = dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32:16") | {"cu_ptr": "*i32", "cu_k_ptr": "*i32", "S": "i32", "tiles": "i32", "factor": "fp32"}
+        rows = dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32:16") | dict.fromkeys(("cu_ptr", "cu_k_ptr"), "*i32")
+        rows |= {"S": "i32", "tiles": "i32", "factor": "fp32"}
         signature = {name: kind for name, kind in (tensors | rows | strides).items() if name in kernel.arg_names}
         forward = kernel is attention_fwd_kernel
         constants = dict(HKV=8, REPEAT=repeat, PLACES=triton.next_power_of_2(repeat), D=D, BM=tiles.BM, BN=tiles.BN, BD=D)

@@ -44,14 +44,14 @@ def rollout(num_groups: int, G: int) -> tuple[list[list[Sample]], torch.Tensor]:
     return groups, advantages
 
 
-def spread_over(world: int, groups, advantages, updates: int, all_live: bool):
+def spread_over(world: int, groups, advantages, updates: int, all_live: bool, **options):
     """Per rank its shares."""
     G, board, barrier = len(groups[0]), {}, threading.Barrier(world)
 
     def one(rank: int):
         mine = list(range(len(groups)))[rank::world]
         own = torch.cat([advantages[g * G : (g + 1) * G] for g in mine]) if mine else advantages[:0]
-        return shares([groups[g] for g in mine], own, updates, ThreadRanks(rank, world, board, barrier), hidden_size=64, all_live=all_live)
+        return shares([groups[g] for g in mine], own, updates, ThreadRanks(rank, world, board, barrier), hidden_size=64, all_live=all_live, **options)
 
     with ThreadPoolExecutor(world) as pool:
         return list(pool.map(one, range(world)))
@@ -59,10 +59,10 @@ def spread_over(world: int, groups, advantages, updates: int, all_live: bool):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])  # the last has a rank without a group
 @pytest.mark.parametrize("num_groups, updates", [(4, 2), (6, 3), (4, 1)])
-@pytest.mark.parametrize("all_live", [False, True])
-def test_an_update_has_the_same_samples_on_any_number_of_ranks(world, num_groups, updates, all_live):
+@pytest.mark.parametrize("all_live, shared", [(False, False), (True, False), (False, True)])
+def test_an_update_has_the_same_samples_on_any_number_of_ranks(world, num_groups, updates, all_live, shared):
     groups, advantages = rollout(num_groups, 4)
-    found = spread_over(world, groups, advantages, updates, all_live)
+    found = spread_over(world, groups, advantages, updates, all_live, shared_prompts=shared)
     per_update = num_groups // updates * 4
     for update in range(updates):
         parts = [rank[update] for rank in found]
@@ -75,6 +75,16 @@ def test_an_update_has_the_same_samples_on_any_number_of_ranks(world, num_groups
         for part in parts:
             assert all(s.problem is None and s.text == "" for s in part.samples)
             assert [int(s.token_ids[0]) for s in part.samples] == sorted(int(s.token_ids[0]) for s in part.samples)
+
+
+def test_samples_that_share_a_prompt_stay_together_as_far_as_the_ranks_stay_even():
+    groups, advantages = rollout(8, 8)
+    for world, most in ((1, 1), (2, 1), (4, 2), (8, 4)):  # pieces that a group comes in: 4 for each rank, of 8 groups
+        ranks = [share[0].samples for share in spread_over(world, groups, advantages, 1, True, shared_prompts=True)]
+        holders = [{rank for rank, samples in enumerate(ranks) for s in samples if int(s.token_ids[0]) // 8 == g} for g in range(8)]
+        assert max(map(len, holders)) <= most
+        loads = [sum(s.num_tokens for s in samples) for samples in ranks]
+        assert max(loads) <= 1.5 * sum(loads) / world, loads
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 7, 64])

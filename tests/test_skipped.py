@@ -79,9 +79,10 @@ def test_a_loss_that_is_not_finite_is_skipped_counted_and_kept(tmp_path, monkeyp
     assert part["rank"] == 0 and part["loss"] != part["loss"]
     for batch in part["batches"]:  # the batch is that of the update: the sampler's tokens, packed
         for at, sequence in enumerate(batch["sequences"].tolist()):
-            first, end = batch["cu_seqlens"][at : at + 2].tolist()
-            whole = torch.cat((part["prompt_ids"][sequence], part["token_ids"][sequence]))
-            assert torch.equal(batch["input_ids"][first:end], whole[:-1])
+            scored = slice(*batch["loss_cu_seqlens"][at : at + 2].tolist())
+            prompt, completion = part["prompt_ids"][sequence], part["token_ids"][sequence]
+            assert torch.equal(batch["targets"][scored], completion)
+            assert torch.equal(batch["input_ids"][batch["loss_rows"][scored]], torch.cat((prompt[-1:], completion[:-1])))
     assert len(part["advantages"]) == len(part["logps"]) == len(part["token_ids"])
 
 

@@ -8,12 +8,14 @@ T tokens, D hidden, H query heads, K key/value heads, d head width, F SwiGLU wid
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from athanor.batch import SharedKeys
 from athanor.config import ModelConfig
 from athanor.kernels import attention, rope, swiglu
 from athanor.kernels.attention import longest_of
@@ -53,25 +55,31 @@ class Attend(Protocol):
 
 
 class PackedAttention:
-    """Causal attention within each packed sequence."""
+    """Causal attention within each packed sequence, or part of one behind keys that it shares."""
 
-    def __init__(self, cu_seqlens: Tensor):
-        self.cu_seqlens = cu_seqlens
-        self.max_seqlen = longest_of(cu_seqlens) if cu_seqlens.is_cuda else None  # once, and not in each layer
+    def __init__(self, cu_seqlens: Tensor, shared: SharedKeys | None = None):
+        self.cu_seqlens, self.shared = cu_seqlens, shared
+        self.cu_seqlens_k = cu_seqlens if shared is None else shared.cu_seqlens
+        self.max_seqlen = longest_of(self.cu_seqlens_k) if cu_seqlens.is_cuda else None  # once, and not in each layer
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        return attention(*rotation(q, k), v, self.cu_seqlens, max_seqlen=self.max_seqlen)
+        return self.attention(*rotation(q, k), v)
 
     def latent(self, layer: int, x: Latent) -> Tensor:
-        return packed_latent(x, self.cu_seqlens, self.max_seqlen)
+        return packed_latent(x, self.attention)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        if self.shared is not None:
+            k, v = self.shared(k), self.shared(v)
+        return attention(q, k, v, self.cu_seqlens, cu_seqlens_k=self.cu_seqlens_k, scale=scale, max_seqlen=self.max_seqlen)
 
 
-def packed_latent(x: Latent, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
-    """Causal latent attention within each packed sequence: (T, H, v)."""
+def packed_latent(x: Latent, attend: Callable[..., Tensor]) -> Tensor:
+    """Causal latent attention within each packed sequence: (T, H, v).  attend(q, k, v, scale=): the attention of rotated heads."""
     if x.absorbs:
         keys = x.keys()
-        return x.output(attention(x.queries(), keys, keys, cu_seqlens, scale=x.scale, max_seqlen=max_seqlen))
-    return attention(*x.expanded(), cu_seqlens, scale=x.scale, max_seqlen=max_seqlen)[..., : x.kv_b.shape[1] - x.q_nope.shape[2]]
+        return x.output(attend(x.queries(), keys, keys, scale=x.scale))
+    return attend(*x.expanded(), scale=x.scale)[..., : x.kv_b.shape[1] - x.q_nope.shape[2]]
 
 
 class DecoderLayer(nn.Module):

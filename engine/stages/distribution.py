@@ -1,7 +1,8 @@
 """Which rank trains on which sample of a rollout: the updates take the same groups whatever the number of ranks, and each rank about as much work.
 
 Groups are sampled where their prompts were sent; how long their completions become is known only afterwards.  So the samples that a gradient needs
-are spread over all ranks by length, and move as tokens and log-probs (R1 sorts all samples by length in the same way, arXiv 2501.12948 v2).
+are spread over all ranks by length, and move as tokens and log-probs (R1 sorts all samples by length in the same way, arXiv 2501.12948 v2).  Where
+they share their prompt, those of a group stay together as far as there are enough others to even out the ranks.
 """
 
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from athanor.batch import work_of
 from athanor.parallel import Ranks, spread
 from athanor.samples import Sample
 
+PIECES = 4  # of work for each rank, at least: then the largest first is within a few percent of even
+
 
 @dataclass(frozen=True)
 class Share:
@@ -25,16 +28,19 @@ class Share:
     num_sequences: int
 
 
-def shares(groups: list[list[Sample]], advantages: Tensor, num_updates: int, ranks: Ranks, *, hidden_size: int, all_live: bool) -> list[Share]:
+def shares(
+    groups: list[list[Sample]], advantages: Tensor, num_updates: int, ranks: Ranks, *, hidden_size: int, all_live: bool, shared_prompts: bool = False
+) -> list[Share]:
     """This rank's share of each of `num_updates` steps over the groups of all ranks, in the order of their prompts.
 
-    advantages: (S,) of this rank's samples.  all_live: samples without an advantage have a gradient, too.
+    advantages: (S,) of this rank's samples.  all_live: samples without an advantage have a gradient, too.  shared_prompts: those of a group that
+    come to the same rank compute their prompt once.
     """
-    mine = []  # (group, member, inputs, completion tokens, live)
+    mine = []  # (group, member, prompt tokens, completion tokens, live)
     for i, (sample, advantage) in enumerate(zip(sum(groups, []), advantages.tolist(), strict=True)):
         group, member = divmod(i, len(groups[0]))
-        inputs = len(sample.prompt_ids) + sample.num_tokens
-        mine.append((group * ranks.world + ranks.rank, member, inputs, sample.num_tokens, all_live or advantage != 0))
+        live = all_live or advantage != 0
+        mine.append((group * ranks.world + ranks.rank, member, len(sample.prompt_ids), sample.num_tokens, live))
     everyone, first = ranks.concatenate(mine)
     order = {group: position for position, group in enumerate(sorted({row[0] for row in everyone}))}
     bounds = np.linspace(0, len(order), num_updates + 1).round().astype(int)
@@ -43,8 +49,10 @@ def shares(groups: list[list[Sample]], advantages: Tensor, num_updates: int, ran
     flat = sum(groups, [])
     for update, rows in enumerate(updates):
         live = sorted((i for i in rows if everyone[i][4]), key=lambda i: everyone[i][:2])
-        for rank, share in enumerate(spread([work_of(everyone[i][2], hidden_size) for i in live], ranks.world)):
-            for i in (live[j] for j in share):
+        pieces = _pieces(live, [row[0] for row in everyone], ranks.world) if shared_prompts else [[i] for i in live]
+        work = [_work([everyone[i][2:4] for i in piece], hidden_size) for piece in pieces]
+        for rank, share in enumerate(spread(work, ranks.world)):
+            for i in (i for j in share for i in pieces[j]):
                 if first <= i < first + len(mine):
                     sample = replace(flat[i - first], problem=None, text="")
                     outgoing[rank].append((update, *everyone[i][:2], sample, float(advantages[i - first])))
@@ -55,3 +63,18 @@ def shares(groups: list[list[Sample]], advantages: Tensor, num_updates: int, ran
         values = torch.tensor([row[4] for row in own], dtype=torch.float32)
         found.append(Share([row[3] for row in own], values, sum(everyone[i][3] for i in rows), len(rows)))
     return found
+
+
+def _pieces(live: list[int], group: list[int], num_ranks: int) -> list[list[int]]:
+    """Samples that stay together: a group's, in PIECES num_ranks pieces or more of all groups; on one rank, whole groups."""
+    groups: dict[int, list[int]] = {}
+    for i in live:
+        groups.setdefault(group[i], []).append(i)
+    parts = 1 if num_ranks == 1 else -(-PIECES * num_ranks // max(len(groups), 1))
+    return [piece.tolist() for members in groups.values() for piece in np.array_split(members, min(parts, len(members)))]
+
+
+def _work(samples: list[tuple[int, int]], hidden_size: int) -> float:
+    """Of samples (prompt tokens, completion tokens) with one prompt, which is computed once."""
+    prompt = samples[0][0]
+    return work_of(prompt, hidden_size) + sum(work_of(tokens, hidden_size, before=prompt) for _, tokens in samples)

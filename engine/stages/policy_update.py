@@ -1,5 +1,8 @@
 """The optimizer steps of one rollout: whole groups, packed micro-batches, denominators counted over the optimizer step and all ranks.
 
+The samples of a group share the forward and backward of their prompt where they lie in one micro-batch.  A mixture of experts computes it for each:
+its routers count what they choose for each sequence.
+
 Samples whose advantage is zero add nothing to the gradient when the loss has no KL term, so they get no forward at all; they stay in the
 denominators.
 
@@ -46,7 +49,8 @@ def update_policy(
     ranks = context.ranks
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=ranks.device)
     norms, ratio_max = [], torch.zeros((), dtype=torch.float64, device=ranks.device)
-    spread = shares(groups, advantages, config.updates_per_rollout, ranks, hidden_size=loop.model.config.hidden_size, all_live=reference is not None)
+    spread = shares(groups, advantages, config.updates_per_rollout, ranks, hidden_size=loop.model.config.hidden_size, all_live=reference is not None,
+                    shared_prompts=shares_prompts(loop.model))  # fmt: skip
     with watchdog.phase("update", "scores before the first"):
         parts = [_Part(context, config, variant, loop.model, reference, share, moved=i > 0) for i, share in enumerate(spread)]
     balanced: dict = {}  # of the last update, which is the farthest from the sampler
@@ -95,6 +99,10 @@ def update_policy(
     }
 
 
+def shares_prompts(model: Decoder) -> bool:
+    return not routers(model)
+
+
 def check_experts(name: str, config: GRPOConfig, model: Decoder) -> None:
     """Refuse routing_replay for a model without routers."""
     if config.routing_replay != "off" and not routers(model):
@@ -111,7 +119,7 @@ class _Part:
         self.balance = RouterBalance(model, config, context.ranks)
         self.samples, self.advantages = share.samples, share.advantages.to(context.ranks.device)
         prompts, completions = [s.prompt_ids for s in self.samples], [s.token_ids for s in self.samples]
-        self.batches = packed_batches(model, context.ranks, prompts, completions, config.micro_batch_tokens)
+        self.batches = packed_batches(model, context.ranks, prompts, completions, config.micro_batch_tokens, share_prompts=shares_prompts(model))
         # On the device, so that no micro-batch waits for it
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=context.ranks.device)
         self.gap, self.ratio_max = self.sums.new_zeros(()), self.sums.new_zeros(())

@@ -99,9 +99,11 @@ class TrainingLoop:
         return False
 
 
-def packed_batches(model: nn.Module, ranks: Ranks, prompts: list[np.ndarray], completions: list[np.ndarray], max_tokens: int) -> list[PackedBatch]:
+def packed_batches(
+    model: nn.Module, ranks: Ranks, prompts: list[np.ndarray], completions: list[np.ndarray], max_tokens: int, *, share_prompts: bool = False
+) -> list[PackedBatch]:
     """This rank's micro-batches of an optimizer step, with empty ones behind them where the ranks of a split model need as many each."""
-    batches = pack(prompts, completions, max_tokens, ranks.device)
+    batches = pack(prompts, completions, max_tokens, ranks.device, share_prompts=share_prompts)
     return batches + [empty_batch(ranks.device) for _ in range(missing_forwards(model, ranks, len(batches)))]
 
 
@@ -117,7 +119,8 @@ def completion_logprobs(
 
 def _hidden(model: Decoder, batch: PackedBatch, routes: Routes | None) -> Tensor:
     input_ids, positions, cu_seqlens = fill_tokens(batch.input_ids, batch.positions, batch.cu_seqlens)
-    return model(input_ids, positions, PackedAttention(cu_seqlens), routes)
+    shared = None if batch.shared is None else batch.shared.filled(len(input_ids))
+    return model(input_ids, positions, PackedAttention(cu_seqlens, shared), routes)
 
 
 def _scored(model: Decoder, batch: PackedBatch, hidden: Tensor, temperature: float = 1.0, support: tuple[Tensor, Tensor] | None = None) -> LogProbs:
