@@ -1,7 +1,8 @@
 """The engine's side of the rollout workloads, and their gate.
 
-The gate: sampled log-probs equal the packed training forward's, greedy tokens equal those of the plain PyTorch loop, and samples of a group that
-shares its prompt equal those of one request per sample.  It runs in fp32, where rounding in another order is about 1e-5 nats at most.
+The gate: sampled log-probs equal the packed training forward's, greedy tokens equal those of the plain PyTorch loop, samples of a group that
+shares its prompt equal those of one request per sample, and its gradient that of sequences by themselves.  It runs in fp32, where rounding in
+another order is about 1e-5 nats at most.
 """
 
 import copy
@@ -224,3 +225,39 @@ class EnginePrefill:
     def run(self) -> dict[str, float]:
         (_, timings), seconds = seconds_of(self.sample, self.device)
         return {"seconds": seconds} | timings
+
+
+class EngineUpdate:
+    """Forward and backward of the log-probs of a group's completions (random tokens), one micro-batch: its prompt once, or (shared=False) for each."""
+
+    def __init__(self, model: Decoder, prompts: Tensor, group_size: int, new_tokens: int, device: str, *, gated: dict, shared: bool):
+        self.model, self.device, self.gated, self.shared = copy.deepcopy(model), device, gated, shared
+        self.batches = group_batches(prompts, group_size, new_tokens, shared)
+
+    def gradient(self, model: Decoder, batches: list) -> Tensor:
+        model.zero_grad()
+        for batch in batches:
+            completion_logprobs(model, batch).logps.sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    def check(self) -> Verdict:
+        g = SimpleNamespace(**self.gated)
+        model = copy.deepcopy(g.model)
+        alone, shared = (self.gradient(model, group_batches(g.prompts, g.group_size, g.new_tokens, share)) for share in (False, True))
+        error = float((shared - alone).norm() / alone.norm())
+        verdict = Verdict(errors=[[error, ROUNDING_GAP]])
+        if not error <= ROUNDING_GAP:
+            verdict.wrong = f"gradients with and without a shared prompt differ by {error:.2e} of their norm, allowed {ROUNDING_GAP:g}"
+        elif not self.gradient(self.model, self.batches).isfinite().all():
+            verdict.wrong = "the gradient at full size is not finite"
+        return verdict
+
+    def run(self) -> dict[str, float]:
+        _, seconds = seconds_of(lambda: self.gradient(self.model, self.batches), self.device)
+        return {"seconds": seconds, "packed_tokens": sum(len(batch.input_ids) for batch in self.batches)}
+
+
+def group_batches(prompts: Tensor, group_size: int, new_tokens: int, shared: bool) -> list:
+    rows = prompts.cpu().numpy().repeat(group_size, 0)
+    completions = np.random.default_rng(2).integers(0, prompts.max().item() + 1, (len(rows), new_tokens))
+    return pack(list(rows), list(completions), rows.size + completions.size, prompts.device, share_prompts=shared)

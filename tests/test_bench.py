@@ -389,6 +389,9 @@ def test_a_shared_prompt_is_prefilled_once(rollout):
     shared, apart = rollout.workloads.rows_of(rollout.cases.group_prefill("cpu", sizes), CEILING, 1, lambda text: None)
     assert shared["goal"] == 8 and shared["rival"] == apart["backend"] and apart["times_rival"] == 1.0 and shared["times_rival"] > 1.5
     assert shared["flops"] == pytest.approx(300 * 2 * 725_000, rel=0.25)  # the layers' matrices, and some attention
+    shared, apart = rollout.workloads.rows_of(rollout.cases.group_update("cpu", sizes | {"new": 30}), CEILING, 1, lambda text: None)
+    assert shared["correct"] and apart["correct"] and (shared["packed_tokens"], apart["packed_tokens"]) == (299 + 4 * 30, 4 * 329)
+    assert shared["times_rival"] > 1.5 and shared["peak_bytes"] < apart["peak_bytes"] / 2
 
 
 @pytest.mark.parametrize("name, rows, tokens_per_s", [("Qwen2.5-7B", 64, 10_200), ("Qwen2.5-7B", 256, 16_300)])

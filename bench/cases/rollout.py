@@ -1,6 +1,7 @@
-"""rollout: sampling, one whole GRPO step and the prefill of a group, as whole workloads beside their peers.
+"""rollout: sampling, one whole GRPO step, and the prefill and the update of a group, as whole workloads beside their peers.
 
-Goals: group_prefill, G = 16 on a prompt of 1,000 tokens, 8 x one request per sample.  On a GPU, decoding near `bound_tokens_per_s`: rows x bandwidth
+Goals: group_prefill, G = 16 on a prompt of 1,000 tokens, 8 x one request per sample; group_update, the same with completions of 250 tokens, 3 x
+sequences by themselves (a quarter of their tokens is left).  On a GPU, decoding near `bound_tokens_per_s`: rows x bandwidth
 / (matrices + rows x context x keys and values), each read once per step.  The sizes for CUDA have never run.
 
 All contenders of a workload get the same random weights, the same prompts and an end token that cannot occur, so every sample has its full length.
@@ -22,6 +23,7 @@ MODELS = {
 }  # fmt: skip
 SMALL = {"model": "0.8M", "prompts": 8, "G": 8, "prompt": 32, "new": 128}
 PREFILL = {"model": "0.8M", "prompts": 1, "G": 16, "prompt": 1000, "new": 1}
+UPDATE = PREFILL | {"new": 250}
 LARGE = [{"model": name, "prompts": prompts, "G": 8, "prompt": 1024, "new": 128} for name, prompts in (("Qwen3-0.6B", 8), ("Qwen2.5-7B", 32))]
 HUGGINGFACE = {"transformers": "transformers"}
 TRL = HUGGINGFACE | {"trl": "trl==1.16.0", "datasets": "datasets", "accelerate": "accelerate"}
@@ -29,8 +31,10 @@ TRL = HUGGINGFACE | {"trl": "trl==1.16.0", "datasets": "datasets", "accelerate":
 
 def workloads(device: str) -> list[Workload]:
     if device == "cpu":
-        return [generate(device, SMALL), grpo_step(device, SMALL), group_prefill(device, PREFILL)]
-    return [*(generate(device, sizes) for sizes in LARGE), grpo_step(device, SMALL), group_prefill(device, PREFILL | {"model": "Qwen3-0.6B"})]
+        return [generate(device, SMALL), grpo_step(device, SMALL), group_prefill(device, PREFILL), group_update(device, UPDATE)]
+    large = {"model": "Qwen3-0.6B"}
+    groups = [group_prefill(device, PREFILL | large), group_update(device, UPDATE | large)]
+    return [*(generate(device, sizes) for sizes in LARGE), grpo_step(device, SMALL), *groups]
 
 
 def dtype_of(sizes: dict) -> torch.dtype:
@@ -143,4 +147,18 @@ def group_prefill(device: str, sizes: dict) -> Workload:
         rival="a request per sample", goal=8, gate=scope(sizes, "first tokens and log-probs of shared prompt = single requests"),
         work="computes the prompt once, the lm_head for its last token", bytes=dtype_of(sizes).itemsize * step_elements(config, 1, L),
         flops=forward_flops(config, L, L / 2) - 2 * (L - 1) * config["vocab_size"] * config["hidden_size"],
+    )  # fmt: skip
+
+
+def group_update(device: str, sizes: dict) -> Workload:
+    """Forward and backward of one group with a long prompt."""
+    config, L, new, G = MODELS[sizes["model"]], sizes["prompt"], sizes["new"], sizes["G"]
+    flops = forward_flops(config, L, L / 2) + forward_flops(config, G * new, L + new / 2)
+    return Workload(
+        "rollout", "group_update", device, sizes, dtype_of(sizes),
+        {"athanor": Contender("rollout_engine:EngineUpdate", lambda: gated_arguments(device, sizes) | {"shared": True}, ours=True),
+         "each by itself": Contender("rollout_engine:EngineUpdate", lambda: gated_arguments(device, sizes) | {"shared": False})},
+        rival="each by itself", goal=3, gate=scope(sizes, "gradient with shared prompt = each sequence by itself"),
+        work="forward and backward of the prompt once and of all completions", bytes=3 * dtype_of(sizes).itemsize * matrix_elements(config),
+        flops=3 * (flops - 2 * (L - 1) * config["vocab_size"] * config["hidden_size"]),
     )  # fmt: skip
