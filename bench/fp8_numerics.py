@@ -1,12 +1,13 @@
 """What FP8 experts cost in accuracy: a small mixture of experts, trained from the same weights on the same documents in each mode.
 
-    OMP_NUM_THREADS=1 python bench/fp8_numerics.py [--steps 500] [--seed 0] [--modes off dgrad wgrad disturbed] [--json FILE]
+    OMP_NUM_THREADS=1 python bench/fp8_numerics.py [--documents language] [--steps 500] [--seed 0 ...] [--modes off dgrad wgrad disturbed] [--json FILE]
 
 On a CPU the products quantise and dequantise as the kernels do (their references); on CUDA they are the kernels.  `disturbed` is a second run without
 FP8 whose first weights differ by one part in a million: how far two runs drift apart on their own.  Loss: nats per token on documents that no run
 has trained on, each model in its own numerics, the weights that were trained without FP8 also in FP8 (held_out_in_fp8), and the mean of the last 50
 training steps.  Where the loss falls steeply two runs are far apart whatever made them differ: a difference says something about FP8 only where
-`disturbed` is well below it.
+`disturbed` is well below it.  So the loss is compared on documents in which models learn evenly (`--documents language`, `fp8_language`), with a
+learning rate that ends at 0; `fp8_loss` puts several seeds together.  The arithmetic of the recipe `tiny` has steep falls.
 
 SQNR in dB = 10 log10(sum |exact|^2 / sum |exact - quantised|^2), on the model that was trained without FP8, for the operands of its experts' products
 and for the experts' weight gradients of one batch: with the experts that it chooses (a choice that flips is part of the error), and with these held
@@ -37,13 +38,14 @@ from athanor.stages.routing import RouterBalance
 from athanor.stages.training import completion_logprobs, cross_entropy_step
 from athanor.tasks.arithmetic import ArithmeticTask
 from athanor.tokenizer import symbol_tokenizer
+from fp8_language import Language
 
 SHAPE = dict(
     architecture="deepseek_v3", hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, num_experts=8,
     num_experts_per_tok=2, moe_intermediate_size=128, n_shared_experts=1, n_group=4, topk_group=2, norm_topk_prob=True, first_k_dense_replace=1,
     q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16,
 )  # fmt: skip
-DOCUMENTS, HELD_OUT, TAIL = 64, 512, 50
+HELD_OUT, TAIL = 512, 50
 MODES = {"off": "off", "dgrad": "dgrad", "wgrad": "wgrad", "disturbed": "off"}
 
 
@@ -52,15 +54,23 @@ def sqnr(exact: list[Tensor], quantised: list[Tensor]) -> float:
     return 10 * math.log10(sum(float(a.double().square().sum()) for a in exact) / noise) if noise else math.inf
 
 
-class Documents:
-    def __init__(self, device: torch.device):
+class Arithmetic:
+    """Documents of the task, by number."""
+
+    per_step, final_lr_ratio = 64, 0.1
+
+    def __init__(self, seed: int, device: torch.device):
         self.task, self.device = ArithmeticTask(), device
         self.tokenizer = symbol_tokenizer(list(self.task.symbols))
+        self.vocab_size = self.tokenizer.vocab_size
 
     def batches(self, first: int, count: int) -> list[PackedBatch]:
         pairs = [self.task.corpus(first + i) for i in range(count)]
         texts = [np.array(ids + [self.tokenizer.eos_id], np.int64) for ids in self.tokenizer.encode_batch([text for _, text in pairs])]
         return pack([np.array(self.tokenizer.encode_prompt(prompt), np.int64) for prompt, _ in pairs], texts, 4096, self.device)
+
+
+DOCUMENTS = {"arithmetic": Arithmetic, "language": Language}
 
 
 class Watched:
@@ -72,7 +82,7 @@ class Watched:
     def align(self, training: bool) -> int:
         return 128
 
-    def __call__(self, name: str, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    def __call__(self, name: str, x: Tensor, weight: Tensor, offsets: Tensor, owner: Tensor | None) -> Tensor:
         y = grouped_gemm(x, weight, offsets)
         self.kept["activations"].append(x.detach())
         self.kept["weights"].append(weight.detach())
@@ -80,10 +90,11 @@ class Watched:
         return y
 
 
-def train(mode: str, arguments: argparse.Namespace, documents: Documents, ranks: Ranks) -> tuple[Decoder, dict]:
+def train(mode: str, seed: int, arguments: argparse.Namespace, documents, ranks: Ranks) -> tuple[Decoder, dict]:
     config = SFTConfig(kind="sft", data=["x"], init="x", steps=arguments.steps,
-                       optimizer=OptimizerConfig(lr=arguments.lr, warmup_steps=20, schedule="cosine", weight_decay=0.01))  # fmt: skip
-    model = Decoder(ModelConfig(**SHAPE, vocab_size=documents.tokenizer.vocab_size)).initialize_(arguments.seed).to(documents.device)
+                       optimizer=OptimizerConfig(lr=arguments.lr, warmup_steps=20, schedule="cosine", weight_decay=0.01,
+                                                 final_lr_ratio=documents.final_lr_ratio))  # fmt: skip
+    model = Decoder(ModelConfig(**SHAPE, vocab_size=documents.vocab_size)).initialize_(seed).to(documents.device)
     if mode == "disturbed":
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -92,18 +103,22 @@ def train(mode: str, arguments: argparse.Namespace, documents: Documents, ranks:
     use_fp8_(model, MODES[mode])
     optimizer, losses, start = Optimizer(model, config.optimizer, ranks), [], time.perf_counter()
     for step in range(arguments.steps):
-        batches, balance = documents.batches(step * DOCUMENTS, DOCUMENTS), RouterBalance(model, config, ranks)
+        batches, balance = documents.batches(step * documents.per_step, documents.per_step), RouterBalance(model, config, ranks)
         rate = learning_rate(config.optimizer, step, config.steps)
         loss = cross_entropy_step(model, optimizer, batches, sum(b.num_targets for b in batches), rate, balance)["loss"]
         balance.finish()
         losses.append(loss)
         if (step + 1) % 100 == 0:
             print(f"{mode}: step {step + 1}, loss {loss:.4f}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    held_out = documents.batches(arguments.steps * DOCUMENTS, HELD_OUT)
+    held_out = documents.batches(arguments.steps * documents.per_step, HELD_OUT)
     figures = {"held_out": held_out_loss(model, held_out), "last_steps": float(np.mean(losses[-TAIL:])),
                "copies_per_step": max((w.num_made for m in mixtures(model) if m.fp8 for w in m.fp8.weights.values()), default=0) / arguments.steps}
     if mode == "off":
         figures["held_out_in_fp8"] = held_out_loss(use_fp8_(copy.deepcopy(model), "dgrad"), held_out)
+        without = copy.deepcopy(model)
+        for moe in mixtures(without):
+            moe.routed = lambda x, ids, weights: torch.zeros_like(x)
+        figures["held_out_without_experts"] = held_out_loss(without, held_out)  # whether they matter at all
     return model, figures
 
 
@@ -150,19 +165,32 @@ def quality(model: Decoder, batch: PackedBatch) -> dict:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--steps", type=int, default=500, metavar="N", help="optimizer steps (default 500)")
-    p.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights (default 0)")
+    p.add_argument("--documents", choices=DOCUMENTS, default="arithmetic", help="what is learned (default arithmetic)")
+    p.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S", help="of the weights and of the language, one after the other (default 0)")
     p.add_argument("--lr", type=float, default=2e-3, metavar="LR", help="peak of the learning rate (default 2e-3)")
     p.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--json", type=Path, metavar="FILE", help="append the figures as one line")
     arguments = p.parse_args()
     ranks = Ranks(arguments.device, threads=torch.get_num_threads())  # as OMP_NUM_THREADS has them
-    documents, results = Documents(ranks.device), {}
+    for seed in arguments.seed:
+        row = compare(seed, arguments, ranks)
+        if arguments.json:
+            settings = {name: getattr(arguments, name) for name in ("documents", "steps", "lr", "device")}
+            with arguments.json.open("a") as file:
+                file.write(json.dumps({"seed": seed, **settings, "torch": torch.__version__, **row}) + "\n")
+
+
+def compare(seed: int, arguments: argparse.Namespace, ranks: Ranks) -> dict:
+    """Train in each mode, print and return the figures."""
+    documents, results = DOCUMENTS[arguments.documents](seed, ranks.device), {}
     modes = ["off", *(mode for mode in arguments.modes if mode != "off")]  # what the others are compared with
     for mode in modes:
-        model, results[mode] = train(mode, arguments, documents, ranks)
+        model, results[mode] = train(mode, seed, arguments, documents, ranks)
         if mode == "off":
-            results["sqnr_db"] = quality(model, documents.batches((arguments.steps + HELD_OUT) * DOCUMENTS, DOCUMENTS)[0])
+            results["sqnr_db"] = quality(model, documents.batches(arguments.steps * documents.per_step + HELD_OUT, 64)[0])
+            if isinstance(documents, Language):
+                results["best_loss"] = documents.best_loss(arguments.steps * documents.per_step, HELD_OUT)
     for mode in modes[1:]:
         results[mode] |= {f"{name}_relative": results[mode][name] / results["off"][name] - 1 for name in ("held_out", "last_steps")}
     for mode in modes:
@@ -170,11 +198,7 @@ def main() -> None:
                                       for name, value in results[mode].items()))  # fmt: skip
     for kind, value in results["sqnr_db"].items():
         print(f"{kind:60} {value:.2%}" if kind.startswith("routes") else f"{kind:60} {value:.1f} dB")
-    if arguments.json:
-        settings = {name: getattr(arguments, name) for name in ("steps", "seed", "lr", "device")}
-        row = {**settings, "torch": torch.__version__, **results}
-        with arguments.json.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    return results
 
 
 if __name__ == "__main__":

@@ -349,6 +349,9 @@ class ParallelConfig(Config):
     shard: int = Field(1, ge=0)
     """Ranks that one copy of parameters, gradients and optimizer state is split over (FSDP); 1 = every rank holds all of it, 0 = all ranks.  With
     fewer than all, the copies are kept equal (HSDP)."""
+    expert: int = Field(1, ge=1)
+    """Ranks that share the experts of a mixture, each its part of them, to which the tokens of all travel; 1 = every rank has all of them.  A divisor
+    of the ranks and of the experts; with fewer than all ranks there are copies, kept equal.  With shard, the rest of the parameters is split so."""
     reshard_after_forward: bool = True
     """Gather a layer's parameters again for its backward instead of keeping them (ZeRO-3 instead of ZeRO-2)."""
     activation_checkpointing: bool = False
@@ -360,6 +363,8 @@ class ParallelConfig(Config):
     def _split(self):
         if self.offload and self.shard == 1:
             raise ValueError("offload is true, which takes split parameters; wanted shard other than 1")
+        if self.offload and self.expert > 1:
+            raise ValueError(f"offload is true and expert is {self.expert}; shared experts stay on their device, wanted one of the two")
         return self
 
 
@@ -435,22 +440,15 @@ class RecipeConfig(Config):
     """What the report should say plainly about this run's data."""
 
     @model_validator(mode="after")
-    def _fp8(self):
+    def _experts(self):
         folders = [stage.init for stage in self.stages.values() if getattr(stage, "init", "") not in ("", *self.stages)]
-        if self.fp8 != "off" and self.models and not folders and all(model.architecture not in SPARSE for model in self.models.values()):
-            raise ValueError(f"fp8 is {self.fp8}, wanted off: no model of the run has experts")
-        return self
-
-    @model_validator(mode="after")
-    def _split_whole(self):
-        if self.parallel.shard == 1:
+        if not self.models or folders:
             return self
-        if self.fp8 != "off":  # a gathered stack does not tell that it has changed
-            raise ValueError(f"fp8 is {self.fp8} and parallel.shard is {self.parallel.shard}; FP8 experts take whole parameters, shard = 1")
-        for name, stage in self.stages.items():
-            if getattr(stage, "mtp_loss", 0):  # that layer runs outside of the forward that gathers
-                wanted = "wanted shard = 1, which multi-token prediction takes"
-                raise ValueError(f"stages.{name}.mtp_loss is {stage.mtp_loss} and parallel.shard is {self.parallel.shard}; {wanted}")
+        sparse = [model for model in self.models.values() if model.architecture in SPARSE]
+        if self.fp8 != "off" and not sparse:
+            raise ValueError(f"fp8 is {self.fp8}, wanted off: no model of the run has experts")
+        if self.parallel.expert > 1 and not sparse:
+            raise ValueError(f"parallel.expert is {self.parallel.expert}, wanted 1: no model of the run has experts")
         return self
 
     def folder(self, reference: str) -> str:

@@ -5,6 +5,8 @@ AdamW (arXiv 1711.05101) or Muon for matrices with AdamW for the rest, both PyTo
 """
 
 import math
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,14 @@ class ShardedMuon(torch.optim.Muon):
                 p.copy_(distribute_tensor(full.detach(), p.device_mesh, p.placements, src_data_rank=None))
 
 
+def _by_split(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """In groups by the ranks that they are split over: PyTorch's operations on lists take no mixture of them."""
+    groups: dict = {}
+    for p in parameters:
+        groups.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p)
+    return list(groups.values())
+
+
 class Optimizer:
     """Owns the update of one model's parameters; gradients are summed over ranks before clipping (those of split parameters were in backward).
 
@@ -70,7 +80,8 @@ class Optimizer:
                 torch.optim.AdamW(others, weight_decay=0.0, fused=True, **adamw),
             ]
         else:
-            groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+            groups = [{"params": alike, "weight_decay": config.weight_decay} for alike in _by_split(matrices)]
+            groups += [{"params": alike, "weight_decay": 0.0} for alike in _by_split(others)]
             self.parts = [torch.optim.AdamW(groups, fused=True, **adamw)]
         self._allocate()
 
@@ -81,11 +92,16 @@ class Optimizer:
     def step(self, lr: float) -> float:
         """Reduce, clip and apply; return the gradient norm before clipping.  When it is not finite, nothing is applied."""
         self.ranks.sum_gradients_([p for p in self.parameters if not isinstance(p, DTensor)])
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        for p in self.parameters:
+            if isinstance(p, DTensor) and p.grad is not None and p.grad.placements != p.placements:  # copies of experts have an addend each
+                p.grad = p.grad.redistribute(placements=p.placements)
+        groups = _by_split(self.parameters)
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+        norm = reduce(torch.hypot, [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
         if not math.isfinite(norm):
             return float(norm)
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip or math.inf, norm)
+        for group in groups:
+            torch.nn.utils.clip_grads_with_norm_(group, self.config.grad_clip or math.inf, norm)
         self._apply(lr)
         return float(norm)
 

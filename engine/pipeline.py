@@ -35,7 +35,7 @@ from athanor.rewards import make_reward
 from athanor.rewards.verdicts import Comparison
 from athanor.run_folder import open_run_folder
 from athanor.samples import in_domain
-from athanor.sharding import shard_size
+from athanor.sharding import will_split
 from athanor.stages import grpo, reward_model
 from athanor.stages.context import StageContext, checkpoint_dir, data_source
 from athanor.stages.evaluate import evaluate
@@ -62,7 +62,7 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
     deadlines_s = {name.removesuffix("_s"): seconds for name, seconds in recipe.deadlines.model_dump().items()}
     # The process group's own timeout comes after the watchdog, which can say more.
     ranks = Ranks(recipe.device, recipe.threads, timeout_s=deadlines_s["collective"] + watchdog.GRACE_S)
-    shard_size(recipe.parallel, ranks)
+    will_split(recipe.parallel, ranks)  # sizes that do not divide the ranks
     run_dir = Path(recipe.run_root) / recipe.name
     console = Console(len(recipe.stages) + len(recipe.evaluation.stages))
     lock = open_run_folder(run_dir, config_data(whole), overwrite=overwrite, ignore=LOCATION_KEYS) if ranks.is_main else None

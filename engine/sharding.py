@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from athanor.config import ParallelConfig
 from athanor.errors import UserError
-from athanor.model.moe import Routes
+from athanor.expert_parallel import shard_experts_
+from athanor.model.moe import Routes, fp8_mode, mixtures, use_fp8_
 from athanor.model.transformer import Decoder, DecoderLayer
 from athanor.parallel import Ranks
 
@@ -39,40 +40,65 @@ def shard_size(config: ParallelConfig, ranks: Ranks) -> int:
     return size
 
 
+def expert_size(config: ParallelConfig, ranks: Ranks) -> int:
+    """Ranks that share the experts of a layer.  UserError where the ranks cannot be divided so."""
+    if ranks.world % config.expert:
+        raise UserError(f"parallel.expert is {config.expert}, wanted a divisor of the {ranks.world} ranks")
+    return config.expert
+
+
+def will_split(config: ParallelConfig, ranks: Ranks) -> bool:
+    """Whether `parallelize_` leaves a rank with less than a whole model of experts."""
+    return shard_size(config, ranks) > 1 or expert_size(config, ranks) > 1
+
+
 def parallelize_(model: nn.Module, config: ParallelConfig, ranks: Ranks) -> nn.Module:
     """Apply what the configuration asks for to a model that every rank has whole, in place; without effect for the defaults.
 
     Frozen models keep their type; of others, parameters narrower than fp32 become fp32.  A model on the CPU goes to the ranks' device layer by layer.
-    Make the optimizer afterwards.  Raises UserError for a shard size that does not divide the ranks.
+    Make the optimizer afterwards.  Raises UserError for sizes that do not divide the ranks, or the experts.
     """
     layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
+    size, experts, kind = shard_size(config, ranks), expert_size(config, ranks), ranks.device.type
     if config.activation_checkpointing:
         for layer in layers:
             layer.forward = _Recomputed(layer.forward)
-    if (size := shard_size(config, ranks)) == 1:
+    if experts > 1 and mixtures(model):
+        wide = torch.float32 if size > 1 and any(p.requires_grad for p in model.parameters()) else None
+        shard_experts_(model, mesh_of(kind, ranks.world, experts, "expert"), wide)
+    if size == 1:
         return model.to(ranks.device)
-    kind = ranks.device.type
-    if size == ranks.world:
-        mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
-    else:
-        mesh = init_device_mesh(kind, (ranks.world // size, size), mesh_dim_names=("replicate", "shard"))
-    return fully_shard_(model, layers, mesh, config)
+    return fully_shard_(model, mesh_of(kind, ranks.world, size, "shard"), config)
 
 
-def fully_shard_(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, config: ParallelConfig) -> nn.Module:
-    """Split over the mesh's last dimension: each layer is gathered by itself, what lies outside of them (embedding, final norm, heads) together."""
+def mesh_of(kind: str, world: int, size: int, name: str) -> DeviceMesh:
+    """All ranks, `size` in a row along the last axis, and where these are fewer than all, the copies along the first."""
+    if size == world:
+        return init_device_mesh(kind, (size,), mesh_dim_names=(name,))
+    return init_device_mesh(kind, (world // size, size), mesh_dim_names=("replicate", name))
+
+
+def fully_shard_(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> nn.Module:
+    """Split over the mesh's last dimension: each layer is gathered by itself, what lies outside of them (embedding, final norm, heads) together.
+
+    Experts that are shared already stay as they are.
+    """
     compute = next(model.parameters()).dtype
+    decoders = [module for module in model.modules() if isinstance(module, Decoder)]
+    layers = [layer for decoder in decoders for layer in decoder.layers]
+    ahead = [decoder.mtp for decoder in decoders if decoder.mtp is not None]  # runs behind the forward, or not at all
     # Selection biases of routers are no weights: they have no gradient, stay fp32 and are the same everywhere.
     frozen = {p for name, p in model.named_parameters() if name.endswith("router.bias")}
+    shared = {p for p in model.parameters() if isinstance(p, DTensor)}
     trained = any(p.requires_grad for p in model.parameters())
     options = dict(
         mesh=mesh,
         # The model sees to its own types: `cast_forward_inputs` would round cosines and scores.
         mp_policy=MixedPrecisionPolicy(compute, torch.float32 if compute.itemsize < 4 else None, cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy() if config.offload and mesh.device_type == "cuda" else OffloadPolicy(),
-        ignored_params=frozen,
+        ignored_params=frozen | shared,
     )
-    for module in (*layers, model):
+    for module in (*layers, *ahead, model):
         if trained and compute.itemsize < 4:
             for p in module.parameters():
                 if not isinstance(p, DTensor) and p not in frozen:
@@ -85,14 +111,16 @@ def fully_shard_(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, co
         layer.set_modules_to_forward_prefetch([following])
     for p in frozen:
         p.data = p.data.to(next(model.buffers()).device)
-    for module in model.modules():
-        if isinstance(module, Decoder):
-            module.compute_dtype = compute
+    for decoder in decoders:
+        decoder.compute_dtype = compute
+    for moe in mixtures(model):
+        moe.gathered = moe.elsewhere is None
     return model
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    """Whether some parameters are split, which makes a forward and a backward collective calls."""
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(moe.elsewhere is not None for moe in mixtures(model))
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
@@ -159,7 +187,8 @@ class FullWeights:
             with torch.device("meta"):
                 model = Decoder(trained.config)
             parameter = next(iter(split_parameters(trained).values()))
-            self.model = model.to(compute_dtype(trained)).to_empty(device=_device(parameter)).requires_grad_(False)
+            model = model.to(compute_dtype(trained)).to_empty(device=_device(parameter)).requires_grad_(False)
+            self.model = use_fp8_(model, fp8_mode(trained))
             self.refresh()
 
     @torch.no_grad()
@@ -178,16 +207,19 @@ class FullWeights:
             _gather_into([split[name] for name in bucket], [target[name] for name in bucket])
 
 
-def _buckets(parameters: dict[str, Tensor], dtype: torch.dtype) -> Iterator[list[str]]:
-    names, filled = [], 0
-    for name, parameter in parameters.items():
-        size = parameter.numel() * dtype.itemsize
-        if names and filled + size > BUCKET_BYTES:
-            yield names
-            names, filled = [], 0
-        names.append(name)
-        filled += size
-    if names:
+def _buckets(parameters: dict[str, DTensor], dtype: torch.dtype) -> Iterator[list[str]]:
+    """Names of parameters that are split over the same ranks."""
+    for mesh in dict.fromkeys(parameter.device_mesh for parameter in parameters.values()):
+        names, filled = [], 0
+        for name, parameter in parameters.items():
+            if parameter.device_mesh != mesh:
+                continue
+            size = parameter.numel() * dtype.itemsize
+            if names and filled + size > BUCKET_BYTES:
+                yield names
+                names, filled = [], 0
+            names.append(name)
+            filled += size
         yield names
 
 
@@ -208,7 +240,9 @@ def _gather_into(parameters: list[DTensor], targets: list[Tensor]) -> None:
         target.copy_(part.reshape(-1)[: target.numel()].view_as(target))
 
 
-def _device(parameter: DTensor) -> torch.device:
+def _device(parameter: Tensor) -> torch.device:
+    if not isinstance(parameter, DTensor):
+        return parameter.device
     kind = parameter.device_mesh.device_type
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 

@@ -6,6 +6,7 @@ module, so they multiply by the same bytes.  Router, shared experts, attention, 
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from athanor.kernels import fp8_grouped_gemm
 from athanor.kernels.fp8_quantize import Quantized, fp8_quantize_dual
@@ -25,9 +26,15 @@ class Fp8Weight:
         self.num_made = 0  # how often the stack was quantised
         self._seen: tuple = ()
 
-    def of(self, weight: Tensor) -> tuple[Quantized, Quantized]:
-        """`fp8_quantize_dual` of the stack (E, N, K) as it is now."""
-        seen = weight, weight.data_ptr(), weight._version, weight.dtype, weight.device  # in-place writes are counted
+    def of(self, weight: Tensor, owner: Tensor | None = None) -> tuple[Quantized, Quantized]:
+        """`fp8_quantize_dual` of the stack (E, N, K) as it is now.
+
+        owner: the parameter, where the stack is a view or a cast of this rank's part of a DTensor.
+        """
+        owner = weight if owner is None else owner
+        kept = owner._local_tensor if isinstance(owner, DTensor) else owner
+        # In-place writes are counted: an optimizer's by the parameter, those of a state that is read by the part.
+        seen = owner, owner._version, kept.data_ptr(), kept._version, weight.dtype, weight.device
         if len(self._seen) == len(seen) and seen[0] is self._seen[0] and seen[1:] == self._seen[1:]:
             return self.copy
         with torch.inference_mode(False), torch.no_grad():  # the sampler's inference tensors could not be saved for a backward
@@ -53,6 +60,8 @@ class Fp8Products:
         """What the number of every expert's rows is a multiple of."""
         return WGRAD_ROWS if self.wgrad and training else 1
 
-    def __call__(self, name: str, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    def __call__(self, name: str, x: Tensor, weight: Tensor, offsets: Tensor, owner: Tensor | None) -> Tensor:
+        """owner: the parameter whose numbers the weight has, which tells when they change; None = it must be quantised in every call."""
         wgrad = "fp8" if self.wgrad and torch.is_grad_enabled() else "bf16"
-        return fp8_grouped_gemm(x, weight, offsets, weight=self.weights[name].of(weight), wgrad=wgrad)
+        copy = None if owner is None else self.weights[name].of(weight, owner)
+        return fp8_grouped_gemm(x, weight, offsets, weight=copy, wgrad=wgrad)

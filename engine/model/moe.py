@@ -11,7 +11,7 @@ Left out: a capacity with dropped tokens, router noise, the batch-wide auxiliary
 T tokens, D hidden, E experts, k of them per token.
 """
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,16 @@ class Router(nn.Module):
         return routing.ids, routing.weights
 
 
+class Elsewhere(Protocol):
+    """What a mixture does whose experts are shared with other ranks."""
+
+    def __call__(self, moe: "MixtureOfExperts", x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Take x (T, D), each token's experts ids (T, k) and their weights; return the weighted sum (T, D)."""
+
+    def part(self, stack: Tensor, dtype: torch.dtype) -> Tensor:
+        """This rank's experts of a stack, in the type to compute in."""
+
+
 class MixtureOfExperts(nn.Module):
     """The experts' matrices are stacks (E, N, K); in HuggingFace files each expert has its own (`weights`)."""
 
@@ -123,8 +133,8 @@ class MixtureOfExperts(nn.Module):
             nn.init.normal_(stack, std=config.initializer_range)
         self.shared = Swiglu(D, width * config.n_shared_experts) if config.n_shared_experts else None
         self.fp8: Fp8Products | None = None  # set by `use_fp8_`
-        # (self, x, ids, weights) -> (T, D), set by `expert_parallel`: the stacks are then a part of the experts
-        self.elsewhere: Callable[..., Tensor] | None = None
+        self.elsewhere: Elsewhere | None = None  # set by `expert_parallel`: the stacks are then DTensors, of which this rank has its experts
+        self.gathered = False  # set by `sharding`: the stacks are there for a forward or backward alone, and do not tell when they have changed
 
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
         """x (T, D), normed, to what the layer adds (T, D)."""
@@ -153,8 +163,11 @@ class MixtureOfExperts(nn.Module):
         """(P, D): rows (P, D) through their expert's SwiGLU; those of expert e are offsets[e] up to offsets[e + 1]."""
 
         def product(name: str, x: Tensor) -> Tensor:
-            weight = getattr(self, name)
-            return grouped_gemm(x, weight, offsets) if self.fp8 is None else self.fp8(name, x, weight, offsets)
+            stack = getattr(self, name)
+            weight = stack if self.elsewhere is None else self.elsewhere.part(stack, x.dtype)
+            if self.fp8 is None:
+                return grouped_gemm(x, weight, offsets)
+            return self.fp8(name, x, weight, offsets, None if self.gathered else stack)
 
         return product("down_proj", swiglu(product("gate_up_proj", rows)))
 
@@ -170,6 +183,12 @@ def use_fp8_(model: nn.Module, mode: str) -> nn.Module:
     for moe in mixtures(model):
         moe.fp8 = None if mode == "off" else Fp8Products(wgrad=mode == "wgrad")
     return model
+
+
+def fp8_mode(model: nn.Module) -> str:
+    """What `use_fp8_` has set."""
+    products = next((moe.fp8 for moe in mixtures(model)), None)
+    return "off" if products is None else "wgrad" if products.wgrad else "dgrad"
 
 
 def refresh_fp8_(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from athanor.metrics import MetricsWriter
 from athanor.model.moe import use_fp8_
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
-from athanor.sharding import shard_size
+from athanor.sharding import will_split
 from athanor.tokenizer import Tokenizer
 from athanor.weights import load_model
 
@@ -62,7 +62,7 @@ class StageContext:
     def load(self, reference: str, *, parallel: bool = False) -> Decoder:
         """The policy of a checkpoint on this rank's device, with the run's products of experts.  parallel: on the CPU where it is to be split, for
         `parallelize_`."""
-        device = "cpu" if parallel and shard_size(self.recipe.parallel, self.ranks) > 1 else str(self.ranks.device)
+        device = "cpu" if parallel and will_split(self.recipe.parallel, self.ranks) else str(self.ranks.device)
         return use_fp8_(load_model(self.source_dir(reference), dtype=self.dtype, device=device), self.recipe.fp8)
 
     @property
