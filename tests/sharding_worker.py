@@ -1,5 +1,6 @@
 """What every rank of the tests of sharding runs: the same training on another layout, with states saved and read; results whole, by rank 0."""
 
+import hashlib
 import json
 import os
 import signal
@@ -13,13 +14,17 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from athanor.checkpoint import load_latest_state, save_state
 from athanor.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from athanor.model.transformer import Decoder
+from athanor.kernels.fp8_quantize import fp8_quantize_dual
+from athanor.model.moe import fp8_mode, mixtures, use_fp8_
+from athanor.model.transformer import Decoder, PackedAttention
 from athanor.optim import Optimizer
 from athanor.parallel import Ranks
 from athanor.sharding import FullWeights, WholeParameters, parallelize_, split_parameters, whole
 from athanor.stages.routing import RouterBalance
 from athanor.stages.training import cross_entropy_step, packed_batches
 from athanor.weights import hand_over, weights_hash, write_model
+
+Fp8GroupedGemmFunction = sys.modules["athanor.kernels.fp8_grouped_gemm"].Fp8GroupedGemmFunction  # the package has a function of that name
 
 # Widths that two and four ranks do not divide: the last rank of a parameter holds fewer rows, or none.
 SHAPE = dict(vocab_size=67, hidden_size=20, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=10, intermediate_size=27)
@@ -28,6 +33,9 @@ MODELS = {
     "qwen2, untied": ModelConfig(**SHAPE, architecture="qwen2", tie_word_embeddings=False, initializer_range=0.2),
     "deepseek_v3": FAMILIES["deepseek_v3"],
 }
+MODELS["deepseek_v3, fp8"] = MODELS["deepseek_v3"]
+MODELS["deepseek_v3, mtp"] = MODELS["deepseek_v3"].model_copy(update={"num_nextn_predict_layers": 1})
+MODELS["deepseek_v3, fp8, mtp"] = MODELS["deepseek_v3, mtp"]
 # Adam divides by |g|, which turns the last bits of a small gradient into the first of an update; a large eps does not.
 OPTIMIZERS = {
     "adamw": OptimizerConfig(lr=1e-2, eps=1e-2, weight_decay=0.1, grad_clip=0.5, warmup_steps=0),
@@ -45,7 +53,9 @@ def sequences(step: int, tokens: int) -> tuple[list[np.ndarray], list[np.ndarray
 
 
 def build(ranks: Ranks, name: str, optimizer: str, dtype=torch.float32, seed: int = 0, **parallel):
-    model = Decoder(MODELS[name]).initialize_(seed).to(dtype)
+    model = use_fp8_(Decoder(MODELS[name]).initialize_(seed).to(dtype), "dgrad" if "fp8" in name else "off")
+    if model.mtp is not None:
+        model.train_mtp_(True)
     parallelize_(model, ParallelConfig(**parallel), ranks)
     return model, Optimizer(model, OPTIMIZERS[optimizer], ranks)
 
@@ -59,8 +69,8 @@ def train(ranks: Ranks, model, optimizer, steps, tokens: int) -> list[tuple[floa
         batches = packed_batches(model, ranks, [prompts[i] for i in mine], [completions[i] for i in mine], tokens)
         num_targets = ranks.sum_int(sum(b.num_targets for b in batches))
         balance = RouterBalance(model, config, ranks)
-        metrics = cross_entropy_step(model, optimizer, batches, num_targets, 1e-2, balance)
-        figures.append((metrics["loss"], metrics["grad_norm"]))
+        metrics = cross_entropy_step(model, optimizer, batches, num_targets, 1e-2, balance, 0.3 if model.mtp is not None else 0.0)
+        figures.append((metrics["loss"] + metrics.get("mtp_loss", 0.0), metrics["grad_norm"]))
         balance.finish()
     return figures
 
@@ -77,10 +87,35 @@ def result(ranks: Ranks, *case, tokens: int, **options) -> dict:
     stale = weights_hash(full.model) if full.model is not model else ""
     full.refresh()
     assert weights_hash(model) == weights_hash(full.model) != stale
+    assert fp8_mode(full.model) == fp8_mode(model)
+    if fp8_mode(model) != "off":
+        assert quantised_stacks(model, ranks) == quantised_stacks(full.model, ranks)
     assert addresses == [p.data_ptr() for p in full.model.parameters()]
     assert all(p._version > v for p, v in zip(full.model.parameters(), versions, strict=True))
     parameters = WholeParameters(model)
     return {"gradients": gradients, "weights": {n: parameters[n].clone() for n in parameters.names}, "figures": figures}
+
+
+def quantised_stacks(model, ranks: Ranks) -> list[tuple[str, ...]]:
+    """A hash of the FP8 bytes and scales that each product of a forward and backward multiplies by, of this rank's experts (all, where whole)."""
+    found, function = [], Fp8GroupedGemmFunction
+    kept = function.apply
+
+    def watched(x, w, offsets, weight, *rest):
+        parts = fp8_quantize_dual(w, block=(128, 128)) if weight is None else weight
+        found.append([t.contiguous().view(torch.uint8).numpy().copy() for part in parts for t in part])
+        return kept(x, w, offsets, weight, *rest)
+
+    function.apply = watched
+    try:
+        ids = torch.arange(16)
+        model(ids, ids, PackedAttention(torch.tensor([0, 16], dtype=torch.int32)))
+    finally:
+        function.apply = kept
+    if any(moe.elsewhere is not None for moe in mixtures(model)):
+        every = [ranks.concatenate([stack])[0] for stack in found]
+        found = [[np.concatenate(parts) for parts in zip(*stacks, strict=True)] for stacks in every]
+    return [tuple(hashlib.sha256(part).hexdigest() for part in stack) for stack in found]
 
 
 def cases(world: int) -> dict[str, tuple]:
@@ -96,6 +131,14 @@ def cases(world: int) -> dict[str, tuple]:
         "fsdp, muon": (("qwen3", "muon"), 48, {"shard": 0}),
         "fsdp, sparse": (("deepseek_v3", "adamw"), 48, {"shard": 0}),
         "fsdp, sparse, recomputed": (("deepseek_v3", "adamw"), 48, {"shard": 0, "activation_checkpointing": True}),
+    }
+    sparse, experts = ("deepseek_v3", "adamw"), min(world, 2)
+    found |= {
+        "experts": (sparse, 48, {"expert": experts}),
+        "experts, fsdp, recomputed": (sparse, 48, {"expert": experts, "shard": 0, "activation_checkpointing": True}),
+        "fsdp, mtp, recomputed": (("deepseek_v3, mtp", "adamw"), 48, {"shard": 0, "activation_checkpointing": True}),
+        "fsdp, fp8": (("deepseek_v3, fp8", "adamw"), 48, {"shard": 0}),
+        "experts, fp8, mtp": (("deepseek_v3, fp8, mtp", "adamw"), 48, {"expert": experts}),
     }
     if world == 4:
         found |= {"hsdp": (qwen3, 48, {"shard": 2}), "hsdp, one batch": (qwen3, 1000, {"shard": 2})}

@@ -146,7 +146,10 @@ def test_a_step_adds_the_loss_and_balances_the_layers_router():
     metrics, without, parts = a_step(model, 0.3), a_step(plain, 0.0), a_step(split, 0.3, 16)
     assert metrics["loss"] == pytest.approx(without["loss"], rel=1e-3) and "mtp_loss" not in without  # balance losses of 3 and of 2 layers
     assert 3 < metrics["mtp_loss"] < 20 and metrics["grad_norm"] != without["grad_norm"]
-    assert all(parts[k] == pytest.approx(metrics[k], rel=1e-3) for k in ("loss", "mtp_loss", "grad_norm"))
+    # The last token of a sequence goes through the layer, too, and its experts are counted: not with the token that is packed behind it.
+    assert all(parts[k] == pytest.approx(metrics[k], rel=1e-6) for k in ("loss", "mtp_loss", "grad_norm"))
+    assert all(float((p.grad - q.grad).norm()) <= 1e-5 * float(q.grad.norm()) + 1e-9
+               for p, q in zip(split.parameters(), model.parameters(), strict=True) if q.grad is not None)  # fmt: skip
     assert all(not torch.equal(router.bias, old) for router, old in zip(routers(model), before, strict=True))
     untouched = dict(random_decoder(WITH["deepseek_v3"]).named_parameters())
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, untouched[name])}

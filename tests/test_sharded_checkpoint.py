@@ -82,7 +82,10 @@ def test_a_state_of_two_ranks_is_read_by_one(tmp_path, capsys):
     (ADAMW, 4, {"shard": 2}, 2, {}),
     (ADAMW, 1, {}, 2, {"shard": 0}),
     (SPARSE, 2, {}, 2, {"shard": 0}),
-], ids=["2 to 2", "2 to 4, muon", "2 to 4 hsdp, sparse", "4 hsdp to 2 replicas", "1 to 2", "2 replicas to 2"])  # fmt: skip
+    (SPARSE, 2, {"expert": 2}, 2, {"expert": 2}),
+    (SPARSE, 4, {"expert": 2, "shard": 0}, 2, {"shard": 0}),
+], ids=["2 to 2", "2 to 4, muon", "2 to 4 hsdp, sparse", "4 hsdp to 2 replicas", "1 to 2", "2 replicas to 2", "2, experts, to 2",
+        "4, copies of experts, to 2"])  # fmt: skip
 def test_a_state_is_read_by_any_number_of_ranks(tmp_path, case, saved_by, saved_as, read_by, read_as):
     folder = tmp_path / "states"
     straight, _ = work(saved_by, "save", folder, case, saved_as)

@@ -148,8 +148,7 @@ ON_BOTH = pytest.mark.parametrize("mesh", ["cpu", pytest.param("cuda", marks=pyt
 
 def split_model(mesh, dtype: torch.dtype, lr: float, **parallel):
     model = Decoder(sharding_worker.MODELS["qwen3"]).initialize_(0).to(dtype)
-    layers = list(model.layers)
-    fully_shard_(model, layers, mesh, ParallelConfig(shard=0, **parallel))
+    fully_shard_(model, mesh, ParallelConfig(shard=0, **parallel))
     ranks = Ranks(mesh.device_type, threads=1)
     return ranks, model, Optimizer(model, OptimizerConfig(lr=lr, warmup_steps=0), ranks)
 

@@ -137,8 +137,10 @@ def mtp_logprobs(model: Decoder, batch: PackedBatch, hidden: Tensor, routes: Rou
     hidden: the forward's, filler included.  M leaves out tokens whose sequence has nothing two tokens before.
     """
     input_ids, positions, cu_seqlens = fill_tokens(batch.input_ids, batch.positions, batch.cu_seqlens)
-    # A sequence's last input is followed by its last target, which nothing trained reads here: row t - 1 predicts what follows row t.
-    ahead = model.look_ahead(hidden, input_ids.roll(-1), positions, PackedAttention(cu_seqlens), routes)
+    # Row t - 1 predicts what follows row t.  A sequence's last row predicts nothing, but its experts are counted: it must not see its neighbour.
+    following = input_ids.roll(-1)
+    following[batch.loss_rows] = batch.targets
+    ahead = model.look_ahead(hidden, following, positions, PackedAttention(cu_seqlens), routes)
     later = batch.positions[batch.loss_rows] > 0
     rows, targets = batch.loss_rows[later] - 1, batch.targets[later]
     return linear_logprob(fill_rows(ahead[rows]), model.lm_head_weight, fill_rows(targets, IGNORE))[0][: len(rows)]
