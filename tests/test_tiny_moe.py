@@ -1,4 +1,4 @@
-"""The recipe of a small mixture of experts with latent attention."""
+"""The recipe of a small mixture of experts with latent attention: a few steps of each stage, on one process and with its experts on two."""
 
 import json
 import os
@@ -10,9 +10,21 @@ import pytest
 
 from athanor.config import RecipeConfig
 from athanor.model.transformer import Decoder
+from athanor.pipeline import run
 from athanor.recipe_io import load_recipe
 
 ROOT = Path(__file__).parents[1]
+# Both replays, two updates of a rollout, a KL term against a reference, answers of some tokens: what a stage does, in a second each.
+SHORT = """
+--threads 1 --device cpu --max_rows 32 --verify_weights true --stages.base.steps 3 --stages.base.docs_per_step 8 --stages.base.micro_batch_tokens 256
+--stages.zero.steps 2 --stages.zero.prompts_per_step 4 --stages.zero.group_size 4 --stages.zero.sampling.max_tokens 12
+--stages.zero.routing_replay rollout --stages.zero.micro_batch_tokens 128 --stages.zero.rewards [{reward="language"},{reward="format"}]
+--stages.cold_start_data.num_prompts 4 --stages.cold_start_data.sampling.max_tokens 12 --stages.cold_start_data.num_written 8
+--stages.cold_start.steps 2 --stages.cold_start.batch_size 4
+--stages.reasoning_rl.steps 1 --stages.reasoning_rl.prompts_per_step 4 --stages.reasoning_rl.group_size 4 --stages.reasoning_rl.sampling.max_tokens 12
+--stages.reasoning_rl.routing_replay trainer --stages.reasoning_rl.loss r1
+--evaluation.num_problems 2 --evaluation.samples_per_problem 2 --evaluation.sampling.max_tokens 8 --evaluation.stages ["reasoning_rl"]
+""".split()
 
 
 def test_its_model_is_what_it_says():
@@ -21,9 +33,54 @@ def test_its_model_is_what_it_says():
     assert [layer.moe is not None for layer in model.layers] == [False, True, True] and all(layer.mla is not None for layer in model.layers)
 
 
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "tiny_moe" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_few_steps_of_each_stage_and_sampler_and_trainer_agree_to_the_bit(tmp_path, threads):
+    stages = run(load_recipe(RecipeConfig, "tiny_moe", [*SHORT, "--run_root", str(tmp_path)], quick=True), "tiny_moe")["stages"]
+    rows = metrics_of(tmp_path)
+    assert [row["stage"] for row in rows] == ["base"] * 3 + ["zero"] * 2 + ["cold_start"] * 2 + ["reasoning_rl"]
+    assert stages["reasoning_rl"]["logp_gap_max"] == 0.0 and all(row.get("logp_gap_max", 0.0) == 0.0 for row in rows)
+    assert all(0 < row["router_imbalance"] < 7 for row in rows)  # 8 experts
+    assert [row["rollout_route_disagreement"] for row in rows if row["stage"] == "zero"] == [0.0, 0.0]
+
+
+def on_two_ranks(folder: Path, *changes: str) -> list[dict]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    command = [*launcher, str(ROOT / "engine" / "train.py"), "tiny_moe", "--quick", *SHORT, "--run_root", str(folder), *changes]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return metrics_of(folder)
+
+
+FP8_AND_AHEAD = ("--fp8", "dgrad", "--models.main.num_nextn_predict_layers", "1", "--stages.base.mtp_loss", "0.3")
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.parametrize("parallel, changes", [
+    (("--parallel.expert", "2"), ()),
+    (("--parallel.expert", "2", "--parallel.shard", "0"), ()),
+    (("--parallel.shard", "0"), FP8_AND_AHEAD),
+    (("--parallel.expert", "2"), FP8_AND_AHEAD),
+], ids=["experts", "experts and fsdp", "fp8, ahead, fsdp", "fp8, ahead, experts"])  # fmt: skip
+def test_two_ranks_draw_the_samples_of_one(tmp_path, threads, parallel, changes):
+    run(load_recipe(RecipeConfig, "tiny_moe", [*SHORT, *changes, "--run_root", str(tmp_path / "one")], quick=True), "tiny_moe")
+    alone, split = metrics_of(tmp_path / "one"), on_two_ranks(tmp_path / "two", *parallel, *changes)
+    assert [(row["stage"], row["step"]) for row in alone] == [(row["stage"], row["step"]) for row in split]
+    for one, other in zip(alone, split, strict=True):
+        # Rewards, lengths and the like are means over samples, equal as long as each sample is; choices of experts are counted.
+        for name in ("reward", "mean_tokens", "truncated_rate", "format", "zero_advantage_rate", "tokens", "router_imbalance"):
+            assert one.get(name) == (None if name not in one else pytest.approx(other[name], rel=1e-12)), (name, one, other)
+        for name in ("loss", "mtp_loss", "entropy", "grad_norm", "kl_ref"):
+            assert one.get(name) == (None if name not in one else pytest.approx(other[name], rel=1e-3, abs=1e-7)), (name, one, other)
+        assert other.get("logp_gap_max", 0) < 1e-5
+
+
 @pytest.mark.slow
 def test_its_quick_form_runs_and_sampler_and_trainer_agree_to_the_bit(tmp_path):
-    command = [sys.executable, str(ROOT / "engine" / "train.py"), "tiny_moe", "--quick", "--run_root", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "engine" / "train.py"), "tiny_moe", "--quick", "--threads", "1", "--run_root", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
     stages = json.loads(result.stdout.splitlines()[-1])["stages"]
