@@ -33,10 +33,12 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def summary(rows: list[dict]) -> dict[str, dict]:
-    found = {}
+    """By mode and figure: the relative differences to the run without FP8 of the same seed, and what they say."""
+    runs, found = {(row["mode"], row["seed"]): row for row in rows}, {}
     for mode in MODES:
+        seeds = sorted(seed for one, seed in runs if one == mode)
         for figure in ("held_out", "last_steps"):
-            values = [row[mode][f"{figure}_relative"] for row in rows]
+            values = [runs[mode, seed][figure] / runs["off", seed][figure] - 1 for seed in seeds]
             mean, error, half = interval(values)
             found[f"{mode}, {figure}"] = {"values": values, "mean": mean, "error": error, "half": half, "within": abs(mean) + half < LIMIT}
     return found
@@ -61,7 +63,7 @@ def plot(rows: list[dict], found: dict[str, dict], path: Path) -> None:
         labels.append({"disturbed": "control: no FP8,\n1e-6 apart"}.get(mode, f"FP8, {mode}"))
     axis.set_xticks(range(len(MODES)), labels)
     axis.set_ylabel("loss relative to no FP8, %")
-    axis.set_title(f"{len(rows)} pairs of {rows[0]['steps']} steps", fontsize=10)
+    axis.set_title(f"pairs of runs of {rows[0]['steps']} steps, one for each seed", fontsize=10)
     axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

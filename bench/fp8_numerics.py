@@ -1,6 +1,6 @@
 """What FP8 experts cost in accuracy: a small mixture of experts, trained from the same weights on the same documents in each mode.
 
-    OMP_NUM_THREADS=1 python bench/fp8_numerics.py [--documents language] [--steps 500] [--seed 0 ...] [--modes off dgrad wgrad disturbed] [--json FILE]
+    OMP_NUM_THREADS=1 python bench/fp8_numerics.py [--documents language] [--steps 500] [--seed 0 ...] [--modes off dgrad ...] [--json FILE]
 
 On a CPU the products quantise and dequantise as the kernels do (their references); on CUDA they are the kernels.  `disturbed` is a second run without
 FP8 whose first weights differ by one part in a million: how far two runs drift apart on their own.  Loss: nats per token on documents that no run
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fp8_language import Language
 from torch import Tensor
 
 from athanor.batch import PackedBatch, pack
@@ -38,15 +39,14 @@ from athanor.stages.routing import RouterBalance
 from athanor.stages.training import completion_logprobs, cross_entropy_step
 from athanor.tasks.arithmetic import ArithmeticTask
 from athanor.tokenizer import symbol_tokenizer
-from fp8_language import Language
 
 SHAPE = dict(
-    architecture="deepseek_v3", hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, num_experts=8,
+    architecture="deepseek_v3", hidden_size=128, num_attention_heads=4, intermediate_size=256, num_experts=8,
     num_experts_per_tok=2, moe_intermediate_size=128, n_shared_experts=1, n_group=4, topk_group=2, norm_topk_prob=True, first_k_dense_replace=1,
     q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16,
 )  # fmt: skip
 HELD_OUT, TAIL = 512, 50
-MODES = {"off": "off", "dgrad": "dgrad", "wgrad": "wgrad", "disturbed": "off"}
+MODES = {"off": "off", "disturbed": "off", "dgrad": "dgrad", "wgrad": "wgrad"}
 
 
 def sqnr(exact: list[Tensor], quantised: list[Tensor]) -> float:
@@ -57,7 +57,7 @@ def sqnr(exact: list[Tensor], quantised: list[Tensor]) -> float:
 class Arithmetic:
     """Documents of the task, by number."""
 
-    per_step, final_lr_ratio = 64, 0.1
+    num_layers, per_step, final_lr_ratio = 3, 64, 0.1
 
     def __init__(self, seed: int, device: torch.device):
         self.task, self.device = ArithmeticTask(), device
@@ -94,7 +94,8 @@ def train(mode: str, seed: int, arguments: argparse.Namespace, documents, ranks:
     config = SFTConfig(kind="sft", data=["x"], init="x", steps=arguments.steps,
                        optimizer=OptimizerConfig(lr=arguments.lr, warmup_steps=20, schedule="cosine", weight_decay=0.01,
                                                  final_lr_ratio=documents.final_lr_ratio))  # fmt: skip
-    model = Decoder(ModelConfig(**SHAPE, vocab_size=documents.vocab_size)).initialize_(seed).to(documents.device)
+    shape = SHAPE | {"num_hidden_layers": documents.num_layers, "vocab_size": documents.vocab_size}
+    model = Decoder(ModelConfig(**shape)).initialize_(seed).to(documents.device)
     if mode == "disturbed":
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -166,39 +167,30 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--steps", type=int, default=500, metavar="N", help="optimizer steps (default 500)")
     p.add_argument("--documents", choices=DOCUMENTS, default="arithmetic", help="what is learned (default arithmetic)")
-    p.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S", help="of the weights and of the language, one after the other (default 0)")
+    p.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S", help="of weights and language, one after the other (default 0)")
     p.add_argument("--lr", type=float, default=2e-3, metavar="LR", help="peak of the learning rate (default 2e-3)")
     p.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    p.add_argument("--json", type=Path, metavar="FILE", help="append the figures as one line")
+    p.add_argument("--json", type=Path, metavar="FILE", help="append the figures, one line for each run")
     arguments = p.parse_args()
     ranks = Ranks(arguments.device, threads=torch.get_num_threads())  # as OMP_NUM_THREADS has them
     for seed in arguments.seed:
-        row = compare(seed, arguments, ranks)
-        if arguments.json:
-            settings = {name: getattr(arguments, name) for name in ("documents", "steps", "lr", "device")}
-            with arguments.json.open("a") as file:
-                file.write(json.dumps({"seed": seed, **settings, "torch": torch.__version__, **row}) + "\n")
-
-
-def compare(seed: int, arguments: argparse.Namespace, ranks: Ranks) -> dict:
-    """Train in each mode, print and return the figures."""
-    documents, results = DOCUMENTS[arguments.documents](seed, ranks.device), {}
-    modes = ["off", *(mode for mode in arguments.modes if mode != "off")]  # what the others are compared with
-    for mode in modes:
-        model, results[mode] = train(mode, seed, arguments, documents, ranks)
-        if mode == "off":
-            results["sqnr_db"] = quality(model, documents.batches(arguments.steps * documents.per_step + HELD_OUT, 64)[0])
-            if isinstance(documents, Language):
-                results["best_loss"] = documents.best_loss(arguments.steps * documents.per_step, HELD_OUT)
-    for mode in modes[1:]:
-        results[mode] |= {f"{name}_relative": results[mode][name] / results["off"][name] - 1 for name in ("held_out", "last_steps")}
-    for mode in modes:
-        print(f"{mode:10}", "  ".join(f"{name} {value:+.3%}" if name.endswith("relative") else f"{name} {value:.5g}"
-                                      for name, value in results[mode].items()))  # fmt: skip
-    for kind, value in results["sqnr_db"].items():
-        print(f"{kind:60} {value:.2%}" if kind.startswith("routes") else f"{kind:60} {value:.1f} dB")
-    return results
+        documents, exact = DOCUMENTS[arguments.documents](seed, ranks.device), None
+        for mode in ["off", *(mode for mode in arguments.modes if mode != "off")]:  # the first is what the others are compared with
+            model, figures = train(mode, seed, arguments, documents, ranks)
+            exact = figures if exact is None else exact
+            relative = "  ".join(f"{name} {figures[name] / exact[name] - 1:+.3%}" for name in ("held_out", "last_steps"))
+            print(f"seed {seed}, {mode:10} ", "  ".join(f"{name} {value:.5g}" for name, value in figures.items()), " relative:", relative, flush=True)
+            if mode == "off":
+                figures["sqnr_db"] = quality(model, documents.batches(arguments.steps * documents.per_step + HELD_OUT, 64)[0])
+                if isinstance(documents, Language):
+                    figures["best_loss"] = documents.best_loss(arguments.steps * documents.per_step, HELD_OUT)
+                for kind, value in figures["sqnr_db"].items():
+                    print(f"{kind:60} {value:.2%}" if kind.startswith("routes") else f"{kind:60} {value:.1f} dB", flush=True)
+            if arguments.json:
+                settings = {name: getattr(arguments, name) for name in ("documents", "steps", "lr", "device")}
+                with arguments.json.open("a") as file:
+                    file.write(json.dumps({"seed": seed, "mode": mode, **settings, "torch": torch.__version__, **figures}) + "\n")
 
 
 if __name__ == "__main__":
