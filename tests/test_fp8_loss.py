@@ -1,0 +1,57 @@
+"""The language and the statistics by which FP8 is compared with no FP8."""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+from fp8_language import LENGTH, TOPICS, VOCABULARY, Language  # noqa: E402
+from fp8_loss import interval, summary  # noqa: E402
+
+
+def test_documents_follow_the_tables_and_do_not_depend_on_who_asks():
+    language = Language(3, torch.device("cpu"))
+    ids = language.documents(0, 400)
+    assert ids.shape == (400, LENGTH + 1) and np.array_equal(language.documents(17, 2), ids[17:19])
+    # Over all topics, what follows a token has the mean of the chances; 25,600 draws leave a standard error of 0.003 in each of the 64.
+    chances = np.zeros(VOCABULARY)
+    for tilt in language.tilts:
+        for token, count in zip(*np.unique(ids[:, :-1], return_counts=True), strict=True):
+            e = np.exp(language.pairs[token] + tilt)
+            chances += count * e / e.sum() / TOPICS
+    seen = np.bincount(ids[:, 1:].flatten(), minlength=VOCABULARY)
+    assert np.abs(seen - chances).max() / ids[:, 1:].size < 0.015  # 400 topics drawn of 8
+
+
+def test_the_best_loss_is_that_of_the_whole_documents_probability():
+    language = Language(0, torch.device("cpu"))
+    total = 0.0
+    for row in language.documents(5, 3):
+        chances = []
+        for tilt in language.tilts:
+            logits = torch.from_numpy(language.pairs[row[:-1]] + tilt)
+            chances.append(float(logits.log_softmax(-1).gather(1, torch.from_numpy(row[1:, None])).sum()))
+        total -= float(torch.tensor(chances, dtype=torch.float64).logsumexp(0)) - math.log(TOPICS)
+    assert language.best_loss(5, 3) == pytest.approx(total / (3 * LENGTH), rel=1e-12)
+
+
+def test_the_interval_is_students():
+    # n = 4, from a table of the distribution: 3.182 times the standard error
+    mean, error, half = interval([1.0, 2.0, 3.0, 6.0])
+    assert (mean, error) == (3.0, pytest.approx(math.sqrt(14 / 3 / 4))) and half == pytest.approx(3.182 * error)
+    with pytest.raises(ValueError, match="1 values, wanted 2 to 12"):
+        interval([1.0])
+
+
+def test_a_pair_is_two_runs_of_one_seed():
+    rows = [{"mode": mode, "seed": seed, "held_out": loss, "last_steps": 2 * loss}
+            for seed in (0, 1, 2) for mode, loss in (("off", 2.0 + seed), ("disturbed", 2.0 + seed), ("dgrad", (2.0 + seed) * 1.001),
+                                                     ("wgrad", (2.0 + seed) * (1.01 if seed else 0.99)))]  # fmt: skip
+    found = summary([*rows, {"mode": "off", "seed": 3, "held_out": 1.0, "last_steps": 1.0}])
+    assert found["disturbed, held_out"]["values"] == [0.0, 0.0, 0.0] and found["dgrad, last_steps"]["mean"] == pytest.approx(0.001)
+    assert found["dgrad, held_out"]["within"] and not found["wgrad, held_out"]["within"]
