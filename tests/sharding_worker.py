@@ -33,9 +33,7 @@ MODELS = {
     "qwen2, untied": ModelConfig(**SHAPE, architecture="qwen2", tie_word_embeddings=False, initializer_range=0.2),
     "deepseek_v3": FAMILIES["deepseek_v3"],
 }
-MODELS["deepseek_v3, fp8"] = MODELS["deepseek_v3"]
-MODELS["deepseek_v3, mtp"] = MODELS["deepseek_v3"].model_copy(update={"num_nextn_predict_layers": 1})
-MODELS["deepseek_v3, fp8, mtp"] = MODELS["deepseek_v3, mtp"]
+MODELS["deepseek_v3, fp8, mtp"] = MODELS["deepseek_v3"].model_copy(update={"num_nextn_predict_layers": 1})
 # Adam divides by |g|, which turns the last bits of a small gradient into the first of an update; a large eps does not.
 OPTIMIZERS = {
     "adamw": OptimizerConfig(lr=1e-2, eps=1e-2, weight_decay=0.1, grad_clip=0.5, warmup_steps=0),
@@ -132,16 +130,13 @@ def cases(world: int) -> dict[str, tuple]:
         "fsdp, sparse": (("deepseek_v3", "adamw"), 48, {"shard": 0}),
         "fsdp, sparse, recomputed": (("deepseek_v3", "adamw"), 48, {"shard": 0, "activation_checkpointing": True}),
     }
-    sparse, experts = ("deepseek_v3", "adamw"), min(world, 2)
-    found |= {
-        "experts": (sparse, 48, {"expert": experts}),
-        "experts, fsdp, recomputed": (sparse, 48, {"expert": experts, "shard": 0, "activation_checkpointing": True}),
-        "fsdp, mtp, recomputed": (("deepseek_v3, mtp", "adamw"), 48, {"shard": 0, "activation_checkpointing": True}),
-        "fsdp, fp8": (("deepseek_v3, fp8", "adamw"), 48, {"shard": 0}),
-        "experts, fp8, mtp": (("deepseek_v3, fp8, mtp", "adamw"), 48, {"expert": experts}),
-    }
+    sparse, ahead = ("deepseek_v3", "adamw"), ("deepseek_v3, fp8, mtp", "adamw")
+    found["fsdp, fp8, mtp, recomputed"] = ahead, 48, {"shard": 0, "activation_checkpointing": True}
+    if world > 1:
+        found["experts, fsdp, recomputed"] = sparse, 48, {"expert": 2, "shard": 0, "activation_checkpointing": True}
+        found["experts, fp8, mtp"] = ahead, 48, {"expert": 2}
     if world == 4:
-        found |= {"hsdp": (qwen3, 48, {"shard": 2}), "hsdp, one batch": (qwen3, 1000, {"shard": 2})}
+        found |= {"hsdp": (qwen3, 48, {"shard": 2}), "hsdp, one batch": (qwen3, 1000, {"shard": 2}), "experts": (sparse, 48, {"expert": 2})}
     return found
 
 
