@@ -64,10 +64,10 @@ class PrefillAttention:
         """blocks (T, 1), slots (T,) int32: where each token's key and value go; slot -1 = nowhere.  max_seqlen: the longest sequence."""
         self.cache, self.cu_seqlens, self.max_seqlen, self.blocks, self.slots = cache, cu_seqlens, max_seqlen, blocks, slots
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, window: int | None = None) -> Tensor:
         q, k = rotation(q, k)
         kv_append(k, v, self.cache.keys[layer], self.cache.values[layer], self.blocks, self.slots)
-        return attention(q, k, v, self.cu_seqlens, max_seqlen=self.max_seqlen)
+        return attention(q, k, v, self.cu_seqlens, max_seqlen=self.max_seqlen, window=window)
 
     def latent(self, layer: int, x: Latent) -> Tensor:
         append_latent(self.cache, layer, x, self.blocks, self.slots)
@@ -105,11 +105,12 @@ class ContinuedAttention:
             slab = slice(first, end if end < num_tokens else len(positions))
             self.slabs.append((slab, self.positions[slab] + 1, int(positions[slab].max()) + 1, groups, prefixes))
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, window: int | None = None) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         q = qkv_append(q, k, v, rotation.cos, rotation.sin, keys, values, self.block_table, self.positions, **rotation.norm)
         return joined([
-            paged_attention(q[rows], keys, values, self.block_table[rows], lengths, max_seq_len=longest, group_offsets=groups, prefix_lens=prefixes)
+            paged_attention(q[rows], keys, values, self.block_table[rows], lengths, max_seq_len=longest, group_offsets=groups, prefix_lens=prefixes,
+                            window=window)
             for rows, lengths, longest, groups, prefixes in self.slabs
         ])  # fmt: skip
 
@@ -150,14 +151,14 @@ class DecodeAttention:
         if shared is not None:
             self.group_table, self.group_lens = block_table.index_select(0, shared.order), self.seq_lens.index_select(0, shared.order)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, window: int | None = None) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         q = qkv_append(q, k, v, rotation.cos, rotation.sin, keys, values, self.block_table, self.positions, **rotation.norm)
         if self.shared is None:
-            return paged_attention(q, keys, values, self.block_table, self.seq_lens, max_seq_len=self.max_seq_len)
+            return paged_attention(q, keys, values, self.block_table, self.seq_lens, max_seq_len=self.max_seq_len, window=window)
         s = self.shared
         out = paged_attention(q.index_select(0, s.order), keys, values, self.group_table, self.group_lens, max_seq_len=self.max_seq_len,
-                              group_offsets=s.group_offsets, prefix_lens=s.prefix_lens)  # fmt: skip
+                              group_offsets=s.group_offsets, prefix_lens=s.prefix_lens, window=window)  # fmt: skip
         return out.index_select(0, s.inverse)
 
     def latent(self, layer: int, x: Latent) -> Tensor:

@@ -1,4 +1,4 @@
-"""A pre-norm decoder (Llama 3, Qwen2/2.5, Qwen3, Qwen3-MoE, DeepSeek-V3) whose one forward serves training, prefill, decode and scoring.
+"""A pre-norm decoder (Llama 3, Mistral, Qwen2/2.5, Qwen3, Qwen3-MoE, DeepSeek-V3) whose one forward serves training, prefill, decode and scoring.
 
 The forward knows nothing of batches: tokens are packed, and `attend(layer, q, k, v)` is where the callers differ - packed causal attention
 in training (`PackedAttention`), a KV cache in generation (`kv_cache`), which rotates in the launch that writes the cache.  So there is no second
@@ -47,8 +47,11 @@ class Rotation:
 
 
 class Attend(Protocol):
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        """Take q (T, H, d), k and v (T, K, d) of one layer, not rotated yet; return the attention output (T, H, d)."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, window: int | None = None) -> Tensor:
+        """Take q (T, H, d), k and v (T, K, d) of one layer, not rotated yet; return the attention output (T, H, d).
+
+        window: given where the layer has a sliding window, as in `attention`.
+        """
 
     def latent(self, layer: int, x: Latent) -> Tensor:
         """The same of multi-head latent attention, rotated already; return (T, H, v)."""
@@ -62,16 +65,17 @@ class PackedAttention:
         self.cu_seqlens_k = cu_seqlens if shared is None else shared.cu_seqlens
         self.max_seqlen = longest_of(self.cu_seqlens_k) if cu_seqlens.is_cuda else None  # once, and not in each layer
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        return self.attention(*rotation(q, k), v)
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, window: int | None = None) -> Tensor:
+        return self.attention(*rotation(q, k), v, window=window)
 
     def latent(self, layer: int, x: Latent) -> Tensor:
         return packed_latent(x, self.attention)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, window: int | None = None) -> Tensor:
         if self.shared is not None:
             k, v = self.shared(k), self.shared(v)
-        return attention(q, k, v, self.cu_seqlens, cu_seqlens_k=self.cu_seqlens_k, scale=scale, max_seqlen=self.max_seqlen)
+        lengths = {"cu_seqlens_k": self.cu_seqlens_k, "max_seqlen": self.max_seqlen}
+        return attention(q, k, v, self.cu_seqlens, scale=scale, window=window, **lengths)
 
 
 def packed_latent(x: Latent, attend: Callable[..., Tensor]) -> Tensor:
@@ -90,6 +94,8 @@ class DecoderLayer(nn.Module):
         D, d, F = config.hidden_size, config.width_per_head, config.intermediate_size
         qwen3 = config.architecture in ("qwen3", "qwen3_moe")
         self.index = index
+        window = config.window_of(index)
+        self.window = {} if window is None else {"window": window}
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, d
         self.input_norm = RMSNorm(D, config.rms_norm_eps)
         self.mla = LatentAttention(config, index) if config.latent else None
@@ -121,7 +127,7 @@ class DecoderLayer(nn.Module):
         T, H, K, d = x.shape[0], self.num_heads, self.num_kv_heads, self.head_dim
         q, k, v = self.qkv_proj(x).view(T, H + 2 * K, d).split((H, K, K), dim=1)
         norm = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps} if self.qk_norm else {}
-        attended = attend(self.index, q, k, v, Rotation(cos, sin, norm))
+        attended = attend(self.index, q, k, v, Rotation(cos, sin, norm), **self.window)
         return self.o_proj(attended.reshape(T, H * d))
 
 

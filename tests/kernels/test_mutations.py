@@ -29,11 +29,11 @@ class Bug:
 
     @property
     def interpreted(self) -> bool:
-        return self.tests.endswith("_triton.py")
+        return self.tests.endswith("_triton.py") or self.tests == WINDOW
 
 
 GRPO, LINEAR = "test_grpo_loss_triton.py", "test_linear_logprob_triton.py"
-SAMPLE = "test_sample_triton.py"
+SAMPLE, WINDOW = "test_sample_triton.py", "test_sliding_window.py"
 PAGED, PACKED, PRODUCT = "test_paged_attention_triton.py", "test_attention_triton.py", "test_linear_triton.py"
 FP8, GROUPED, FP8_GROUPED = "test_fp8_quantize_triton.py", "test_grouped_gemm_triton.py", "test_fp8_grouped_gemm_triton.py"
 ROUTE, PERMUTE = "test_moe_route_triton.py", "test_moe_permute_triton.py"
@@ -145,6 +145,12 @@ BUGS = [
     Bug("unused slots not cleaned", "paged_attention.py", "            values[:, :, short:].masked_fill_(behind[..., None], 0)\n", "",
         "test_paged_attention.py"),
     Bug("off-by-one slot", "kv_append.py", "positions % block_size\n", "(positions + 1) % block_size\n", "test_kv_append.py"),
+    # sliding windows
+    Bug("off-by-one window", "paged_attention_triton.py", "(lens - 1 - keys).to(tl.uint32) < WINDOW",
+        "(lens - 1 - keys).to(tl.uint32) <= WINDOW", WINDOW),
+    Bug("last queries of a key left out", "attention_triton.py", "first + BN - 1 + WINDOW - before", "first + WINDOW - before", WINDOW),
+    Bug("first chunk left out", "paged_attention_triton.py", "first = tl.maximum(length - WINDOW, 0) // CHUNK",
+        "first = (tl.maximum(length - WINDOW, 0) + CHUNK - 1) // CHUNK", WINDOW),
     # strict mode, linear, attention
     Bug("strict mode not asked", "_dispatch.py", "candidate.strict != strict", "False", "test_dispatch.py"),
     Bug("a backend by name in strict mode", "_dispatch.py", "if reason is None and strict and", "if False and", "test_dispatch.py"),
@@ -155,7 +161,8 @@ BUGS = [
     Bug("gradient of the first token alone", "linear_triton.py", "dy.sum(0) if need_bias", "dy[0] if need_bias", PRODUCT),
     Bug("chunk of another size", "attention_triton.py", "if start % CHUNK == 0", "if start % (2 * CHUNK) == 0", PACKED),
     Bug("unweighted merge", "attention_triton.py", "return M, L * old + l * new,", "return M, L + l,", PACKED),
-    Bug("a key of the future", "attention_triton.py", "(keys[:, None] <= position[None, :])", "(keys[:, None] <= position[None, :] + 1)", PACKED),
+    Bug("a key of the future", "attention_triton.py", "visible(keys[:, None], position[None, :] + 1,",
+        "visible(keys[:, None], position[None, :] + 2,", PACKED),
     Bug("off-by-one segment", "attention_triton.py", "// ROWS + s <= index", "// ROWS + s < index + (s == 0)", PACKED),
     Bug("gradient without its projection", "attention_triton.py", " - delta[None, :])", ")", PACKED),
     Bug("missing scale", "attention_triton.py", "dk * (factor * LN2)", "dk", PACKED),
