@@ -18,6 +18,8 @@ MODELS = {
                  intermediate_size=344, initializer_range=0.1),
     "Qwen3-0.6B": dict(architecture="qwen3", vocab_size=151936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
                        num_key_value_heads=8, head_dim=128, intermediate_size=3072, rope_theta=1e6, max_position_embeddings=40960),
+    "Qwen2.5-0.5B": dict(architecture="qwen2", vocab_size=151936, hidden_size=896, num_hidden_layers=24, num_attention_heads=14,
+                         num_key_value_heads=2, intermediate_size=4864, rope_theta=1e6, max_position_embeddings=32768),
     "Qwen2.5-7B": dict(architecture="qwen2", vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
                        num_key_value_heads=4, intermediate_size=18944, rope_theta=1e6, max_position_embeddings=32768, tie_word_embeddings=False),
 }  # fmt: skip
