@@ -2,14 +2,11 @@
 
 import itertools
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from athanor.kernels import attention, empty_kv_cache, paged_attention, strict_mode
-from athanor.kernels._cpu import native
 from athanor.kernels.paged_attention import CHUNK
 
 nan = torch.nan
@@ -236,14 +233,3 @@ def test_flash_on_the_gpu_errs_no_more_than_the_textbook(window, within_rule, ge
         pytest.skip(str(error))
     for a, b, c in zip(got, *plain_and_oracle(leaves, lengths, window, dout), strict=True):
         within_rule(a, b, c)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ["avx2", "base"])
-def test_lesser_instruction_sets_keep_the_same_promises(isa):
-    if isa == "avx2" and native().isa() == "base":
-        pytest.skip("this machine has no AVX2")
-    code = f"import pytest, sys; from athanor.kernels._cpu import native; assert native().isa() == {isa!r}; sys.exit(pytest.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", __file__, "-k", "on_a_cpu or cpu"]
-    done = subprocess.run(command, env=os.environ | {"ATHANOR_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
