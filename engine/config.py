@@ -349,6 +349,9 @@ class ParallelConfig(Config):
     shard: int = Field(1, ge=0)
     """Ranks that one copy of parameters, gradients and optimizer state is split over (FSDP); 1 = every rank holds all of it, 0 = all ranks.  With
     fewer than all, the copies are kept equal (HSDP)."""
+    context: int = Field(1, ge=1)
+    """Ranks that train on the same packed micro-batches, each on a part of their tokens, so that a sequence may be as many times as long; 1 = every
+    rank has micro-batches of its own.  It must divide the ranks and every model's query heads."""
     reshard_after_forward: bool = True
     """Gather a layer's parameters again for its backward instead of keeping them (ZeRO-3 instead of ZeRO-2)."""
     activation_checkpointing: bool = False
@@ -360,6 +363,8 @@ class ParallelConfig(Config):
     def _split(self):
         if self.offload and self.shard == 1:
             raise ValueError("offload is true, which takes split parameters; wanted shard other than 1")
+        if self.context > 1 and getattr(self, "tensor", 1) > 1:
+            raise ValueError(f"context is {self.context} and tensor is {self.tensor}, both of which split the heads; wanted 1 for one of them")
         return self
 
 
@@ -451,6 +456,14 @@ class RecipeConfig(Config):
             if getattr(stage, "mtp_loss", 0):  # that layer runs outside of the forward that gathers
                 wanted = "wanted shard = 1, which multi-token prediction takes"
                 raise ValueError(f"stages.{name}.mtp_loss is {stage.mtp_loss} and parallel.shard is {self.parallel.shard}; {wanted}")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_heads(self):
+        for name, model in self.models.items():
+            if model.num_attention_heads % self.parallel.context:
+                wanted = f"wanted a divisor of models.{name}.num_attention_heads = {model.num_attention_heads}"
+                raise ValueError(f"parallel.context is {self.parallel.context}, {wanted}")
         return self
 
     def folder(self, reference: str) -> str:

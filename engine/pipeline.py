@@ -61,7 +61,7 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
     whole, recipe = recipe, up_to(recipe)
     deadlines_s = {name.removesuffix("_s"): seconds for name, seconds in recipe.deadlines.model_dump().items()}
     # The process group's own timeout comes after the watchdog, which can say more.
-    ranks = Ranks(recipe.device, recipe.threads, timeout_s=deadlines_s["collective"] + watchdog.GRACE_S)
+    ranks = Ranks(recipe.device, recipe.threads, timeout_s=deadlines_s["collective"] + watchdog.GRACE_S, context=recipe.parallel.context)
     shard_size(recipe.parallel, ranks)
     run_dir = Path(recipe.run_root) / recipe.name
     console = Console(len(recipe.stages) + len(recipe.evaluation.stages))

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from athanor.config import ParallelConfig
+from athanor.context_parallel import context_parallel_
 from athanor.errors import UserError
 from athanor.model.moe import Routes
 from athanor.model.transformer import Decoder, DecoderLayer
@@ -43,8 +44,11 @@ def parallelize_(model: nn.Module, config: ParallelConfig, ranks: Ranks) -> nn.M
     """Apply what the configuration asks for to a model that every rank has whole, in place; without effect for the defaults.
 
     Frozen models keep their type; of others, parameters narrower than fp32 become fp32.  A model on the CPU goes to the ranks' device layer by layer.
-    Make the optimizer afterwards.  Raises UserError for a shard size that does not divide the ranks.
+    Make the optimizer afterwards.  Raises UserError for a shard size that does not divide the ranks, or heads that context ranks do not divide.
     """
+    assert config.context == ranks.context.world, "the ranks were made for another recipe"
+    if config.context > 1:
+        context_parallel_(model, ranks)
     layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
     if config.activation_checkpointing:
         for layer in layers:

@@ -27,6 +27,9 @@ MODELS = {
     "qwen3": ModelConfig(**SHAPE, initializer_range=0.2),
     "qwen2, untied": ModelConfig(**SHAPE, architecture="qwen2", tie_word_embeddings=False, initializer_range=0.2),
     "deepseek_v3": FAMILIES["deepseek_v3"],
+    "qwen3_moe": FAMILIES["qwen3_moe"],
+    "qwen3, four heads": ModelConfig(**SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}, initializer_range=0.2),
+    "qwen2, six heads": ModelConfig(**SHAPE | {"num_attention_heads": 6, "num_key_value_heads": 3}, architecture="qwen2", initializer_range=0.2),
 }
 # Adam divides by |g|, which turns the last bits of a small gradient into the first of an update; a large eps does not.
 OPTIMIZERS = {
@@ -55,9 +58,9 @@ def train(ranks: Ranks, model, optimizer, steps, tokens: int) -> list[tuple[floa
     config, figures = TrainConfig(balance_loss=0.01), []
     for step in steps:
         prompts, completions = sequences(step, tokens)
-        mine = ranks.share(list(range(9)))
+        mine = ranks.data.share(list(range(9)))
         batches = packed_batches(model, ranks, [prompts[i] for i in mine], [completions[i] for i in mine], tokens)
-        num_targets = ranks.sum_int(sum(b.num_targets for b in batches))
+        num_targets = ranks.data.sum_int(sum(b.num_targets for b in batches))
         balance = RouterBalance(model, config, ranks)
         metrics = cross_entropy_step(model, optimizer, batches, num_targets, 1e-2, balance)
         figures.append((metrics["loss"], metrics["grad_norm"]))

@@ -26,12 +26,12 @@ from athanor.model.moe import MixtureOfExperts, Routes
 __all__ = ["ROW_STEP", "Attend", "Decoder", "DecoderLayer", "PackedAttention", "Rotation", "fill_rows", "fill_tokens", "rope_frequencies"]
 
 
-def fill_tokens(input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fill_tokens(input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, step: int = ROW_STEP) -> tuple[Tensor, Tensor, Tensor]:
     """A packed batch with a filler sequence behind it, where one is needed for whole row steps."""
-    filled = fill_rows(input_ids)
+    filled = fill_rows(input_ids, step=step)
     if len(filled) == len(input_ids):
         return input_ids, positions, cu_seqlens
-    return filled, fill_rows(positions), torch.cat((cu_seqlens, cu_seqlens.new_full((1,), len(filled))))
+    return filled, fill_rows(positions, step=step), torch.cat((cu_seqlens, cu_seqlens.new_full((1,), len(filled))))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ def as_data(plan: Plan, name: str) -> dict:
         "ranks": plan.cluster.world,
         "fits": plan.fits,
         "parallel": {
-            "shard": layout.shard, "replicate": layout.replicate, "tensor": layout.tensor, "expert": layout.expert,
+            "shard": layout.shard, "replicate": layout.replicate, "context": layout.context, "tensor": layout.tensor, "expert": layout.expert,
             "activation_checkpointing": layout.activation_checkpointing,
         },
         "micro_batch_tokens": plan.training.micro_batch_tokens,
@@ -50,10 +50,10 @@ def as_text(plan: Plan, name: str) -> str:
         f"{c.nodes} x {c.gpus_per_node} {c.gpu}: {c.flops / 1e12:.4g} TFLOP/s, {c.memory / GB:.3g} GB at {c.memory_bandwidth / GB:.4g} GB/s, "
         f"{c.intra / GB:.3g} GB/s in a node, {c.inter / GB:.3g} GB/s between  ({c.source})",
         "",
-        f"[parallel]  shard = {layout.shard}  replicate = {layout.replicate}  tensor = {layout.tensor}  expert = {layout.expert}  "
-        f"activation_checkpointing = {str(layout.activation_checkpointing).lower()}",
+        f"[parallel]  shard = {layout.shard}  replicate = {layout.replicate}  context = {layout.context}  tensor = {layout.tensor}  "
+        f"expert = {layout.expert}  activation_checkpointing = {str(layout.activation_checkpointing).lower()}",
         f"update      {plan.training.micro_batches} micro-batch{'es' if plan.training.micro_batches > 1 else ''} of up to "
-        f"{plan.training.micro_batch_tokens} tokens per rank",
+        f"{plan.training.micro_batch_tokens} tokens per {f'{layout.context} ranks' if layout.context > 1 else 'rank'}",
     ]
     tables = [("training", plan.training.memory)]
     planned = [("tensor", layout.tensor), ("expert", layout.expert)]

@@ -96,6 +96,8 @@ class LayoutConfig(Config):
     """Tensor parallel ranks."""
     expert: int = Field(0, ge=0)
     """Expert parallel ranks, out of those of shard x tensor."""
+    context: int = Field(0, ge=0)
+    """Context parallel ranks, out of those of shard x replicate."""
     activation_checkpointing: bool | None = None
     """Keep only the layers' inputs for the backward."""
     rollout_tensor: int = Field(0, ge=0)

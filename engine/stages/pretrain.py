@@ -56,9 +56,9 @@ def _train(context: StageContext, config: PretrainConfig, loop: TrainingLoop, ro
     for step, metrics in loop.steps(end, ("loss", "grad_norm")):
         prompts, texts = _documents(context, config, step)
         batches = packed_batches(loop.model, context.ranks, prompts, texts, config.micro_batch_tokens)
-        num_targets = context.ranks.sum_int(sum(b.num_targets for b in batches))
+        num_targets = context.ranks.data.sum_int(sum(b.num_targets for b in batches))
         lr = learning_rate(config.optimizer, step - start, end - start, peak)
-        balance = RouterBalance(loop.model, config, context.ranks)
+        balance = RouterBalance(loop.model, config, context.ranks.data)
         metrics |= cross_entropy_step(loop.model, loop.optimizer, batches, num_targets, lr, balance, config.mtp_loss)
         applied = loop.applied(metrics["grad_norm"], metrics["loss"], lambda batches=batches: {"batches": batches})
         metrics |= {"lr": lr, "tokens": num_targets, **balance.finish(applied)}
@@ -70,7 +70,7 @@ def _documents(context: StageContext, config: PretrainConfig, step: int) -> tupl
     weights = np.array([entry.weight for entry in config.corpus])
     chosen = rng.choice(len(weights), size=config.docs_per_step, p=weights / weights.sum())
     pairs = [context.tasks[config.corpus[c].task].corpus(step * config.docs_per_step + i) for i, c in enumerate(chosen)]
-    pairs = context.ranks.share(pairs)
+    pairs = context.ranks.data.share(pairs)
     eos = [context.tokenizer.eos_id]
     texts = [np.array(ids + eos, np.int64) for ids in context.tokenizer.encode_batch([text for _, text in pairs])]
     prompts = [np.array(context.tokenizer.encode_prompt(prompt), np.int64) for prompt, _ in pairs]

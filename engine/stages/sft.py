@@ -40,12 +40,12 @@ def fit(context: StageContext, config: SFTConfig | DistillConfig, model: Decoder
             if epoch not in orders:
                 orders = {epoch: np.random.default_rng(derive_seed(context.recipe.seed, context.name, epoch)).permutation(n)}
             chosen.append(int(orders[epoch][at]))
-        chosen = context.ranks.share(chosen, [work_of(len(prompts[i]) + len(completions[i]), model.config.hidden_size) for i in chosen])
+        chosen = context.ranks.data.share(chosen, [work_of(len(prompts[i]) + len(completions[i]), model.config.hidden_size) for i in chosen])
         texts = [prompts[i] for i in chosen], [completions[i] for i in chosen]
         batches = packed_batches(model, context.ranks, *texts, config.micro_batch_tokens)
-        num_targets = context.ranks.sum_int(sum(b.num_targets for b in batches))
+        num_targets = context.ranks.data.sum_int(sum(b.num_targets for b in batches))
         lr = learning_rate(config.optimizer, step, config.steps)
-        balance = RouterBalance(model, config, context.ranks)
+        balance = RouterBalance(model, config, context.ranks.data)
         measured = cross_entropy_step(model, loop.optimizer, batches, num_targets, lr, balance, config.mtp_loss)
         applied = loop.applied(measured["grad_norm"], measured["loss"], lambda batches=batches: {"batches": batches})
         loss = measured["loss"] if applied else loss

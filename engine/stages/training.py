@@ -12,6 +12,7 @@ from athanor import preemption, watchdog
 from athanor.batch import PackedBatch, empty_batch, pack
 from athanor.checkpoint import load_latest_state, save_state
 from athanor.config import TrainConfig
+from athanor.context_parallel import part_of
 from athanor.errors import UserError
 from athanor.kernels import LogProbs, linear_logprob
 from athanor.kernels.logprob import IGNORE
@@ -118,17 +119,21 @@ def completion_logprobs(
 
 
 def _hidden(model: Decoder, batch: PackedBatch, routes: Routes | None) -> Tensor:
-    input_ids, positions, cu_seqlens = fill_tokens(batch.input_ids, batch.positions, batch.cu_seqlens)
+    """The hidden states of the batch's rows, filler included; with context parallelism of this rank's part of them."""
+    part = part_of(model, len(batch.input_ids))
+    input_ids, positions, cu_seqlens = fill_tokens(batch.input_ids, batch.positions, batch.cu_seqlens, part.step)
     shared = None if batch.shared is None else batch.shared.filled(len(input_ids))
-    return model(input_ids, positions, PackedAttention(cu_seqlens, shared), routes)
+    return model(part.rows(input_ids), part.rows(positions), part.attend(PackedAttention(cu_seqlens, shared)), routes)
 
 
 def _scored(model: Decoder, batch: PackedBatch, hidden: Tensor, temperature: float = 1.0, support: tuple[Tensor, Tensor] | None = None) -> LogProbs:
-    rows, targets = fill_rows(hidden[batch.loss_rows]), fill_rows(batch.targets, IGNORE)
+    part = part_of(model, len(batch.input_ids))
+    own, rows = part.own(batch.loss_rows)
     if support is not None:
-        support = fill_rows(support[0], -torch.inf), fill_rows(support[1])
-    logps, entropy = linear_logprob(rows, model.lm_head_weight, targets, temperature=temperature, support=support)[:2]
-    return LogProbs(logps[: batch.num_targets], entropy[: batch.num_targets])
+        support = fill_rows(support[0][own], -torch.inf), fill_rows(support[1][own])
+    targets = fill_rows(batch.targets[own], IGNORE)
+    scored = linear_logprob(fill_rows(hidden[rows]), model.lm_head_weight, targets, temperature=temperature, support=support)[:2]
+    return LogProbs(*(part.joined(values[: len(rows)], own, batch.num_targets) for values in scored))
 
 
 def mtp_logprobs(model: Decoder, batch: PackedBatch, hidden: Tensor, routes: Routes | None = None) -> Tensor:
@@ -136,12 +141,16 @@ def mtp_logprobs(model: Decoder, batch: PackedBatch, hidden: Tensor, routes: Rou
 
     hidden: the forward's, filler included.  M leaves out tokens whose sequence has nothing two tokens before.
     """
-    input_ids, positions, cu_seqlens = fill_tokens(batch.input_ids, batch.positions, batch.cu_seqlens)
+    part = part_of(model, len(batch.input_ids))
+    input_ids, positions, cu_seqlens = fill_tokens(batch.input_ids, batch.positions, batch.cu_seqlens, part.step)
     # A sequence's last input is followed by its last target, which nothing trained reads here: row t - 1 predicts what follows row t.
-    ahead = model.look_ahead(hidden, input_ids.roll(-1), positions, PackedAttention(cu_seqlens), routes)
+    attend = part.attend(PackedAttention(cu_seqlens))
+    ahead = model.look_ahead(hidden, part.rows(input_ids.roll(-1)), part.rows(positions), attend, routes)
     later = batch.positions[batch.loss_rows] > 0
-    rows, targets = batch.loss_rows[later] - 1, batch.targets[later]
-    return linear_logprob(fill_rows(ahead[rows]), model.lm_head_weight, fill_rows(targets, IGNORE))[0][: len(rows)]
+    before, targets = batch.loss_rows[later] - 1, batch.targets[later]
+    own, rows = part.own(before)
+    logps = linear_logprob(fill_rows(ahead[rows]), model.lm_head_weight, fill_rows(targets[own], IGNORE))[0]
+    return part.joined(logps[: len(rows)], own, len(before))
 
 
 def optimizer_step(optimizer: Optimizer, batches: list, loss_of: Callable[..., Tensor], lr: float) -> tuple[float, float]:
@@ -185,6 +194,6 @@ def cross_entropy_step(
 
     loss, norm = optimizer_step(optimizer, batches, loss_of, lr)
     values = torch.stack((torch.tensor(loss, dtype=torch.float64, device=ahead.device) - mtp_loss * ahead, ahead))
-    optimizer.ranks.sum_(values)
+    optimizer.ranks.data.sum_(values)
     metrics = {"loss": float(values[0]), "grad_norm": norm}
     return metrics | {"mtp_loss": float(values[1])} if mtp_loss else metrics
