@@ -64,7 +64,8 @@ class Ranks:
     """The process group seen by the engine; `world == 1` needs no process group at all.
 
     context: the ranks that train on the same micro-batches as this one, which are `context` neighbours; data: one of each such group, those with this
-    rank's place in it, or these ranks themselves.  Both are Ranks over a part of the processes.  UserError for a number that does not divide the ranks.
+    rank's place in it, or these ranks themselves.  Both are Ranks over a part of the processes.  Raises UserError for a context that does not divide
+    the ranks.
     """
 
     group: dist.ProcessGroup | None = None  # None = of all ranks

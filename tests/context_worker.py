@@ -66,7 +66,7 @@ def steps(ranks: Ranks, kinds: list[str]) -> dict[str, dict]:
     for kind in kinds:
         model = split(ranks, MTP)
         batches = pack(*texts(kind), 1000) if ranks.data.rank == 0 else []
-        optimizer, balance = Optimizer(model, OptimizerConfig(lr=1e-3), ranks), RouterBalance(model, TrainConfig(balance_loss=0.5), ranks)
+        optimizer, balance = Optimizer(model, OptimizerConfig(lr=1e-3), ranks), RouterBalance(model, TrainConfig(balance_loss=0.5), ranks.data)
         figures = cross_entropy_step(model, optimizer, batches, sum(c for _, c in LENGTHS[kind]), 1e-3, balance, 0.3)
         found[kind] = {"gradients": gradients_of(model), "figures": figures | balance.finish()}
     model = RewardModel(random_decoder(MODELS["qwen3, four heads"]))

@@ -61,7 +61,7 @@ def train(ranks: Ranks, model, optimizer, steps, tokens: int) -> list[tuple[floa
         mine = ranks.data.share(list(range(9)))
         batches = packed_batches(model, ranks, [prompts[i] for i in mine], [completions[i] for i in mine], tokens)
         num_targets = ranks.data.sum_int(sum(b.num_targets for b in batches))
-        balance = RouterBalance(model, config, ranks)
+        balance = RouterBalance(model, config, ranks.data)
         metrics = cross_entropy_step(model, optimizer, batches, num_targets, 1e-2, balance)
         figures.append((metrics["loss"], metrics["grad_norm"]))
         balance.finish()

@@ -14,9 +14,10 @@ from athanor.parallel import Ranks
 
 
 class RouterBalance:
-    """Made for one step on ranks that have micro-batches of their own: `routes` goes into each training forward, `loss` is added to what it trains, `finish` follows the optimizer's step."""
+    """Made for one step: `routes` goes into each training forward, `loss` is added to what it trains, `finish` follows the optimizer's step."""
 
     def __init__(self, model: Decoder, config: TrainConfig, ranks: Ranks):
+        """ranks: with micro-batches of their own, `Ranks.data`."""
         self.model, self.ranks, self.rate, self.alpha = model, ranks, config.router_bias_rate, config.balance_loss
         self.routers = routers(model)
         self.counts: Tensor | None = None  # (layers, E) fp64
