@@ -85,7 +85,8 @@ def compare_with_one_process(everywhere: list[dict], alone: dict) -> None:
                     # In a second update the weights have already another last bit.
                     limit = 1e-6 if context_worker.UPDATES.get(name, ((), (), {}))[2].get("updates_per_rollout", 1) == 1 else 3e-6
                     assert distance(case["gradients"], wanted["gradients"]) < limit, (rank, size, name)
-                    assert case["figures"] == pytest.approx(wanted["figures"], rel=1e-6, abs=1e-9), (rank, size, name)
+                    # abs: kl_old is a difference of log-probs that all but cancel.
+                    assert case["figures"] == pytest.approx(wanted["figures"], rel=1e-6, abs=1e-8), (rank, size, name)
             for name, case in found.get("training", {}).items():
                 wanted = alone["training"][name.replace("hsdp", "fsdp")]
                 assert distance(case["gradients"], wanted["gradients"]) < 1e-6 > distance(case["weights"], wanted["weights"]), (rank, size, name)
