@@ -1,20 +1,20 @@
 """Context parallelism (DeepSpeed-Ulysses, arXiv 2309.14509): N ranks train on the same packed micro-batches, each on a part of their tokens.
 
-A batch is filled up to whole row steps for each of the N ranks, and rank r has the r-th N-th of its rows.  All that works token by token (embedding,
-norms, projections, SwiGLU, routers, experts, head and loss) knows of nothing.  Around attention the ranks trade: queries, keys and values of some
-tokens and all heads for those of all tokens and H/N heads, and the results back.  So what a layer keeps, and every product, is an N-th of a rank's,
-whatever the lengths of the packed sequences are; and what is computed for a token has the bits of one process where no row depends on its
-neighbours, which a CPU in fp32 promises.
+A batch is filled up to whole row steps for each of the N ranks, and rank r has the r-th N-th of its rows.  What works token by token (embedding,
+norms, projections, SwiGLU, routers, experts, head) is as it was, on fewer rows.  Around attention the ranks trade: queries, keys and values of some
+tokens and all H heads for those of all tokens and H/N heads, and the results back.  So every product and what a layer keeps falls N-fold, whatever
+the lengths of the packed sequences, but for attention's results, which are kept before and after they travel.  What is computed for a token has the
+bits of one process where no row depends on its neighbours, as on a CPU in fp32.
 
 Key heads that N ranks cannot divide evenly are copied as often as needed (with one key head, every rank has all keys); the one latent of multi-head
 latent attention is such a head.  That part of the memory falls less than N-fold.
 
 Log-probs and entropies, two numbers per token, are put together again on all N ranks, which compute the same loss of the whole batch; each goes
-back from its own rows.  The gradients of all ranks are summed anyway, and give that of one process.  So do the balance losses of a mixture
-of experts, whose loads are summed over the ranks.
+back from its own rows.  The gradients of all ranks are summed anyway, and give that of one process.  Likewise the balance loss of a mixture of
+experts: loads and scores of a sequence are summed over the ranks first.
 
 Applied from outside (`sharding.parallelize_`): the model is told its ranks, and who runs it over packed batches asks `part_of` which rows to take.
-Sampling knows of nothing.  Left out: more ranks than query heads (ring attention), hiding the exchange behind arithmetic.
+Sampling does not ask.  Left out: more ranks than query heads (ring attention), hiding the exchange behind arithmetic.
 """
 
 from math import gcd
