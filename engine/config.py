@@ -413,6 +413,9 @@ class RecipeConfig(Config):
     failed_save: Literal["stop", "go_on"] = "stop"
     """When a training state cannot be written (disk full): stop, or warn and go on to the next one.  The last good state stays in any case; a line of
     metrics or a finished model that cannot be written ends the run."""
+    background_save: bool = False
+    """Write training states while the run goes on, from a copy in CPU memory (one of each rank's share of the state).  The run waits for a state
+    before the next one and at the end of a stage; a kill in between costs one more interval."""
     deadlines: DeadlineConfig = DeadlineConfig()
     """When a run counts as hung."""
     tokenizer: TokenizerConfig = TokenizerConfig()

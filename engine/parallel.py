@@ -4,6 +4,7 @@ Work is split by index (rank r takes items r, r + world, ...) or by size, gradie
 ranks, so N ranks give the gradients of one.
 """
 
+import copy
 import datetime
 import functools
 import heapq
@@ -61,6 +62,8 @@ class Ranks:
 
     def __init__(self, device: str = "auto", threads: int = 0, timeout_s: float = 600.0):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.group: dist.ProcessGroup | None = None  # None = the process group of the job
+        self.timeout = datetime.timedelta(seconds=timeout_s)
         local = int(os.environ.get("LOCAL_RANK", 0))
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if device == "cuda" and not torch.cuda.is_available():
@@ -72,11 +75,18 @@ class Ranks:
         # Ranks that share cores and spin on each other's threads are 20-100 times slower: each gets its own share.
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
         if self.world > 1 and not dist.is_initialized():
-            timeout = datetime.timedelta(seconds=timeout_s)
-            store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+            store, rank, world = next(dist.rendezvous("env://", timeout=self.timeout))
             # gloo too: scalars, and state that is kept in CPU memory, are summed where they are.
             backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-            dist.init_process_group(backend, store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=world, timeout=timeout)
+            dist.init_process_group(backend, store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=world, timeout=self.timeout)
+
+    def twin(self) -> "Ranks":
+        """The same ranks in a process group of their own, over gloo: what a second thread exchanges does not meet what this one does."""
+        twin = copy.copy(self)
+        twin.device = torch.device("cpu")
+        if self.world > 1:
+            twin.group = dist.new_group(backend="gloo", timeout=self.timeout)
+        return twin
 
     @property
     def is_main(self) -> bool:
@@ -93,19 +103,19 @@ class Ranks:
         """Sum tensors over ranks in place."""
         if self.world > 1:
             for tensor in tensors:
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=self.group)
 
     @collective
     def max_(self, tensor: Tensor) -> None:
         if self.world > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
 
     @collective
     def sum_int(self, value: int) -> int:
         if self.world == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.group)
         return int(tensor)
 
     @collective
@@ -113,7 +123,7 @@ class Ranks:
         if self.world == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return int(tensor)
 
     @collective
@@ -122,7 +132,7 @@ class Ranks:
         if self.world == 1 or not parameters:
             return
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=self.group)
         for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = grad.view_as(parameter)
 
@@ -132,7 +142,7 @@ class Ranks:
         if self.world == 1:
             return items
         parts: list = [None] * self.world
-        dist.all_gather_object(parts, items)
+        dist.all_gather_object(parts, items, group=self.group)
         longest = max(len(part) for part in parts)
         return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
@@ -142,7 +152,7 @@ class Ranks:
         if self.world == 1:
             return items, 0
         parts: list = [None] * self.world
-        dist.all_gather_object(parts, items)
+        dist.all_gather_object(parts, items, group=self.group)
         return [item for part in parts for item in part], sum(len(part) for part in parts[: self.rank])
 
     @collective
@@ -153,10 +163,10 @@ class Ranks:
         data = [pickle.dumps(items) for items in outgoing]
         sizes = torch.tensor([len(d) for d in data])
         received = torch.empty_like(sizes)
-        dist.all_to_all_single(received, sizes)
+        dist.all_to_all_single(received, sizes, group=self.group)
         incoming = torch.empty(int(received.sum()), dtype=torch.uint8)
         payload = torch.frombuffer(bytearray(b"".join(data)), dtype=torch.uint8)
-        dist.all_to_all_single(incoming, payload, received.tolist(), sizes.tolist())
+        dist.all_to_all_single(incoming, payload, received.tolist(), sizes.tolist(), group=self.group)
         return [pickle.loads(part.numpy().tobytes()) for part in incoming.split(received.tolist())]
 
     @collective
@@ -165,13 +175,13 @@ class Ranks:
         if self.world == 1:
             return item
         box = [item]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     @collective
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     @collective
     def close(self) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from athanor import preemption, watchdog
 from athanor.atomic import write_file
+from athanor.checkpoint import StateWriter
 from athanor.config import GRPOConfig, RecipeConfig
 from athanor.console import Console
 from athanor.errors import UserError
@@ -45,7 +46,7 @@ from athanor.transcripts import write_page
 from athanor.weights import load_model
 
 LOCATION_KEYS = (
-    "name", "run_root", "reuse", "until", "threads", "max_rows", "report_notes", "parallel", "failed_save", "deadlines", "loggers", "downloads",
+    "name", "run_root", "reuse", "until", "threads", "max_rows", "report_notes", "parallel", "failed_save", "background_save", "deadlines", "loggers", "downloads",
 )  # fmt: skip
 RESULT_KEYS = ("pass@1", "pass@1_t1", "mean_tokens", "reflection_rate", "format_rate", "language_consistency")
 
@@ -69,7 +70,11 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
     ranks.barrier()
     guard = watchdog.Watchdog(deadlines_s, ranks.rank, ranks.world)
     try:
-        with strict_mode(recipe.strict), MetricsWriter(run_dir, loggers=recipe.loggers, config=config_data(whole)) as metrics:
+        with (
+            strict_mode(recipe.strict),
+            MetricsWriter(run_dir, loggers=recipe.loggers, config=config_data(whole)) as metrics,
+            StateWriter(ranks, background=recipe.background_save) as states,
+        ):
             manifest = Manifest(run_dir, seed=recipe.seed)
             if ranks.is_main:
                 manifest.declare([*whole.stages, *(f"evaluate.{name}" for name in whole.evaluation.stages)])
@@ -77,7 +82,7 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
             tokenizer = build_tokenizer(recipe, tasks)
             for name in recipe.stages:
                 _leave_if_asked(ranks, name)
-                _run_stage(name, recipe, run_dir, ranks, tokenizer, tasks, metrics, console, manifest)
+                _run_stage(name, recipe, run_dir, ranks, tokenizer, tasks, metrics, console, manifest, states)
             for name in recipe.evaluation.stages:
                 _leave_if_asked(ranks, f"evaluate.{name}")
                 _evaluate_stage(name, recipe, run_dir, ranks, tokenizer, tasks, console, manifest)
@@ -270,7 +275,9 @@ def _tasks_of(stage) -> list[str]:
     return [*mixes, *gate, *references, *([stage.task] if hasattr(stage, "task") else [])]
 
 
-def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenizer, tasks, metrics, console: Console, manifest: Manifest) -> None:
+def _run_stage(
+    name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenizer, tasks, metrics, console: Console, manifest: Manifest, states: StateWriter
+) -> None:
     stage = recipe.stages[name]
     used = {task: recipe.tasks[task].model_dump() for task in sorted(set(_tasks_of(stage)))}
     shape = recipe.models[stage.model].model_dump() if stage.kind == "pretrain" else None
@@ -291,7 +298,7 @@ def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenize
             resumes = manifest.begin(name, key, inputs)
             decision = "resume" if resumes else "run"
     decision = ranks.broadcast(decision)
-    context = StageContext(name, stage, recipe, run_dir, ranks, tokenizer, tasks, metrics, console)
+    context = StageContext(name, stage, recipe, run_dir, ranks, tokenizer, tasks, metrics, console, states=states)
     if decision not in ("run", "resume"):
         if ranks.is_main:
             context.discard_state()  # of a process that died between the last two lines of this function
@@ -305,6 +312,7 @@ def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenize
     ranks.barrier()
     torch.manual_seed(recipe.seed)
     result = importlib.import_module(f"athanor.stages.{stage.kind}").run(context, stage)
+    states.release()
     if ranks.is_main:
         metrics.flush()
         manifest.finish(name, result["outputs"], result["metrics"], time.perf_counter() - start, gates=result.get("gates"))

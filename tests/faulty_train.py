@@ -21,6 +21,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -32,7 +33,7 @@ where = {"stage": "", "step": 0}
 def plant(fault: dict) -> None:
     """Wrap the function that the fault names."""
     owner, name = find(fault["at"])
-    real, calls, depth = getattr(owner, name), 0, 0
+    real, calls, here = getattr(owner, name), 0, threading.local()
     wanted = fault["call"] if isinstance(fault["call"], list) else [fault["call"]]
     if "inside" in fault:
         place = find(fault["inside"])
@@ -40,21 +41,20 @@ def plant(fault: dict) -> None:
 
         @functools.wraps(outer)
         def entered(*args, **kwargs):
-            nonlocal depth
-            depth += 1
+            here.depth = getattr(here, "depth", 0) + 1
             try:
                 return outer(*args, **kwargs)
             finally:
-                depth -= 1
+                here.depth -= 1
 
         setattr(*place, entered)
 
     @functools.wraps(real)
     def faulty(*args, **kwargs):
         nonlocal calls
-        here = fault.get("stage", where["stage"]) == where["stage"] and ("inside" not in fault or depth > 0)
-        calls += here
-        strikes = here and calls in wanted and fault.get("rank", RANK) == RANK
+        counts = fault.get("stage", where["stage"]) == where["stage"] and ("inside" not in fault or getattr(here, "depth", 0) > 0)
+        calls += counts
+        strikes = counts and calls in wanted and fault.get("rank", RANK) == RANK
         if strikes and not fault.get("after") and fault["do"] != "nan":
             strike(fault["do"])
         result = real(*args, **kwargs)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from athanor import watchdog
-from athanor.checkpoint import export_model
+from athanor.checkpoint import StateWriter, export_model
 from athanor.config import RecipeConfig, StageConfig
 from athanor.console import Console
 from athanor.errors import UserError
@@ -33,6 +33,8 @@ class StageContext:
     console: Console
     on_save: object = None
     """Called with no arguments after each resumable state."""
+    states: StateWriter | None = None
+    """Writes them; None = one after the other, while the stage waits."""
 
     @property
     def checkpoint_dir(self) -> Path:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from athanor import preemption, watchdog
 from athanor.batch import PackedBatch, empty_batch, pack
-from athanor.checkpoint import load_latest_state, save_state
+from athanor.checkpoint import StateWriter, load_latest_state
 from athanor.config import TrainConfig
 from athanor.errors import UserError
 from athanor.kernels import LogProbs, linear_logprob
@@ -41,6 +41,8 @@ class TrainingLoop:
         self.next_step = 0
         self.stopped = False  # set by the stage: this step is the last
         self._save_now = False
+        self._saving: int | None = None  # the step of the state that is being written
+        self.states = context.states or StateWriter(context.ranks)
         state = load_latest_state(context.state_dir, model, self.optimizer, context.ranks)
         if state is not None:
             self.extra, self.next_step = state.extra, state.step
@@ -48,20 +50,35 @@ class TrainingLoop:
         self.saved_step = self.next_step
 
     def save(self) -> None:
-        """Save the state after `next_step` finished steps; all ranks call it.  When that fails, stop or go on as the recipe says."""
-        context, failure = self.context, ""
+        """Save the state after `next_step` finished steps; all ranks call it.  When that fails, stop or go on as the recipe says.
+
+        In the background, it is copied here and written while the run goes on; what becomes of it shows in a later call of `settle`.
+        """
+        context = self.context
+        self.settle()
         if context.ranks.is_main:
             context.metrics.flush()
+        self._saving = self.next_step
         with watchdog.phase("checkpoint", f"state after step {self.next_step}"):
+            self.states.save(context.state_dir, self.next_step, self.model, self.optimizer, self.extra, keep=self.config.keep_states)
+        if not self.states.background:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until the last state is written, and judge how that ended; all ranks call it."""
+        if self._saving is None:
+            return
+        (step, self._saving), context, failure = (self._saving, None), self.context, ""
+        with watchdog.phase("checkpoint", f"state after step {step}"):
             try:
-                save_state(context.state_dir, self.next_step, self.model, self.optimizer, self.extra, context.ranks, keep=self.config.keep_states)
+                self.states.wait()
                 if context.ranks.is_main and context.on_save:
                     context.on_save()
             except (UserError, OSError) as error:
                 failure = str(error)
             failure = next(filter(None, context.ranks.concatenate([failure])[0]), "")
         if not failure:
-            self.saved_step = self.next_step
+            self.saved_step = step
             return
         last = f"the last good state is that after step {self.saved_step}" if self.saved_step else "there is no earlier state of the stage"
         if context.recipe.failed_save == "stop":
@@ -86,8 +103,11 @@ class TrainingLoop:
                 if leaving or self._save_now or self.next_step % self.config.save_every == 0:
                     self.save()
                     self._save_now = False
+                if self._saving is not None and (leaving or self.context.ranks.sum_int(int(self.states.failed))):
+                    self.settle()
                 if leaving:
                     preemption.stop(self.context.ranks, f"after step {self.next_step} of {self.context.name}, saved up to step {self.saved_step}")
+        self.settle()
 
     def applied(self, norm: float, loss: float, replay: Callable[[], dict]) -> bool:
         """Whether an update with this gradient norm was applied.  If not, count it and keep what `replay` gives, the origin of its loss."""
