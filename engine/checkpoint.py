@@ -3,7 +3,8 @@
     FOLDER/step-00000010/   shard-*.safetensors (of each writing rank), extra.json, checksums.json (SHA-256 of the others)
 
 A state is written under a hidden name, flushed to the disk and renamed, so a step folder is complete; the checksums catch what is damaged later.
-The last states are kept: when the newest is damaged, the one before takes its place.
+The last states are kept: when the newest is damaged, the one before takes its place.  What a state's extra["best"] names by its step is kept, too,
+and best.json beside the states is that entry of the newest.
 Tensors go through torch.distributed.checkpoint: a rank writes the rows that it holds, and a state is read by any number of ranks, split or not.
 The folder must be one that all ranks see.
 
@@ -37,6 +38,7 @@ from athanor.sharding import is_sharded
 from athanor.tokenizer import Tokenizer
 
 NUM_KEPT = 2
+BEST_NAME = "best.json"
 
 
 @dataclass(frozen=True)
@@ -165,15 +167,26 @@ def write_state(folder: Path, step: int, tensors: dict[str, Tensor], extra: str,
         (tmp / "extra.json").write_text(extra, encoding="utf-8")
         digests["extra.json"] = _sha256(tmp / "extra.json")
         (tmp / "checksums.json").write_text(json.dumps({"step": step, "sha256": digests}, indent=1), encoding="utf-8")
+    if best := json.loads(extra).get("best"):
+        atomic.write_file(folder / BEST_NAME, json.dumps(best | {"state": f"step-{best['step']:08d}"}) + "\n")
     # The new state is in place, so whatever still has a hidden name is a dead writer's.
     for hidden in folder.glob(".step-*"):
         shutil.rmtree(hidden)
-    steps = _steps(folder)
-    for number in [s for s in steps if s > step] + [s for s in steps if s <= step][:-keep]:
+    last = [s for s in _steps(folder) if s <= step][-keep:]
+    kept = {*last, *(_best_step(folder / f"step-{s:08d}") for s in last)}
+    for number in set(_steps(folder)) - kept:
         dropped = folder / f".step-{number:08d}.removed"
         os.rename(folder / f"step-{number:08d}", dropped)
         shutil.rmtree(dropped)
     return path
+
+
+def _best_step(path: Path) -> int | None:
+    """The step that a state names as the best so far."""
+    try:
+        return (json.loads((path / "extra.json").read_text(encoding="utf-8")).get("best") or {}).get("step")
+    except (OSError, ValueError):  # damaged: found and named when it is read
+        return None
 
 
 def _digests(tmp: Path, ranks: Ranks, split: bool) -> dict[str, str]:
@@ -190,16 +203,20 @@ def _digests(tmp: Path, ranks: Ranks, split: bool) -> dict[str, str]:
     return {name: digest for own, _ in parts for name, digest in own.items()}
 
 
-def load_latest_state(folder: str | Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> State | None:
+def load_latest_state(
+    folder: str | Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks, *, step: int | None = None
+) -> State | None:
     """Restore model and optimizer from the newest undamaged state; None, and nothing is changed, when there is none.  Every rank calls it.
 
+    step: from that of this step alone.
     A damaged state is named on stderr and passed over, never read.  Raises UserError when a whole one is of another model or optimizer.
     """
     folder = Path(folder)
     if ranks.is_main:
         for aside in folder.glob(".step-*.old"):
             atomic.recover(folder / aside.name[1:].removesuffix(".old"))
-    for step in ranks.broadcast(sorted(_steps(folder), reverse=True) if ranks.is_main else None):
+    steps = [s for s in sorted(_steps(folder), reverse=True) if step in (None, s)] if ranks.is_main else None
+    for step in ranks.broadcast(steps):
         path = folder / f"step-{step:08d}"
         reasons = [reason for reason in ranks.concatenate([_damage(path, step, ranks)])[0] if reason]
         if not reasons:

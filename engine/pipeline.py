@@ -8,6 +8,7 @@ import importlib
 import json
 import platform
 import resource
+import shutil
 import time
 from collections.abc import Container
 from pathlib import Path
@@ -37,7 +38,7 @@ from athanor.rewards.verdicts import Comparison
 from athanor.run_folder import open_run_folder
 from athanor.samples import in_domain
 from athanor.sharding import shard_size
-from athanor.stages import grpo, reward_model
+from athanor.stages import grpo, reward_model, validation
 from athanor.stages.context import StageContext, checkpoint_dir, data_source
 from athanor.stages.evaluate import evaluate
 from athanor.tasks import make_task, require_answers
@@ -46,7 +47,8 @@ from athanor.transcripts import write_page
 from athanor.weights import load_model
 
 LOCATION_KEYS = (
-    "name", "run_root", "reuse", "until", "threads", "max_rows", "report_notes", "parallel", "failed_save", "background_save", "deadlines", "loggers", "downloads",
+    "name", "run_root", "reuse", "until", "threads", "max_rows", "report_notes", "parallel", "failed_save", "background_save", "deadlines", "loggers",
+    "downloads",
 )  # fmt: skip
 RESULT_KEYS = ("pass@1", "pass@1_t1", "mean_tokens", "reflection_rate", "format_rate", "language_consistency")
 
@@ -60,7 +62,7 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
     tasks = build_tasks(recipe)
     check(recipe, tasks)
     whole, recipe = recipe, up_to(recipe)
-    deadlines_s = {name.removesuffix("_s"): seconds for name, seconds in recipe.deadlines.model_dump().items()}
+    deadlines_s = recipe.deadlines.by_phase()
     # The process group's own timeout comes after the watchdog, which can say more.
     ranks = Ranks(recipe.device, recipe.threads, timeout_s=deadlines_s["collective"] + watchdog.GRACE_S)
     shard_size(recipe.parallel, ranks)
@@ -211,6 +213,8 @@ def check(recipe: RecipeConfig, tasks: dict) -> None:
             if tasks[stage.task] is not None and not any(hasattr(tasks[stage.task], power) for power in powers):
                 wanted = f"objective {stage.objective!r} wants a task with {' or '.join(powers)}"
                 raise UserError(f"{where}.task: {stage.task!r} offers no verdicts of that kind, {wanted}")
+        if getattr(stage, "validation", None) and tasks[stage.validation.task] is not None:
+            validation.check(f"{where}.validation", stage.validation, tasks[stage.validation.task])
         _check_models(where, stage, recipe)
         earlier.append(name)
     _check_models("evaluation", recipe.evaluation, recipe)
@@ -272,7 +276,8 @@ def _tasks_of(stage) -> list[str]:
     mixes = [entry.task for field in ("corpus", "prompts", "written") for entry in getattr(stage, field, [])]
     gate = [stage.gate.task] if getattr(stage, "gate", None) else []
     references = [name for name in getattr(stage, "decontaminate", []) if not Path(name).is_file()]
-    return [*mixes, *gate, *references, *([stage.task] if hasattr(stage, "task") else [])]
+    looks = [stage.validation.task] if getattr(stage, "validation", None) else []
+    return [*mixes, *gate, *looks, *references, *([stage.task] if hasattr(stage, "task") else [])]
 
 
 def _run_stage(
@@ -308,6 +313,7 @@ def _run_stage(
     context.on_save = lambda: manifest.record_wall(name, time.perf_counter() - start)
     if decision == "run" and ranks.is_main:
         context.discard_state()
+        shutil.rmtree(context.best_dir, ignore_errors=True)
         metrics.rewind(name, -1)
     ranks.barrier()
     torch.manual_seed(recipe.seed)

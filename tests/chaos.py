@@ -2,8 +2,9 @@
 
 A micro recipe with all kinds of stages is killed (SIGKILL) at every point of POINTS, resumed by the same command, and compared with a run that
 nothing interrupted: tokens and log-probs of all samples, weights and optimizer state after every update, metrics lines without times, data, exported
-models, evaluations and the last line of stdout, bit for bit (--background: the killed runs write their states in the background).  The points are spread over three runs, each of which is killed at a third of them; what
-a process did is compared as soon as it is dead.  Prints a table and ends with 1 when anything differs.
+models, evaluations and the last line of stdout, bit for bit.  The points are spread over three runs, each of which is killed at a third of them; what
+a process did is compared as soon as it is dead.  --background: the killed runs write their states in the background.  Prints a table and ends with 1
+when anything differs.
 """
 
 import argparse

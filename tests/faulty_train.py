@@ -7,6 +7,7 @@ function, in which alone calls are counted; rank; after, strike when the call ha
   kill   SIGKILL to this process            exit   leave at once with status 13
   hang   wait forever                       term   SIGTERM to this process
   full   OSError, no space left on device   nan    NaN in place of the log-probs that the call returns
+  slow   a second later
 Processes that torchrun started anew have no faults.
 
 A trace: FOLDER/trace.RANK.jsonl, [key, SHA-256] of every group of samples (tokens and log-probs) and, after every update, of weights and
@@ -85,6 +86,8 @@ def strike(action: str) -> None:
         os._exit(13)
     elif action == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    elif action == "slow":
+        time.sleep(1)
     while action == "hang":
         time.sleep(1)
 

@@ -41,6 +41,11 @@ class StageContext:
         return checkpoint_dir(self.run_dir, self.name)
 
     @property
+    def best_dir(self) -> Path:
+        """The best model by the stage's validation, and best.json, which says of which step it is."""
+        return self.checkpoint_dir.with_name(f"{self.name}.best")
+
+    @property
     def state_dir(self) -> Path:
         """Resumable training states; removed when the stage is done."""
         return self.run_dir / "checkpoints" / f"{self.name}.partial"
