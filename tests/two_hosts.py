@@ -125,23 +125,24 @@ def whole(names: dict[str, str], folder: Path, launcher: str) -> dict:
 
 
 def with_a_lost_host(names: dict[str, str], folder: Path) -> dict:
-    """Lose host b in the middle of `zero`, give it back ten seconds later."""
+    """Lose host b in the middle of `zero`; give it back when host a has noticed."""
     processes = {host: launch(name, host, "c10d", folder) for host, name in names.items()}
     until(folder, '"zero", "step": 2', processes)
     ip("-n", names["b"], "link", "set", "eth0", "down")  # first, so that no connection is closed in order
     killed = kill(names["b"])
     processes.pop("b").wait(10)
     say(f"  zero has finished step 2: host b's link is down, its {killed} processes are killed")
-    time.sleep(10)
+    end = time.monotonic() + 120
+    while not (said := [line for line in (folder / "a.err").read_text().splitlines() if line.startswith("watchdog: ")]):
+        if time.monotonic() > end:
+            raise RuntimeError(f"host a has not noticed\n{tail(folder)}")
+        time.sleep(0.1)
+    say(f"  host a: {said[0]}")
+    time.sleep(5)
     ip("-n", names["b"], "link", "set", "eth0", "up")
     processes["b"] = launch(names["b"], "b", "c10d", folder)
     say("  host b is back, its torchrun is started again")
-    found = result(folder, processes)
-    for line in (folder / "a.err").read_text().splitlines():
-        if line.startswith("watchdog: ") or "Connection closed" in line or "[default] Worker group" in line:
-            say(f"  host a had said: {line[:200]}")
-            break
-    return found
+    return result(folder, processes)
 
 
 def main() -> int:
