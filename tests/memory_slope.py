@@ -1,9 +1,9 @@
 """Does memory grow over reinforcement learning:  python tests/memory_slope.py [--steps 200] [--plot FILE]
 
 One process trains a small model by GRPO on chains of two to eight terms, so that prompts, samples, micro-batches and KV blocks differ from step to
-step.  Of every step: the peak of resident memory (the kernel's high-water mark, set back before each step), what is resident when the freed memory is
-given back and bytes of all live tensors (both every fifth step), and the addresses of the KV pool.  The slope is that of a least-squares line over the steps behind the first
-quarter, times their number, as a share of the mean.  The last line on stdout is one JSON object.
+step.  Of every step: the peak of resident memory (the kernel's high-water mark, set back before each step) and the addresses of the KV pool; of every
+fifth: what is resident when the freed memory is given back, and bytes of all live tensors.  The slope is that of a least-squares line over the steps
+behind the first quarter, times their number, as a share of the mean.  The last line on stdout is one JSON object.
 """
 
 import argparse
@@ -27,7 +27,8 @@ PAGE, EVERY = 4096, 5
 OVERRIDES = {
     "stages.base.steps": 30, "stages.base.save_every": 100, "stages.zero.save_every": 10, "stages.zero.prompts_per_step": 8,
     "stages.zero.sampling.max_tokens": 64, "stages.zero.loss_overrides.reference_interval": 50, "until": "zero", "evaluation.stages": "[]",
-    "stages.zero.optimizer.lr": 1e-6, "tasks.chain.settings.max_terms": 8, "device": "cpu", "models.main.hidden_size": 32, "models.main.num_hidden_layers": 2,
+    "stages.zero.optimizer.lr": 1e-6, "tasks.chain.settings.max_terms": 8, "device": "cpu",
+    "models.main.hidden_size": 32, "models.main.num_hidden_layers": 2,
 }  # fmt: skip
 
 
