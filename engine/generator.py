@@ -193,4 +193,5 @@ class Generator:
             free = int(0.85 * torch.cuda.mem_get_info(self.device)[0])
         have = self.cache.num_blocks if self.cache else 0
         unit = 2 ** max(0, wanted.bit_length() - 4)
-        return max(1, min(-(-wanted // unit) * unit, have + free // (self.block_size * PagedKVCache.bytes_per_token(self.model.config, self.dtype, self.device))))
+        roomy = -(-wanted // unit) * unit
+        return max(1, min(roomy, have + free // (self.block_size * PagedKVCache.bytes_per_token(self.model.config, self.dtype, self.device))))

@@ -1,7 +1,7 @@
 """Does memory grow over reinforcement learning:  python tests/memory_slope.py [--steps 200] [--plot FILE]
 
 One process trains a small model by GRPO on chains of two to eight terms, so that prompts, samples, micro-batches and KV blocks differ from step to
-step.  Of every step: the peak of resident memory (the kernel's high-water mark, set back before each step) and the addresses of the KV pool; of every
+step.  Of every step: the peak of anonymous memory (the kernel's high-water mark, set back before each step) and the addresses of the KV pool; of every
 fifth: what is resident when the freed memory is given back, and bytes of all live tensors.  The slope is that of a least-squares line over the steps
 behind the first quarter, times their number, as a share of the mean.  The last line on stdout is one JSON object.
 """
@@ -23,7 +23,7 @@ from athanor.recipe_io import load_recipe
 from athanor.stages import grpo
 from athanor.stages.training import TrainingLoop
 
-PAGE, EVERY = 4096, 5
+EVERY = 5
 OVERRIDES = {
     "stages.base.steps": 30, "stages.base.save_every": 100, "stages.zero.save_every": 10, "stages.zero.prompts_per_step": 8,
     "stages.zero.sampling.max_tokens": 64, "stages.zero.loss_overrides.reference_interval": 50, "until": "zero", "evaluation.stages": "[]",
@@ -32,14 +32,20 @@ OVERRIDES = {
 }  # fmt: skip
 
 
+def status(name: str) -> int:
+    """Bytes of an entry of the kernel's account of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
 def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+    """Without pages of files, such as libraries, which come and go with what other processes do."""
+    return status("RssAnon")
 
 
 def peak() -> int:
-    """The high-water mark of resident memory since `forget_peak`."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    """The high-water mark of `resident` since `forget_peak`."""
+    return status("VmHWM") - status("RssFile") - status("RssShmem")
 
 
 def forget_peak() -> None:
