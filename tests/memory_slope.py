@@ -1,9 +1,9 @@
 """Does memory grow over reinforcement learning:  python tests/memory_slope.py [--steps 200] [--plot FILE]
 
 One process trains a small model by GRPO on chains of two to eight terms, so that prompts, samples, micro-batches and KV blocks differ from step to
-step.  Of every step: the peak of anonymous memory (the kernel's high-water mark, set back before each step) and the addresses of the KV pool; of every
-fifth: what is resident when the freed memory is given back, and bytes of all live tensors.  The slope is that of a least-squares line over the steps
-behind the first quarter, times their number, as a share of the mean.  The last line on stdout is one JSON object.
+step.  Of every step: the peak of anonymous memory (by the kernel's high-water mark, set back before each step) and the addresses of the KV pool; of
+every fifth: what is resident when the freed memory is given back, and bytes of all live tensors.  The slope is that of a least-squares line over the
+steps behind the first quarter, times their number, as a share of the mean.  The last line on stdout is one JSON object.
 """
 
 import argparse

@@ -33,6 +33,7 @@ LAUNCHERS = {
                           f"is_host={int(host == 'a')}", "--local-addr", HOSTS[host], "--max-restarts", "3"],
     "static": lambda host: ["--node-rank", str(list(HOSTS).index(host)), "--master-addr", HOSTS["a"], "--master-port", "29412"],
 }  # fmt: skip
+IP = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 begun = time.monotonic()
 
 
@@ -41,13 +42,13 @@ def say(text: str) -> None:
 
 
 def ip(*words: str) -> str:
-    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([IP, *words], check=True, capture_output=True, text=True).stdout
 
 
 def why_not() -> str:
     """Why there can be no two hosts here; empty when there can."""
-    if shutil.which("ip") is None:
-        return "no `ip` (iproute2) on the path"
+    if IP is None:
+        return "no `ip` here (iproute2)"
     if os.geteuid():
         return "network namespaces need root"
     try:
@@ -93,7 +94,7 @@ def launch(name: str, host: str, launcher: str, folder: Path) -> subprocess.Pope
     # A store of their own for each start of the ranks (athanor.parallel); gloo would ask for the name of the host, which both share.
     environment = chaos.environment(folder) | {"GLOO_SOCKET_IFNAME": "eth0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(folder / f"{host}.out", "a") as out, open(folder / f"{host}.err", "a") as err:
-        arguments = ["ip", "netns", "exec", name, sys.executable, *torchrun, *chaos.command(folder, 1, *WORDS)[1:]]
+        arguments = [IP, "netns", "exec", name, sys.executable, *torchrun, *chaos.command(folder, 1, *WORDS)[1:]]
         return subprocess.Popen(arguments, stdout=out, stderr=err, env=environment)
 
 
