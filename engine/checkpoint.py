@@ -23,7 +23,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -79,11 +78,9 @@ class StateWriter:
         if not (split or self.ranks.is_main):
             return
         if self._stager is None:
-            pinned = torch.cuda.is_available()
+            pinned = self.ranks.device.type == "cuda"
             self._stager = DefaultStager(StagingOptions(pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pinned))
-        tensors = self._stager.stage(_tensors(model, optimizer))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        tensors = self._stager.stage(_tensors(model, optimizer))  # waits for the device
         options = {"split": split, "keep": keep}
         self._thread = threading.Thread(target=self._write, args=(Path(folder), step, tensors, extra), kwargs=options, name="state writer")
         self._thread.start()
