@@ -22,7 +22,7 @@ def mapped_packages(folder: str, name: str) -> list[str]:
 setup(
     package_dir={"athanor": "engine", "athanor.kernels": "kernels", "athanor.kernels.csrc": "csrc/cuda"},
     packages=mapped_packages("engine", "athanor") + mapped_packages("kernels", "athanor.kernels") + ["athanor.kernels.csrc"],
-    package_data={"": ["*.toml", "*.json", "*.html", "*.j2"], "athanor.kernels.csrc": ["*.cu", "*.cuh"]},
+    package_data={"": ["*.toml", "*.json", "*.html", "*.j2", "*.sh", "*.sbatch", "*.yaml"], "athanor.kernels.csrc": ["*.cu", "*.cuh"]},
     ext_modules=[
         Pybind11Extension(
             "athanor._host",

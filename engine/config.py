@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from athanor.model_config import SPARSE, Config, ModelConfig
-from athanor.watch_config import DetectorConfig, TranscriptConfig
+from athanor.watch_config import DeadlineConfig, DetectorConfig, TranscriptConfig
 
 
 class OptimizerConfig(Config):
@@ -116,6 +116,25 @@ class RewardEntry(Config):
     """Settings of the reward."""
 
 
+class ValidationConfig(Config):
+    """A look at the validation split while a stage trains, and the best state by it."""
+
+    task: str
+    """Task whose validation problems are sampled; they have answers."""
+    every: int = Field(10, ge=1)
+    """Steps between two looks; the last step has one, too."""
+    num_problems: int = Field(64, ge=1)
+    """Problems, the same in every look."""
+    samples_per_problem: int = Field(4, ge=1)
+    """k of pass@1 and cons@k."""
+    sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
+    """How they are drawn."""
+    best: Literal["", "pass@1", "cons@k", "mean_tokens", "reflection_rate", "format_rate", "language_consistency", "truncated_rate"] = ""
+    """Metric by which the best state is kept beside the last ones; its model becomes checkpoints/STAGE.best.  Empty = none."""
+    mode: Literal["max", "min"] = "max"
+    """Whether more or less of it is better."""
+
+
 class StageConfig(Config):
     """What all stages share."""
 
@@ -164,6 +183,8 @@ class GateConfig(Config):
 class SupervisedConfig(TrainConfig):
     """What all stages that train on given texts share."""
 
+    validation: ValidationConfig | None = None
+    """Looks at a validation split in between."""
     mtp_loss: float = Field(0.0, ge=0)
     """Factor of the multi-token prediction loss, lambda (DeepSeek-V3: 0.3, then 0.1), for a model with num_nextn_predict_layers; 0 = that layer
     stays as it is."""
@@ -280,6 +301,8 @@ class GRPOConfig(TrainConfig):
     (on a CPU, and on CUDA in strict mode), where from 1e-5 on there is a warning, and no limit elsewhere."""
     control: Literal["none", "shuffle", "flip"] = "none"
     """Negative control: shuffle the advantages inside the batch, or flip their sign."""
+    validation: ValidationConfig | None = None
+    """Looks at a validation split in between."""
     detectors: DetectorConfig = DetectorConfig()
     """Warnings."""
     transcripts: TranscriptConfig = TranscriptConfig()
@@ -368,21 +391,6 @@ class ParallelConfig(Config):
         return self
 
 
-class DeadlineConfig(Config):
-    """Seconds after which a phase counts as hung: the process says where it is and ends with status 3; `torchrun --max-restarts` starts it again."""
-
-    rollout_s: float = Field(7200, gt=0)
-    """Sampling without one more finished sample."""
-    reward_s: float = Field(3600, gt=0)
-    """Judging the samples of a rollout, or as many at a time."""
-    update_s: float = Field(3600, gt=0)
-    """One optimizer step."""
-    checkpoint_s: float = Field(3600, gt=0)
-    """Writing a state or a finished model."""
-    collective_s: float = Field(7200, gt=0)
-    """Waiting for other ranks: at least as long as they may differ in the phases above."""
-
-
 class RecipeConfig(Config):
     """A whole run."""
 
@@ -418,6 +426,9 @@ class RecipeConfig(Config):
     failed_save: Literal["stop", "go_on"] = "stop"
     """When a training state cannot be written (disk full): stop, or warn and go on to the next one.  The last good state stays in any case; a line of
     metrics or a finished model that cannot be written ends the run."""
+    background_save: bool = False
+    """Write training states while the run goes on, from a copy in CPU memory (one of each rank's share of the state).  The run waits for a state
+    before the next one and at the end of a stage; a kill in between costs one more interval."""
     deadlines: DeadlineConfig = DeadlineConfig()
     """When a run counts as hung."""
     tokenizer: TokenizerConfig = TokenizerConfig()

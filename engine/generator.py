@@ -181,7 +181,10 @@ class Generator:
         return self.rows
 
     def pool_blocks(self, wanted: int) -> int:
-        """Blocks of the KV pool: `wanted` of them, or what kv_tokens or the memory allow."""
+        """Blocks of the KV pool: `wanted` of them and up to an eighth more, or what kv_tokens or the memory allow.
+
+        More, so that the pool stays where it is when a later step wants a little more than all before.
+        """
         if self.kv_tokens is not None:
             return max(1, self.kv_tokens // self.block_size)
         if self.device.type == "cpu":
@@ -189,4 +192,6 @@ class Generator:
         else:
             free = int(0.85 * torch.cuda.mem_get_info(self.device)[0])
         have = self.cache.num_blocks if self.cache else 0
-        return max(1, min(wanted, have + free // (self.block_size * PagedKVCache.bytes_per_token(self.model.config, self.dtype, self.device))))
+        unit = 2 ** max(0, wanted.bit_length() - 4)
+        roomy = -(-wanted // unit) * unit
+        return max(1, min(roomy, have + free // (self.block_size * PagedKVCache.bytes_per_token(self.model.config, self.dtype, self.device))))

@@ -74,6 +74,7 @@ class Ranks:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.world % context:
             raise UserError(f"parallel.context is {context}, wanted a divisor of the {self.world} ranks")
+        self.timeout = datetime.timedelta(seconds=timeout_s)
         local = int(os.environ.get("LOCAL_RANK", 0))
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if device == "cuda" and not torch.cuda.is_available():
@@ -85,16 +86,22 @@ class Ranks:
         # Ranks that share cores and spin on each other's threads are 20-100 times slower: each gets its own share.
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
         if self.world > 1 and not dist.is_initialized():
-            timeout = datetime.timedelta(seconds=timeout_s)
-            store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+            store, rank, world = next(dist.rendezvous("env://", timeout=self.timeout))
             # gloo too: scalars, and state that is kept in CPU memory, are summed where they are.
             backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-            dist.init_process_group(backend, store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=world, timeout=timeout)
+            dist.init_process_group(backend, store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=world, timeout=self.timeout)
         self.is_main = self.rank == 0
-        self.timeout = datetime.timedelta(seconds=timeout_s)
         groups = [list(range(first, first + context)) for first in range(0, self.world, context)]
         self.context = self._of(groups)
         self.data = self._of([list(peers) for peers in zip(*groups, strict=True)]) if context > 1 else self
+
+    def twin(self) -> "Ranks":
+        """The same ranks in a process group of their own, over gloo: what a second thread exchanges does not meet what this one does."""
+        twin = copy.copy(self)
+        twin.device = torch.device("cpu")
+        if self.world > 1:
+            twin.group = dist.new_group(backend="gloo", timeout=self.timeout)
+        return twin
 
     def _of(self, parts: list[list[int]]) -> "Ranks":
         """These ranks as the part sees them that this one is in; every rank makes all of them."""

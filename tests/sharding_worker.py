@@ -11,7 +11,7 @@ import torch
 from sparse_models import FAMILIES
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from athanor.checkpoint import load_latest_state, save_state
+from athanor.checkpoint import StateWriter, load_latest_state
 from athanor.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from athanor.model.transformer import Decoder
 from athanor.optim import Optimizer
@@ -115,14 +115,19 @@ def whole_state(model, optimizer) -> dict[str, torch.Tensor]:
     return state | {f"optimizer.{n}": whole(value, value.dtype).clone() for n, value in optimizer.state_tensors().items()}
 
 
-def save(ranks: Ranks, folder: Path, case: tuple, parallel: dict, dies: bool = False) -> dict[str, dict]:
-    """States after one and two steps, of which two are kept; the weights as a HuggingFace folder; and two steps more for comparison."""
+def save(ranks: Ranks, folder: Path, case: tuple, parallel: dict, *how: str) -> dict[str, dict]:
+    """States after one and two steps, of which two are kept; the weights as a HuggingFace folder; and two steps more for comparison.
+
+    how: "dies", the second rank in the second save; "background".
+    """
     model, optimizer = build(ranks, *case, **parallel)
+    states = StateWriter(ranks, background="background" in how)
     for step in range(2):
         train(ranks, model, optimizer, [step], 48)
-        if dies and step == 1 and ranks.rank == 1:
+        states.wait()
+        if "dies" in how and step == 1 and ranks.rank == 1:
             HuggingFaceStorageWriter.write_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        save_state(folder, step + 1, model, optimizer, {"step": step + 1}, ranks)
+        states.save(folder, step + 1, model, optimizer, {"step": step + 1})
     saved = whole_state(model, optimizer)
     if ranks.is_main:
         (folder / "hf").mkdir()
@@ -131,6 +136,7 @@ def save(ranks: Ranks, folder: Path, case: tuple, parallel: dict, dies: bool = F
         hand_over(model)
     ranks.barrier()
     train(ranks, model, optimizer, [2, 3], 48)
+    states.wait()
     return {"saved": saved, "later": whole_state(model, optimizer)}
 
 

@@ -22,8 +22,8 @@ FLOORS = {
     4: "chat cpu_graph decode generate generative_judge generator kv_cache prefill reward_models stops stream",
     5: "rollout sample_store transcript_log",
     6: "stages",
-    7: "__main__ adapters catalogue doctor dry_run evaluation evaluation_report pipeline planner published recipes report report_charts shapes "
-    "transcripts",
+    7: "__main__ adapters catalogue doctor dry_run evaluation evaluation_report launch pipeline planner published recipes report report_charts "
+    "shapes transcripts",
     8: "train",
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units.split()}

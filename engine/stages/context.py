@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from athanor import watchdog
-from athanor.checkpoint import export_model
+from athanor.checkpoint import StateWriter, export_model
 from athanor.config import RecipeConfig, StageConfig
 from athanor.console import Console
 from athanor.errors import UserError
@@ -33,10 +33,17 @@ class StageContext:
     console: Console
     on_save: object = None
     """Called with no arguments after each resumable state."""
+    states: StateWriter | None = None
+    """Writes them; None = one after the other, while the stage waits."""
 
     @property
     def checkpoint_dir(self) -> Path:
         return checkpoint_dir(self.run_dir, self.name)
+
+    @property
+    def best_dir(self) -> Path:
+        """The best model by the stage's validation, and best.json, which says of which step it is."""
+        return self.checkpoint_dir.with_name(f"{self.name}.best")
 
     @property
     def state_dir(self) -> Path:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from athanor import watchdog
 from athanor.config import EvaluationConfig, SamplingConfig
 from athanor.judging import score_groups, vote_groups
 from athanor.metrics_eval import REFLECTIVE_WORDS, evaluate_samples
@@ -67,7 +68,8 @@ def evaluate(
             continue
         answers = groups(task, max(n // 2, 1), 4, config.sampling, label)
         flat = [sample for group in answers for sample in group]
-        metrics[score] = float(np.mean(rewards[reward](flat)))
+        with watchdog.phase("reward"):
+            metrics[score] = float(np.mean(rewards[reward](flat)))
         metrics[f"{prefix}_format_rate"] = float(np.mean(make_reward("format")(flat, [s.problem for s in flat])))
         for name, measure in ((f"{prefix}_utility", "utility"), ("unsafe_rate", "unsafe")):  # what the task's own annotators know
             if hasattr(tasks[task], measure):

@@ -65,6 +65,7 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
     # On a CPU the trainer's bits are those of `sample` on logits.
     fused = context.ranks.device.type == "cuda" and not config.sampling.truncated
     weights = FullWeights(model)
+    loop.validate_on(weights)
     options = {"fused_sampling": fused, "record_routes": config.routing_replay == "rollout"}
     generator = rollout_generator(weights.model, context.tokenizer, context.recipe.max_rows, config.group_size, **options)
     trained = weights_hash(model) if context.recipe.verify_weights else None
@@ -102,7 +103,7 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
             context.export(reference, context.state_dir / loop.extra["reference"])
     measured = {"logp_gap_max": gap, "rl_steps": loop.next_step, "loss_formula": objective}
     measured |= {name: loop.extra[name] for name in ("reward_failures",) if name in loop.extra}
-    return {"metrics": measured, "outputs": {"checkpoint": context.export(model)}}
+    return {"metrics": measured, "outputs": loop.export()}
 
 
 def check(name: str, config: GRPOConfig) -> None:

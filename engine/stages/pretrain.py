@@ -26,6 +26,7 @@ def run(context: StageContext, config: PretrainConfig) -> dict:
         model = Decoder(shape).initialize_(derive_seed(context.recipe.seed, context.name, "init")).to(context.dtype)
         use_fp8_(model, context.recipe.fp8)
     loop = TrainingLoop(context, config, model)
+    loop.validate_on()
     rounds = loop.extra.setdefault("rounds", 0)
     while True:
         _train(context, config, loop, rounds)
@@ -45,7 +46,7 @@ def run(context: StageContext, config: PretrainConfig) -> dict:
         loop.extra["rounds"] = rounds
         context.console.note(f"{context.name}: competence {value:.3f} < {config.gate.threshold}, training on for {config.gate.extra_steps} steps")
         loop.save()
-    return {"metrics": {}, "gates": gates, "outputs": {"checkpoint": context.export(model)}}
+    return {"metrics": {}, "gates": gates, "outputs": loop.export()}
 
 
 def _train(context: StageContext, config: PretrainConfig, loop: TrainingLoop, rounds: int) -> None:
