@@ -69,6 +69,17 @@ class SamplingConfig(Config):
         return self
 
 
+class SpeculationConfig(Config):
+    """Self-speculative decoding: while few samples decode, tokens are drafted and checked several at a time.  The samples stay what they are."""
+
+    tokens: int = Field(0, ge=0, le=15)
+    """Drafts per sample and forward, k; 0 = off."""
+    draft: Literal["ngram", "mtp"] = "ngram"
+    """ngram: what followed the last tokens before, in the sample or in a sibling of its group; mtp: the model's layer for multi-token prediction."""
+    max_rows: int = Field(4, ge=1)
+    """Samples up to which it pays: more of them fill the machine without drafts."""
+
+
 class TokenizerConfig(Config):
     """Where the tokens come from."""
 
@@ -398,6 +409,8 @@ class RecipeConfig(Config):
     """CPU threads of one process; 0 = cores divided by the local ranks."""
     max_rows: int = Field(512, ge=1)
     """Sequences that decode at once."""
+    speculation: SpeculationConfig = SpeculationConfig()
+    """Drafts for the last samples of a rollout."""
     strict: bool = False
     """On CUDA, take kernels whose sums do not depend on the batch: sampled log-probs equal the trainer's bit for bit.  On a CPU they do anyway."""
     loggers: list[Literal["wandb", "trackio"]] = []
