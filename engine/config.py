@@ -410,7 +410,7 @@ class RecipeConfig(Config):
     max_rows: int = Field(512, ge=1)
     """Sequences that decode at once."""
     speculation: SpeculationConfig = SpeculationConfig()
-    """Drafts for the last samples of a rollout."""
+    """Drafts for the last samples of a rollout, of rejection sampling and of an evaluation."""
     strict: bool = False
     """On CUDA, take kernels whose sums do not depend on the batch: sampled log-probs equal the trainer's bit for bit.  On a CPU they do anyway."""
     loggers: list[Literal["wandb", "trackio"]] = []
@@ -452,6 +452,13 @@ class RecipeConfig(Config):
         folders = [stage.init for stage in self.stages.values() if getattr(stage, "init", "") not in ("", *self.stages)]
         if self.fp8 != "off" and self.models and not folders and all(model.architecture not in SPARSE for model in self.models.values()):
             raise ValueError(f"fp8 is {self.fp8}, wanted off: no model of the run has experts")
+        return self
+
+    @model_validator(mode="after")
+    def _drafts(self):
+        shapes = [model for name, model in self.models.items() if name not in self.checkpoints]
+        if self.speculation.tokens and self.speculation.draft == "mtp" and any(not model.num_nextn_predict_layers for model in shapes):
+            raise ValueError("speculation.draft is mtp, wanted ngram: not every model of the run has num_nextn_predict_layers")
         return self
 
     @model_validator(mode="after")

@@ -23,10 +23,10 @@ from athanor.cpu_graph import CpuGraph
 from athanor.kernels import Sampled, is_strict, linear, linear_logprob, linear_sample, sample
 from athanor.kernels._dispatch import requested_backend
 from athanor.kernels.paged_attention import CHUNK
-from athanor.kv_cache import DecodeAttention, PagedKVCache, SharedPrefix, to_device
+from athanor.kv_cache import DecodeAttention, DraftedAttention, PagedKVCache, SharedPrefix, to_device
 from athanor.model.moe import Routes
 from athanor.model.transformer import ROW_STEP, Decoder, fill_rows
-from athanor.speculation import Draft, MtpDraft, NgramDraft, Runs, drafted_attention
+from athanor.speculation import Draft, MtpDraft, NgramDraft, Runs
 
 RUNNING, HELD, LENGTH, STOP, REPETITION, ERROR = range(6)  # of `status`.  HELD: its prompt is not in the cache yet.  From STOP on: by what it drew
 DRAWN = ("last", "generated", "lengths", "streak", "status")  # what a step changes
@@ -112,6 +112,7 @@ class DecodeRows:
         self.slot = zeros(R)  # of the ring: each row's next
         self.ahead_of = torch.arange(self.width, device=self.device)  # tokens of one forward
         self.drafts, self.forwards = zeros(self.num_drafted, speculation.tokens), zeros(R)
+        self.runs: dict[int, Runs] = {}  # by number of rows
         self.draft: Draft | None = None
         if speculation.tokens:
             ngram = speculation.draft == "ngram"
@@ -171,9 +172,11 @@ class DecodeRows:
         start = perf_counter()
         self.slot.zero_()
         width = self.width if n <= self.speculation.max_rows else 1
+        n_run = n if width > 1 and self.on_cpu else min(row_bucket(n, self.on_cpu), self.capacity)
         if width > 1:
             self.forwards.zero_()
-        n_run = n if width > 1 and self.on_cpu else min(row_bucket(n, self.on_cpu), self.capacity)
+            if n_run not in self.runs:  # made here, so that no captured step makes it again
+                self.runs[n_run] = Runs.of(n_run, width, self.device)
         holds, most = self.table.shape[1] * self.cache.block_size, self.window * width
         if self.on_cpu:
             step = partial(self._cpu_step, n_run, holds, width)
@@ -213,14 +216,15 @@ class DecodeRows:
 
     def _drafted_forward(self, n: int, limit: int, width: int) -> Tensor:
         self.drafts[:n].copy_(self.draft.propose(n, limit))
-        runs = Runs.of(n, width, self.device)
+        runs = self.runs[n]
         lengths, most, status = (x.index_select(0, runs.of_row) for x in (self.lengths, self.max_lengths, self.status))
         positions = lengths - 1 + runs.ahead
         positions = torch.where((status == RUNNING) & (positions + 1 < most), positions, -1)  # the last token that a sample may have is never fed
         tokens = torch.cat((self.last[:n, None], self.drafts[:n].clamp_min(0)), 1).flatten()
         tokens = fill_rows(tokens) if self.on_cpu else tokens
         routes = None if self.routes is None else Routes()
-        attend = drafted_attention(self.cache, runs, positions, self, n, width, limit)
+        prefixes = (self.lengths[:n] - 1) // CHUNK * CHUNK
+        attend = DraftedAttention(self.cache, self.table.index_select(0, runs.of_row), positions, limit, runs.offsets, prefixes)
         hidden = self.model(tokens, positions.clamp_min(0), attend, routes)
         if routes is not None:
             self.drafted_routes[: n * width].copy_(routes.by_token[: n * width])

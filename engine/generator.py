@@ -21,6 +21,7 @@ import torch
 
 from athanor.config import SamplingConfig, SpeculationConfig
 from athanor.decode import DecodeRows
+from athanor.errors import UserError
 from athanor.kv_cache import PagedKVCache
 from athanor.model.moe import refresh_fp8_, routers
 from athanor.model.transformer import Decoder
@@ -78,7 +79,7 @@ class Generator:
         if record_routes and not routers(model):
             raise ValueError("Generator: record_routes is true, but the model has no experts")
         if speculation.tokens and speculation.draft == "mtp" and model.mtp is None:
-            raise ValueError("Generator: speculation.draft is mtp, but the model has no layer for multi-token prediction; wanted ngram")
+            raise UserError("Generator: speculation.draft is mtp, but the model has no layer for multi-token prediction; wanted ngram")
         self.speculation, self.drafting = speculation, {"forwards": 0, "tokens": 0}
         self.num_layers = model.config.num_hidden_layers + (speculation.tokens > 0 and speculation.draft == "mtp")  # with keys and values
         self.fused_sampling, self.record_routes = fused_sampling, record_routes

@@ -172,7 +172,7 @@ class DecodeAttention:
 class DraftedAttention(DecodeAttention):
     """Several tokens per row, neighbours in the batch: each is appended before any attends, and they read the chunks before them together."""
 
-    def __init__(self, cache: PagedKVCache, block_table: Tensor, positions: Tensor, max_seq_len: int | None, group_offsets: Tensor, prefix_lens: Tensor):
-        """block_table and positions of every token; group_offsets (n+1,) int32, each row's tokens; prefix_lens (n,) int32, whole chunks before them."""
+    def __init__(self, cache: PagedKVCache, block_table: Tensor, positions: Tensor, max_seq_len: int | None, offsets: Tensor, prefixes: Tensor):
+        """block_table and positions of every token; offsets (n+1,) int32, each row's tokens; prefixes (n,) int32, the whole chunks before them."""
         super().__init__(cache, block_table, positions, max_seq_len, None)
-        self.groups = {"group_offsets": group_offsets, "prefix_lens": prefix_lens}
+        self.groups = {"group_offsets": offsets, "prefix_lens": prefixes}

@@ -1,8 +1,9 @@
 """Self-speculative decoding: several tokens of a sample per forward, and none of them another than without.
 
-A draw is a function of its logits and of (seed, index of the token), so nothing has to be rejected at random as in Leviathan et al. (arXiv 2211.17192):
+A draw is a function of its logits and of (seed, index of the token), so that nothing is rejected at random as in Leviathan et al. (arXiv 2211.17192):
 one forward over a row's last token and k drafts gives logits at k + 1 places, each place draws its own token as it always would, and a draw counts
-while the drafts before it are the tokens that were drawn there.  What was drawn behind the first other draft came from a text that does not exist.
+as long as all drafts before it are the tokens that were drawn there.  What was drawn behind the first draft that is another token is dropped: it
+came from a text that does not exist.
 
 Where many rows decode, they fill the machine by themselves; the drafts are for the last ones, the stragglers.  Everything here lies on the device and
 has a fixed size, so that it is part of the captured step.  Two ways to draft:
@@ -21,11 +22,10 @@ import torch
 from torch import Tensor
 
 from athanor.kernels import linear
-from athanor.kernels.paged_attention import CHUNK
-from athanor.kv_cache import DecodeAttention, DraftedAttention, PagedKVCache, to_device
+from athanor.kv_cache import DecodeAttention, PagedKVCache, to_device
 from athanor.model.transformer import Decoder, fill_rows
 
-NGRAM = 4  # tokens that are looked up
+NGRAM = 4  # tokens that are looked up: as many as an int32 has bytes
 SIBLING_TOKENS = 8192  # of siblings that a row looks through besides its own text
 NEVER = 1 << 30  # tokens ahead of a row's end: beyond every limit
 
@@ -35,12 +35,15 @@ class Runs(NamedTuple):
 
     of_row: Tensor  # (V,) int64
     ahead: Tensor  # (V,) int32 tokens ahead of the row's last one
+    offsets: Tensor  # (n+1,) int32, each row's tokens
 
     @classmethod
     def of(cls, n: int, width: int, device: torch.device) -> "Runs":
         at = torch.arange(n * width, device=device)
         of_row, ahead = at // width, (at % width).to(torch.int32)
-        return cls(fill_rows(of_row), fill_rows(ahead, NEVER)) if device.type == "cpu" else cls(of_row, ahead)
+        if device.type == "cpu":
+            of_row, ahead = fill_rows(of_row), fill_rows(ahead, NEVER)
+        return cls(of_row, ahead, torch.arange(0, (n + 1) * width, width, dtype=torch.int32, device=device))
 
 
 class Rows(Protocol):
@@ -57,7 +60,7 @@ class Draft(Protocol):
         """The rows are others now.  moved: (n,) where each row was, -1 = nowhere.  texts: makes what `lay_out` returns."""
 
     def propose(self, n: int, limit: int) -> Tensor:
-        """(n, k) int64, the tokens that may follow; -1 = none.  limit: no row is longer."""
+        """(n, k) integers, the tokens that may follow; -1 = none.  limit: no row is longer."""
 
     def follow(self, rows: slice, hidden: Tensor, tokens: Tensor, gained: Tensor, limit: int | None) -> None:
         """Of tokens (m, W) int64 that were drawn from hidden (at least m W, D), each row's first `gained` (m,) count; called before the rows grow."""
@@ -73,10 +76,11 @@ class NgramDraft:
         """num_rows: for which texts are kept.  longest: sample, prompt included.  num_siblings: tokens of theirs."""
         device = rows.lengths.device
         self.rows, self.first = rows, num_siblings + NGRAM
+        self.origin = torch.tensor([self.first], device=device)
         self.texts = torch.full((num_rows, self.first + longest + 1), -1, dtype=torch.int32, device=device)  # the last column is for nobody
-        self.starts = torch.arange(self.texts.shape[1] - NGRAM + 1, device=device)
+        self.starts = torch.arange(self.texts.shape[1] - NGRAM, device=device)
+        self.same = torch.empty(num_rows, len(self.starts), NGRAM, dtype=torch.bool, device=device)
         self.back = torch.arange(NGRAM, 0, -1, device=device)
-        self.weights = 1 << torch.arange(NGRAM, device=device)  # a token counts more than all before it
         self.ahead = torch.arange(k + 1, device=device)
         self.followed = False
 
@@ -96,19 +100,20 @@ class NgramDraft:
 
     def propose(self, n: int, limit: int) -> Tensor:
         texts, C = self.texts[:n], self.texts.shape[1]
-        end = (self.first + self.rows.lengths[:n].long())[:, None]
-        same = texts.unfold(1, NGRAM, 1) == texts.gather(1, end - self.back)[:, None]
-        score = (same * self.weights).sum(-1) * C + self.starts
-        best = torch.where(self.starts < end - NGRAM, score, -1).amax(1, keepdim=True)
-        found, at = best >= (C << (NGRAM - 1)), best.clamp_min(0) % C + NGRAM
-        drafts = texts.gather(1, at + self.ahead[:-1] % (end - at).clamp_min(1))
-        return torch.where(found, drafts, -1).long()
+        end = self.origin + self.rows.lengths[:n, None]
+        same = torch.eq(texts[:, :-1].unfold(1, NGRAM, 1), texts.gather(1, end - self.back)[:, None], out=self.same[:n])
+        # Four bytes, 0 or 1, the last token's the highest: as a (little-endian) number they put the matches in order.
+        score = torch.add(self.starts, same.view(torch.int32)[..., 0], alpha=C)
+        best = score.scatter_(1, end - NGRAM, 0).amax(1, keepdim=True)  # the suffix itself is not meant
+        at = best % C + NGRAM
+        drafts = texts.gather(1, at + self.ahead[:-1] % (end - at))
+        return torch.where(best >= C << 8 * (NGRAM - 1), drafts, -1)
 
     def follow(self, rows: slice, hidden: Tensor, tokens: Tensor, gained: Tensor, limit: int | None) -> None:
         if not self.followed:
             return
         ahead = self.ahead[: tokens.shape[1]]
-        end = (self.first + self.rows.lengths[rows].long())[:, None]
+        end = self.origin + self.rows.lengths[rows, None]
         at = torch.where(ahead < gained[:, None], end + ahead, self.texts.shape[1] - 1)
         self.texts[rows].scatter_(1, at, tokens.to(torch.int32))
 
@@ -171,10 +176,3 @@ class MtpDraft:
         if hidden.is_cpu:
             hidden, following, positions, table = fill_rows(hidden), fill_rows(following), fill_rows(positions, -1), fill_rows(table)
         return self.model.look_ahead(hidden, following, positions.clamp_min(0), DecodeAttention(self.cache, table, positions, limit, None))
-
-
-def drafted_attention(cache: PagedKVCache, runs: Runs, positions: Tensor, rows: Rows, n: int, width: int, limit: int) -> DraftedAttention:
-    """Attention of a forward over the runs of rows 0..n-1 whose tokens are at positions (V,) int32, -1 = nowhere."""
-    groups = torch.arange(0, (n + 1) * width, width, dtype=torch.int32, device=positions.device)
-    prefixes = (rows.lengths[:n] - 1) // CHUNK * CHUNK
-    return DraftedAttention(cache, rows.table.index_select(0, runs.of_row), positions, limit, groups, prefixes)

@@ -21,7 +21,7 @@ from athanor.decode import ERROR, HELD, LENGTH, NEUTRAL, PARAMETERS, REPETITION,
 from athanor.model.moe import refresh_fp8_
 from athanor.prefill import Prefill, Stretch
 from athanor.samples import Completion, Finished, Request
-from athanor.speculation import SIBLING_TOKENS, NgramDraft, lay_out
+from athanor.speculation import SIBLING_TOKENS, MtpDraft, NgramDraft, lay_out
 from athanor.stops import StopStrings
 
 FINISH = {STOP: "stop", REPETITION: "repetition", LENGTH: "length", ERROR: "error", RUNNING: "abort", HELD: "abort"}
@@ -252,7 +252,8 @@ class Stream(Iterator[Finished]):
                 ends.append((1, len(resumed)) if generated else (0, j))
                 if generated:
                     resumed.append(Stretch(self._columns["tokens"][slot, :generated], len(prompt), s.block_table[row].copy()))
-        self._prefill = Prefill(g.model, g.cache, prompts, admission.copies, resumed, ends, g.max_prefill_tokens, g.record_routes)
+        options = {"record_routes": g.record_routes, "look_ahead": isinstance(self.rows.draft, MtpDraft)}
+        self._prefill = Prefill(g.model, g.cache, prompts, admission.copies, resumed, ends, g.max_prefill_tokens, **options)
         return True
 
     def _launch(self, launched: Launched) -> None:
