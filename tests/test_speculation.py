@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from athanor.config import ModelConfig, RecipeConfig, SamplingConfig, SpeculationConfig
+from athanor.decode import DecodeRows
 from athanor.errors import UserError
 from athanor.generator import Generator
 from athanor.kernels import strict_mode
@@ -97,6 +98,17 @@ def test_samples_are_those_of_decoding_without_drafts(name, monkeypatch):
     assert tokens > 1.3 * forwards > 0
     if name == "ends inside":
         assert {c.finish for c in sum(plain, [])} == {"stop", "length", "repetition"}
+
+
+@pytest.mark.parametrize("width", [1, 5])
+def test_streaks_of_a_run_are_those_of_its_tokens_one_by_one(width):
+    g = torch.Generator().manual_seed(0)
+    logps, before = -torch.rand(64, width, generator=g), torch.randint(4, (64,), generator=g)
+    rows = SimpleNamespace(streak_logp=torch.full((64,), -0.6), ahead_of=torch.arange(5), streak=before)
+    for got, line, count in zip(DecodeRows._streaks(rows, logps, slice(0, 64)).tolist(), logps.tolist(), before.tolist(), strict=True):
+        for streak, logp in zip(got, line, strict=True):
+            count = count + 1 if logp > -0.6 else 0
+            assert streak == count
 
 
 def test_requests_of_several_kinds_decode_side_by_side(monkeypatch):
@@ -280,7 +292,9 @@ def test_a_run_with_drafts_trains_the_same_weights_and_says_how_they_did(tmp_pat
         assert all(a.get(name) == b.get(name) for name in ("loss", "reward", "mean_tokens", "logp_gap_max"))
         assert ("draft_acceptance" in b) == (b["stage"] == "zero") and "draft_acceptance" not in a
     rows = [row for row in drafted if row["stage"] == "zero"]
-    assert rows and all(0 < row["draft_acceptance"] < 1 and row["drafted_tokens_per_forward"] == 1 + 3 * row["draft_acceptance"] for row in rows)
+    for row in rows:
+        assert 0 <= row["draft_acceptance"] < 1 and row["drafted_tokens_per_forward"] == pytest.approx(1 + 3 * row["draft_acceptance"])
+    assert len(rows) == 3
 
 
 @pytest.mark.gpu
