@@ -89,7 +89,7 @@ class DecodeRows:
         self.capacity = -(-num_rows // ROW_STEP) * ROW_STEP  # products of few rows round differently on a CPU, see ROW_STEP
         self.speculation, self.width = speculation, 1 + speculation.tokens
         R, W = self.capacity, self.window * self.width
-        self.num_drafted = min(row_bucket(speculation.max_rows, self.on_cpu), R)
+        self.num_drafted = min(speculation.max_rows if self.on_cpu else row_bucket(speculation.max_rows, False), R)
 
         def zeros(*shape, dtype=torch.int64):
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -223,7 +223,7 @@ class DecodeRows:
         tokens = torch.cat((self.last[:n, None], self.drafts[:n].clamp_min(0)), 1).flatten()
         tokens = fill_rows(tokens) if self.on_cpu else tokens
         routes = None if self.routes is None else Routes()
-        prefixes = (self.lengths[:n] - 1) // CHUNK * CHUNK
+        prefixes = (self.lengths[:n] - 1).clamp_min(0) // CHUNK * CHUNK
         attend = DraftedAttention(self.cache, self.table.index_select(0, runs.of_row), positions, limit, runs.offsets, prefixes)
         hidden = self.model(tokens, positions.clamp_min(0), attend, routes)
         if routes is not None:

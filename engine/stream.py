@@ -277,12 +277,12 @@ class Stream(Iterator[Finished]):
                 return
         before = s.lengths[rows] - s.prompt_lengths[rows]
         gained = drawn.generated - before
-        for step in range(int(gained.max())):
-            counted = np.flatnonzero(gained > step)
-            to = slots[counted], before[counted] + step
-            for name, values in drawn.columns.items():
-                self._columns[name][to] = values[step, counted]
-            self._columns["versions"][to] = self._version
+        row = np.repeat(np.arange(len(slots)), gained)
+        step = np.arange(len(row)) - np.repeat(np.cumsum(gained) - gained, gained)
+        to = slots[row], before[row] + step
+        for name, values in drawn.columns.items():
+            self._columns[name][to] = values[step, row]
+        self._columns["versions"][to] = self._version
         self._status[slots] = drawn.status
         if drawn.forwards is not None:
             self.generator.drafting["forwards"] += int(drawn.forwards.sum())
