@@ -252,7 +252,7 @@ class EnginePrefill:
 
 
 class EngineUpdate:
-    """Forward and backward of the log-probs of a group's completions (random tokens), one micro-batch: its prompt once, or (shared=False) for each."""
+    """Forward and backward of the log-probs of a group's completions (random tokens), one micro-batch: its prompt once, or (shared=False) each."""
 
     def __init__(self, model: Decoder, prompts: Tensor, group_size: int, new_tokens: int, device: str, *, gated: dict, shared: bool):
         self.model, self.device, self.gated, self.shared = copy.deepcopy(model), device, gated, shared
