@@ -69,6 +69,17 @@ class SamplingConfig(Config):
         return self
 
 
+class SpeculationConfig(Config):
+    """Self-speculative decoding: while few samples decode, tokens are drafted and checked several at a time.  The samples stay what they are."""
+
+    tokens: int = Field(0, ge=0, le=15)
+    """Drafts per sample and forward, k; 0 = off."""
+    draft: Literal["ngram", "mtp"] = "ngram"
+    """ngram: what followed the last tokens before, in the sample or in a sibling of its group; mtp: the model's layer for multi-token prediction."""
+    max_rows: int = Field(4, ge=1)
+    """Samples up to which it pays: more of them fill the machine without drafts."""
+
+
 class TokenizerConfig(Config):
     """Where the tokens come from."""
 
@@ -411,6 +422,8 @@ class RecipeConfig(Config):
     """CPU threads of one process; 0 = cores divided by the local ranks."""
     max_rows: int = Field(512, ge=1)
     """Sequences that decode at once."""
+    speculation: SpeculationConfig = SpeculationConfig()
+    """Drafts for the last samples of a rollout, of rejection sampling and of an evaluation."""
     strict: bool = False
     """On CUDA, take kernels whose sums do not depend on the batch: sampled log-probs equal the trainer's bit for bit.  On a CPU they do anyway."""
     loggers: list[Literal["wandb", "trackio"]] = []
@@ -455,6 +468,13 @@ class RecipeConfig(Config):
         folders = [stage.init for stage in self.stages.values() if getattr(stage, "init", "") not in ("", *self.stages)]
         if self.fp8 != "off" and self.models and not folders and all(model.architecture not in SPARSE for model in self.models.values()):
             raise ValueError(f"fp8 is {self.fp8}, wanted off: no model of the run has experts")
+        return self
+
+    @model_validator(mode="after")
+    def _drafts(self):
+        shapes = [model for name, model in self.models.items() if name not in self.checkpoints]
+        if self.speculation.tokens and self.speculation.draft == "mtp" and any(not model.num_nextn_predict_layers for model in shapes):
+            raise ValueError("speculation.draft is mtp, wanted ngram: not every model of the run has num_nextn_predict_layers")
         return self
 
     @model_validator(mode="after")

@@ -32,20 +32,21 @@ class PagedKVCache:
     Of a latent, keys and values are the same numbers: on a CPU in two layouts, else in the same memory.
     """
 
-    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: ModelConfig, num_layers: int, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
+        """num_layers: those of the config, and one more where the layer for multi-token prediction drafts."""
         self.num_blocks, self.block_size, self.device = num_blocks, block_size, device
         layers = [
             empty_kv_cache(num_blocks, config.cache_heads, block_size, config.cache_width, dtype=dtype, device=device)
-            for _ in range(config.num_hidden_layers)
+            for _ in range(num_layers)
         ]
         self.keys, self.values = [k for k, _ in layers], [v for _, v in layers]
         if config.latent and device.type != "cpu":
             self.values = self.keys
 
     @staticmethod
-    def bytes_per_token(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    def bytes_per_token(config: ModelConfig, num_layers: int, dtype: torch.dtype, device: torch.device) -> int:
         copies = 1 if config.latent and device.type != "cpu" else 2
-        return copies * config.num_hidden_layers * config.cache_heads * config.cache_width * dtype.itemsize
+        return copies * num_layers * config.cache_heads * config.cache_width * dtype.itemsize
 
     def copy_(self, copies: np.ndarray) -> None:
         """Copy the first `tokens` slots of block `source` to block `target`, for rows (source, target, tokens) of copies (c, 3)."""
@@ -147,7 +148,7 @@ class DecodeAttention:
     def __init__(self, cache: PagedKVCache, block_table: Tensor, positions: Tensor, max_seq_len: int | None, shared: SharedPrefix | None):
         """block_table (n, columns) int32, positions (n,) int32, -1 = the row does not decode: nothing is written, its output is 0."""
         self.cache, self.block_table, self.positions, self.max_seq_len, self.shared = cache, block_table, positions, max_seq_len, shared
-        self.seq_lens = positions + 1
+        self.seq_lens, self.groups = positions + 1, {}
         if shared is not None:
             self.group_table, self.group_lens = block_table.index_select(0, shared.order), self.seq_lens.index_select(0, shared.order)
 
@@ -155,7 +156,7 @@ class DecodeAttention:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         q = qkv_append(q, k, v, rotation.cos, rotation.sin, keys, values, self.block_table, self.positions, **rotation.norm)
         if self.shared is None:
-            return paged_attention(q, keys, values, self.block_table, self.seq_lens, max_seq_len=self.max_seq_len, window=window)
+            return paged_attention(q, keys, values, self.block_table, self.seq_lens, max_seq_len=self.max_seq_len, window=window, **self.groups)
         s = self.shared
         out = paged_attention(q.index_select(0, s.order), keys, values, self.group_table, self.group_lens, max_seq_len=self.max_seq_len,
                               group_offsets=s.group_offsets, prefix_lens=s.prefix_lens, window=window)  # fmt: skip
@@ -166,3 +167,12 @@ class DecodeAttention:
         q, keys, values = x.queries(), self.cache.keys[layer], self.cache.values[layer]
         options = dict(rank=x.rank, scale=x.scale, max_seq_len=self.max_seq_len)
         return x.output(mla_decode(q, keys, values, self.block_table, self.seq_lens, **options))
+
+
+class DraftedAttention(DecodeAttention):
+    """Several tokens per row, neighbours in the batch: each is appended before any attends, and they read the chunks before them together."""
+
+    def __init__(self, cache: PagedKVCache, block_table: Tensor, positions: Tensor, max_seq_len: int | None, offsets: Tensor, prefixes: Tensor):
+        """block_table and positions of every token; offsets (n+1,) int32, each row's tokens; prefixes (n,) int32, the whole chunks before them."""
+        super().__init__(cache, block_table, positions, max_seq_len, None)
+        self.groups = {"group_offsets": offsets, "prefix_lens": prefixes}

@@ -85,7 +85,7 @@ class ModelConfig(Config):
     rope_interleave: bool = True
     """deepseek_v3: the rotated pairs are neighbours (x0, x1), (x2, x3), ... rather than halves."""
     num_nextn_predict_layers: int = Field(0, ge=0, le=1)
-    """deepseek_v3: 1 = a layer behind the last that predicts the token after the next one (multi-token prediction); no sampler uses it."""
+    """deepseek_v3: 1 = a layer behind the last that predicts the token after the next one (multi-token prediction): a loss, and drafts."""
     rope_theta: float = Field(10000.0, gt=0)
     """RoPE base."""
     rope_scaling: dict | None = None

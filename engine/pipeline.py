@@ -47,7 +47,8 @@ from athanor.transcripts import write_page
 from athanor.weights import load_model
 
 LOCATION_KEYS = (
-    "name", "run_root", "reuse", "until", "threads", "max_rows", "report_notes", "parallel", "failed_save", "background_save", "deadlines", "loggers",
+    "name", "run_root", "reuse", "until", "threads", "max_rows", "speculation", "report_notes", "parallel", "failed_save", "background_save",
+    "deadlines", "loggers",
     "downloads",
 )  # fmt: skip
 RESULT_KEYS = ("pass@1", "pass@1_t1", "mean_tokens", "reflection_rate", "format_rate", "language_consistency")
@@ -365,7 +366,7 @@ def _evaluate_stage(name: str, recipe: RecipeConfig, run_dir: Path, ranks: Ranks
     with console.stage(entry, 1) as progress:
         result = evaluate(
             model, tokenizer, tasks, config, ranks, recipe.seed,
-            rewards=rewards, reflection_words=recipe.reflection_words, max_rows=recipe.max_rows,
+            rewards=rewards, reflection_words=recipe.reflection_words, max_rows=recipe.max_rows, speculation=recipe.speculation,
         )  # fmt: skip
         progress.step(1, {name: result.metrics[name] for name in ("pass@1", "pass@1_t1", "mean_tokens", "reflection_rate")})
     if ranks.is_main:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from athanor import watchdog
-from athanor.config import MixEntry, SamplingConfig
+from athanor.config import MixEntry, SamplingConfig, SpeculationConfig
 from athanor.generator import Generator
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
@@ -57,9 +57,12 @@ class ProblemStream:
         return task.problem(self.split, int(self._orders[entry.task, epoch][at]))
 
 
-def rollout_generator(model: Decoder, tokenizer: Tokenizer, max_rows: int, group_size: int, **options) -> Generator:
+def rollout_generator(
+    model: Decoder, tokenizer: Tokenizer, max_rows: int, group_size: int, speculation: SpeculationConfig = SpeculationConfig(), **options
+) -> Generator:
     """The generator of a stage: made once, so that its KV pool and captured graphs outlive a step.  options: more of `Generator`'s."""
-    return Generator(model, tokenizer.eos_ids, tokenizer=tokenizer, max_rows=max(max_rows, group_size), **options)
+    options |= {"tokenizer": tokenizer, "max_rows": max(max_rows, group_size), "speculation": speculation}
+    return Generator(model, tokenizer.eos_ids, **options)
 
 
 def sample_groups(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from athanor import watchdog
-from athanor.config import EvaluationConfig, SamplingConfig
+from athanor.config import EvaluationConfig, SamplingConfig, SpeculationConfig
 from athanor.judging import score_groups, vote_groups
 from athanor.metrics_eval import REFLECTIVE_WORDS, evaluate_samples
 from athanor.model.transformer import Decoder
@@ -36,6 +36,7 @@ def evaluate(
     rewards: dict[str, Preference] | None = None,
     reflection_words: list[str] | None = None,
     max_rows: int = 512,
+    speculation: SpeculationConfig = SpeculationConfig(),
     num_transcripts: int = 6,
 ) -> Evaluation:
     """Sample `num_problems` x `samples_per_problem` twice on the split; every model sees the same problems and sample seeds.
@@ -54,7 +55,7 @@ def evaluate(
         return scores, evaluate_samples(groups, scores, vote_groups(groups, scores), words=words)
 
     n, k = config.num_problems, config.samples_per_problem
-    generator = rollout_generator(model, tokenizer, max_rows, max(k, 4))
+    generator = rollout_generator(model, tokenizer, max_rows, max(k, 4), speculation)
     usual = groups(config.task, n, k, config.sampling, "usual")
     scores, metrics = judged(usual)
     _, plain = judged(groups(config.task, n, k, SamplingConfig(max_tokens=config.sampling.max_tokens), "t1"))

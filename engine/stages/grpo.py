@@ -66,18 +66,19 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
     fused = context.ranks.device.type == "cuda" and not config.sampling.truncated
     weights = FullWeights(model)
     loop.validate_on(weights)
-    options = {"fused_sampling": fused, "record_routes": config.routing_replay == "rollout"}
+    options = {"fused_sampling": fused, "record_routes": config.routing_replay == "rollout", "speculation": context.recipe.speculation}
     generator = rollout_generator(weights.model, context.tokenizer, context.recipe.max_rows, config.group_size, **options)
     trained = weights_hash(model) if context.recipe.verify_weights else None
     for step, metrics in loop.steps(config.steps, SHOWN):
         start = time.perf_counter()
         if trained is not None and weights_hash(generator.model) != trained:
             raise UserError(f"stage {context.name}, step {step + 1}: the sampler's weights are not those of the last optimizer step")
-        before = dict(generator.timings)
+        before, drafted_before = dict(generator.timings), dict(generator.drafting)
         groups, scores, refills = _rollout(context, config, rewards, generator, stream, step, attempts)
         rollout_s = time.perf_counter() - start
         metrics |= _reward_figures(context, rewards, scores, loop)
         metrics |= {f"rollout_{name}": generator.timings[name] - before[name] for name in before}
+        metrics |= _drafting(context, {name: generator.drafting[name] - drafted_before[name] for name in drafted_before})
         advantages = _advantages(context, config, preset, groups, scores, step)
         metrics |= _describe(context, groups, scores, advantages) | {"refills": refills}
         start = time.perf_counter()
@@ -225,6 +226,15 @@ def _reward_figures(context: StageContext, rewards: RewardService, scores: Rewar
     if first:
         context.console.warn(f"{context.name}: {failed} samples without a verdict ({figures['reward_timeouts']} timeouts), the first: {first}")
     return figures
+
+
+def _drafting(context: StageContext, counts: dict[str, int]) -> dict[str, float]:
+    """How drafts did over all ranks; {} where there were none."""
+    forwards, tokens = (context.ranks.sum_int(counts[name]) for name in ("forwards", "tokens"))
+    if not forwards:
+        return {}
+    per_forward = tokens / forwards
+    return {"drafted_tokens_per_forward": per_forward, "draft_acceptance": (per_forward - 1) / context.recipe.speculation.tokens}
 
 
 def _describe(context: StageContext, groups: list[list[Sample]], scores: RewardScores, advantages: Tensor) -> dict:

@@ -146,7 +146,7 @@ def _distinct(problems: list[Problem]) -> list[int]:
 
 def _policy_texts(context: StageContext, config: RewardModelConfig, problems: list[Problem], n: int) -> list[list[str]]:
     """`n` replies of the policy `init` to each problem."""
-    generator = rollout_generator(context.load(config.init), context.tokenizer, context.recipe.max_rows, n)
+    generator = rollout_generator(context.load(config.init), context.tokenizer, context.recipe.max_rows, n, context.recipe.speculation)
     key = context.recipe.seed, context.name
     groups = context.ranks.gather(sample_groups(generator, context.tokenizer, problems, n, config.sampling, context.ranks, *key))
     return [[sample.text for sample in group] for group in groups]
