@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
 
 import athanor.kernels
-from athanor.kernels import attention_triton, paged_attention_triton
+from athanor.kernels import attention_triton, fp8_producers_triton, paged_attention_triton, rmsnorm_triton
 from athanor.kernels._triton import limits_broken, resources
 
 MODULES = [
@@ -75,6 +75,19 @@ def test_packed_and_decode_attention_add_in_the_same_order(capability):
     assert len(both) >= 4
     for key in both:
         assert order_of_sums(decode[key].compile(capability)) == order_of_sums(packed[key].compile(capability)), key
+
+
+def test_a_norm_that_quantises_adds_in_the_order_of_one_that_does_not():
+    """They promise equal bits.  A store of bytes may spread a row over the threads in another way, and has done so."""
+    found = {}
+    for module in (fp8_producers_triton, rmsnorm_triton):
+        cases = [case for case in module.ahead_of_time() if case.kernel.__name__ in ("fp8_rmsnorm_kernel", "rmsnorm_fwd_kernel")]
+        case = next(case for case in cases if case.constants["BLOCK"] == 8192)
+        text = case.compile(90).asm["ttgir"]
+        layouts = dict(re.findall(r"(?m)^(#\w+) = (.*)$", text))
+        found[module] = [re.sub(r"#\w+", lambda m, layouts=layouts: layouts[m[0]], line)
+                         for line in re.findall(r"(?m)^\s*\}\) : \((tensor<[\dx]+xf32, .*?>)\) ->", text)]  # fmt: skip
+    assert len(found[rmsnorm_triton]) == 1 and found[rmsnorm_triton] == found[fp8_producers_triton]
 
 
 def test_every_kernel_is_among_the_cases():

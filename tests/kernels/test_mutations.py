@@ -36,6 +36,7 @@ GRPO, LINEAR = "test_grpo_loss_triton.py", "test_linear_logprob_triton.py"
 SAMPLE, WINDOW = "test_sample_triton.py", "test_sliding_window.py"
 PAGED, PACKED, PRODUCT = "test_paged_attention_triton.py", "test_attention_triton.py", "test_linear_triton.py"
 FP8, GROUPED, FP8_GROUPED = "test_fp8_quantize_triton.py", "test_grouped_gemm_triton.py", "test_fp8_grouped_gemm_triton.py"
+PRODUCERS = "test_fp8_producers_triton.py"
 ROUTE, PERMUTE = "test_moe_route_triton.py", "test_moe_permute_triton.py"
 BUGS = [
     # policy_loss, grpo_loss
@@ -184,6 +185,13 @@ BUGS = [
         "xs_ptr += cols", FP8_GROUPED),
     Bug("gradient without the transpose's scales", "fp8_grouped_gemm.py", "Quantized(qw.mT, sw.mT)", "Quantized(qw.mT, sw.mT.flip(1))",
         "test_fp8_grouped_gemm.py"),
+    Bug("a gradient quantised before it is rounded", "fp8_producers_triton.py", "x = x.to(a_ptr.dtype.element_ty)\n    at =", "at =", PRODUCERS),
+    Bug("gradient of up in place of gate's", "fp8_producers_triton.py", "of_gate = (columns < F)[None, :]",
+        "of_gate = (columns >= F)[None, :]", PRODUCERS),
+    Bug("rows of no token not cleared", "fp8_producers_triton.py", "mask=mask & (slot >= 0)[:, None], other=0.0)",
+        "mask=mask, other=0.0)", PRODUCERS),
+    Bug("a trained stack's columns not made", "fp8_mixture.py", "**layouts_of(ctx, need_gate_up)", "**layouts_of(ctx, need_down)",
+        "test_fp8_producers.py"),
     # moe_route, moe_permute, mla_decode
     Bug("the bias weighs", "moe_route.py", "weights = scores.gather(1, ids)", "weights = (scores if bias is None else scores + bias).gather(1, ids)",
         "test_moe_route.py"),
