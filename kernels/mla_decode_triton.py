@@ -62,7 +62,7 @@ def mla_decode_triton(q: Tensor, key_cache: Tensor, value_cache: Tensor, block_t
                 BLOCK=key_cache.shape[2], CHUNK=CHUNK, GROUPS=grouped, BM=tiles.BM, BN=tiles.BN, BRANK=max(16, triton.next_power_of_2(rank)),
                 BROT=max(16, triton.next_power_of_2(max(1, d - rank))), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
                 enable_fp_fusion=False)  # fmt: skip
-        paged_attention_merge_kernel[(R * H,)](m, l, o, seq_lens, out, lse, C, limit, H=H, D=rank, CHUNK=CHUNK,
+        paged_attention_merge_kernel[(R * H,)](m, l, o, seq_lens, out, lse, C, limit, H=H, D=rank, CHUNK=CHUNK, WINDOW=0,
                                                BD=max(16, triton.next_power_of_2(rank)), num_warps=1, enable_fp_fusion=False)  # fmt: skip
     return out
 
