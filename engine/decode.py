@@ -22,6 +22,7 @@ from athanor.config import SpeculationConfig
 from athanor.cpu_graph import CpuGraph
 from athanor.kernels import Sampled, is_strict, linear, linear_logprob, linear_sample, sample
 from athanor.kernels._dispatch import requested_backend
+from athanor.kernels.mla_decode import CHUNK as LATENT_CHUNK
 from athanor.kernels.paged_attention import CHUNK
 from athanor.kv_cache import DecodeAttention, DraftedAttention, PagedKVCache, SharedPrefix, to_device
 from athanor.model.moe import Routes
@@ -157,7 +158,8 @@ class DecodeRows:
     def share(self, offsets: np.ndarray, order: np.ndarray, shared_blocks: np.ndarray) -> None:
         """Groups of rows with a common prompt, as the scheduler has them; dropped where no prompt fills a chunk of the attention."""
         self.shared, prefix_lens = None, shared_blocks * self.cache.block_size
-        if not len(prefix_lens) or prefix_lens.max() < CHUNK or self.model.config.latent:  # mla_decode reads each row's own
+        chunk = LATENT_CHUNK if self.model.config.latent and not self.on_cpu else CHUNK
+        if not len(prefix_lens) or prefix_lens.max() < chunk:
             return
         R, n, P, b = self.capacity, len(order), len(prefix_lens), self.buffers
         whole = np.concatenate((order, np.arange(n, R)))

@@ -119,8 +119,9 @@ class ContinuedAttention:
         append_latent(self.cache, layer, x, self.block_table, self.positions)
         q, keys, values = x.queries(), self.cache.keys[layer], self.cache.values[layer]
         return x.output(joined([
-            mla_decode(q[rows], keys, values, self.block_table[rows], lengths, rank=x.rank, scale=x.scale, max_seq_len=longest)
-            for rows, lengths, longest, _, _ in self.slabs
+            mla_decode(q[rows], keys, values, self.block_table[rows], lengths, rank=x.rank, scale=x.scale, max_seq_len=longest, group_offsets=groups,
+                       prefix_lens=prefixes)
+            for rows, lengths, longest, groups, prefixes in self.slabs
         ]))  # fmt: skip
 
 
@@ -155,18 +156,19 @@ class DecodeAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, window: int | None = None) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         q = qkv_append(q, k, v, rotation.cos, rotation.sin, keys, values, self.block_table, self.positions, **rotation.norm)
-        if self.shared is None:
-            return paged_attention(q, keys, values, self.block_table, self.seq_lens, max_seq_len=self.max_seq_len, window=window, **self.groups)
-        s = self.shared
-        out = paged_attention(q.index_select(0, s.order), keys, values, self.group_table, self.group_lens, max_seq_len=self.max_seq_len,
-                              group_offsets=s.group_offsets, prefix_lens=s.prefix_lens, window=window)  # fmt: skip
-        return out.index_select(0, s.inverse)
+        return self._attend(paged_attention, q, keys, values, window=window)
 
     def latent(self, layer: int, x: Latent) -> Tensor:
         append_latent(self.cache, layer, x, self.block_table, self.positions)
-        q, keys, values = x.queries(), self.cache.keys[layer], self.cache.values[layer]
-        options = dict(rank=x.rank, scale=x.scale, max_seq_len=self.max_seq_len)
-        return x.output(mla_decode(q, keys, values, self.block_table, self.seq_lens, **options))
+        return x.output(self._attend(mla_decode, x.queries(), self.cache.keys[layer], self.cache.values[layer], rank=x.rank, scale=x.scale))
+
+    def _attend(self, attention, q: Tensor, keys: Tensor, values: Tensor, **options) -> Tensor:
+        if self.shared is None:
+            return attention(q, keys, values, self.block_table, self.seq_lens, max_seq_len=self.max_seq_len, **self.groups, **options)
+        s = self.shared
+        out = attention(q.index_select(0, s.order), keys, values, self.group_table, self.group_lens, max_seq_len=self.max_seq_len,
+                        group_offsets=s.group_offsets, prefix_lens=s.prefix_lens, **options)  # fmt: skip
+        return out.index_select(0, s.inverse)
 
 
 class DraftedAttention(DecodeAttention):

@@ -66,12 +66,7 @@ def paged_attention(
         raise ValueError(f"paged_attention: {q.shape[1]} query heads are not a multiple of {Hkv} key heads")
     if not (seq_lens.shape == (R,) and seq_lens.dtype == torch.int32):
         raise ValueError(f"paged_attention: seq_lens is {tuple(seq_lens.shape)} {seq_lens.dtype}; wanted ({R},) int32")
-    check((group_offsets is None) == (prefix_lens is None), "paged_attention: group_offsets and prefix_lens are given together or not at all")
-    if group_offsets is not None:
-        P = prefix_lens.numel()
-        if not (prefix_lens.shape == (P,) and group_offsets.shape == (P + 1,) and prefix_lens.dtype == group_offsets.dtype == torch.int32):
-            raise ValueError(f"paged_attention: group_offsets is {tuple(group_offsets.shape)} {group_offsets.dtype}, prefix_lens "
-                             f"{tuple(prefix_lens.shape)} {prefix_lens.dtype}; wanted (P+1,) and (P,) int32")  # fmt: skip
+    check_prefixes("paged_attention", group_offsets, prefix_lens)
     check(window is None or window >= 1, lambda: f"paged_attention: window is {window}; wanted at least 1 token, or None")
     limit = block_table.shape[1] * block_size
     if max_seq_len is not None:
@@ -113,6 +108,17 @@ def check_cache(where: str, key_cache: Tensor, value_cache: Tensor, block_table:
                          f"(strides {key_cache.stride()}, {value_cache.stride()})")  # fmt: skip
     if not (block_table.ndim == 2 and block_table.shape[0] == rows and block_table.dtype == torch.int32):
         raise ValueError(f"{where}: block_table is {tuple(block_table.shape)} {block_table.dtype}; wanted ({rows}, max_blocks) int32")
+
+
+def check_prefixes(where: str, group_offsets: Tensor | None, prefix_lens: Tensor | None) -> None:
+    if (group_offsets is None) != (prefix_lens is None):
+        raise ValueError(f"{where}: group_offsets and prefix_lens are given together or not at all")
+    if group_offsets is None:
+        return
+    P = prefix_lens.numel()
+    if not (prefix_lens.shape == (P,) and group_offsets.shape == (P + 1,) and prefix_lens.dtype == group_offsets.dtype == torch.int32):
+        raise ValueError(f"{where}: group_offsets is {tuple(group_offsets.shape)} {group_offsets.dtype}, prefix_lens {tuple(prefix_lens.shape)} "
+                         f"{prefix_lens.dtype}; wanted (P+1,) and (P,) int32")  # fmt: skip
 
 
 def keys_in_rows(call: dict) -> str | None:

@@ -7,7 +7,7 @@ module, so they multiply by the same bytes.  Router, shared experts, attention, 
 import torch
 from torch import Tensor
 
-from athanor.kernels import fp8_grouped_gemm
+from athanor.kernels import Places, fp8_grouped_gemm, fp8_mixture
 from athanor.kernels.fp8_quantize import Quantized, fp8_quantize_dual
 
 WGRAD_ROWS = 128  # tokens that share a scale of an FP8 weight gradient: every expert's rows are a multiple of it
@@ -43,7 +43,10 @@ class Fp8Weight:
 
 
 class Fp8Products:
-    """What takes the place of `grouped_gemm` in one layer: forward and input gradient in FP8, with `wgrad` the weight gradient too."""
+    """What takes the place of `grouped_gemm` in one layer: forward and input gradient in FP8, with `wgrad` the weight gradient too.
+
+    `routed` makes each operand of a product where the numbers come from; calling it takes one product at a time, with the same bits.
+    """
 
     def __init__(self, wgrad: bool):
         self.wgrad = wgrad
@@ -52,6 +55,13 @@ class Fp8Products:
     def align(self, training: bool) -> int:
         """What the number of every expert's rows is a multiple of."""
         return WGRAD_ROWS if self.wgrad and training else 1
+
+    def routed(self, x: Tensor, weights: Tensor, places: Places, gate_up: Tensor, down: Tensor) -> Tensor:
+        """x (T, D) through the experts and back, (T, D)."""
+        if x.is_cpu:  # fewer rows to compute; see MixtureOfExperts.routed
+            places = places._replace(source=places.source[: int(places.offsets[-1])])
+        copies = self.weights["gate_up_proj"].of(gate_up), self.weights["down_proj"].of(down)
+        return fp8_mixture(x, weights, places, gate_up, down, copies=copies, wgrad="fp8" if self.wgrad and torch.is_grad_enabled() else "bf16")
 
     def __call__(self, name: str, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         wgrad = "fp8" if self.wgrad and torch.is_grad_enabled() else "bf16"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from athanor.config import ModelConfig
-from athanor.kernels import grouped_gemm, linear, moe_permute, moe_route, moe_unpermute, swiglu
+from athanor.kernels import grouped_gemm, linear, moe_permute, moe_places, moe_route, moe_unpermute, swiglu
 from athanor.kernels.moe_route import scores_of
 from athanor.model.fp8 import Fp8Products
 from athanor.model.layers import ROW_STEP, Swiglu
@@ -136,6 +136,9 @@ class MixtureOfExperts(nn.Module):
 
     def routed(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Every token through its experts (T, k), summed by weight: (T, D)."""
+        if self.fp8 is not None:
+            places = moe_places(ids, self.num_experts, align=self.align(x))
+            return self.fp8.routed(x, weights, places, self.gate_up_proj, self.down_proj)
         rows, places = moe_permute(x, ids, self.num_experts, align=self.align(x))
         if x.is_cpu:
             # Fewer rows to compute.  And reading a number on the host tells a captured step (cpu_graph) that its course depends on the data: the

@@ -36,6 +36,8 @@ GRPO, LINEAR = "test_grpo_loss_triton.py", "test_linear_logprob_triton.py"
 SAMPLE, WINDOW = "test_sample_triton.py", "test_sliding_window.py"
 PAGED, PACKED, PRODUCT = "test_paged_attention_triton.py", "test_attention_triton.py", "test_linear_triton.py"
 FP8, GROUPED, FP8_GROUPED = "test_fp8_quantize_triton.py", "test_grouped_gemm_triton.py", "test_fp8_grouped_gemm_triton.py"
+GLUON = "test_gluon_emulated.py"
+PRODUCERS = "test_fp8_producers_triton.py"
 ROUTE, PERMUTE = "test_moe_route_triton.py", "test_moe_permute_triton.py"
 BUGS = [
     # policy_loss, grpo_loss
@@ -184,6 +186,18 @@ BUGS = [
         "xs_ptr += cols", FP8_GROUPED),
     Bug("gradient without the transpose's scales", "fp8_grouped_gemm.py", "Quantized(qw.mT, sw.mT)", "Quantized(qw.mT, sw.mT.flip(1))",
         "test_fp8_grouped_gemm.py"),
+    Bug("a gradient quantised before it is rounded", "fp8_producers_triton.py", "x = x.to(a_ptr.dtype.element_ty)\n    at =", "at =", PRODUCERS),
+    Bug("gradient of up in place of gate's", "fp8_producers_triton.py", "of_gate = (columns < F)[None, :]",
+        "of_gate = (columns >= F)[None, :]", PRODUCERS),
+    Bug("rows of no token not cleared", "fp8_producers_triton.py", "mask=mask & (slot >= 0)[:, None], other=0.0)",
+        "mask=mask, other=0.0)", PRODUCERS),
+    Bug("weighted twice on the way back", "fp8_mixture.py", "torch.ones_like(weights)", "weights", "test_fp8_producers.py"),
+    Bug("scales of the weight transposed, few rows", "fp8_grouped_gemm_few_hopper_triton.py", "col0 // 128 * ws_row",
+        "col0 // 128 * ws_column", GLUON),
+    Bug("a buffer is free at once", "fp8_grouped_gemm_few_hopper_triton.py", "mbarrier.wait(free.index(stage)", "mbarrier.wait(ready.index(stage)",
+        GLUON),
+    Bug("the halves of a word changed over", "fp8_quantize_dual_hopper_triton.py", "gl.store(at, even_code, mask=there)",
+        "gl.store(at, odd_code, mask=there)", GLUON),
     # moe_route, moe_permute, mla_decode
     Bug("the bias weighs", "moe_route.py", "weights = scores.gather(1, ids)", "weights = (scores if bias is None else scores + bias).gather(1, ids)",
         "test_moe_route.py"),
@@ -203,9 +217,11 @@ BUGS = [
     Bug("slots behind the end not cleared", "mla_decode.py", "    rows = rows.masked_fill(~there[..., None], 0)", "    rows = rows + 0",
         "test_mla_decode.py"),
     Bug("values with the rotated key in front", "mla_decode.py", "rows[..., :rank]", "rows[..., -rank:]", "test_mla_decode.py"),
-    Bug("rotated part left out of the scores", "mla_decode_triton.py", "tl.dot(q_turned, k.T, tl.dot(q, c.T",
-        "tl.dot(q_turned * 0, k.T, tl.dot(q, c.T", "test_mla_decode_triton.py"),
-    Bug("sum not rescaled by a new maximum", "mla_decode_triton.py", "acc * alpha[:, None]", "acc", "test_mla_decode_triton.py"),
+    Bug("rotated part left out of the scores", "mla_decode_triton.py", "tl.dot(k, q_turned.T, tl.dot(c, q.T",
+        "tl.dot(k * 0, q_turned.T, tl.dot(c, q.T", "test_mla_decode_triton.py"),
+    Bug("sum not rescaled by a new maximum", "mla_decode_triton.py", "acc * alpha[None, :]", "acc", "test_mla_decode_triton.py"),
+    Bug("a chunk shared that a prefix has only begun", "mla_decode_triton.py", "if begin + CHUNK <= prefix", "if begin < prefix",
+        "test_mla_decode_triton.py"),
     Bug("weight of the first choice for all", "moe_permute_triton.py", "y *= tl.load(weights_ptr + rows * K + j",
         "y *= tl.load(weights_ptr + rows * K", PERMUTE),
 ]  # fmt: skip
