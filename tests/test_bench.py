@@ -276,9 +276,17 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments, message, modules,
     assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_listing():
-    listed = bench("--list").stdout
-    assert "linear_logprob" in listed and "grpo_step" in listed
+def in_process(monkeypatch, capsys, *arguments):
+    """Status and standard output of bench/run.py, without a process that imports PyTorch again."""
+    import run
+
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", *arguments])
+    return run.main(), capsys.readouterr().out
+
+
+def test_listing(modules, monkeypatch, capsys):
+    status, listed = in_process(monkeypatch, capsys, "--list")
+    assert status == 0 and "linear_logprob" in listed and "grpo_step" in listed and "trl_step" in listed
 
 
 def test_a_workload_is_measured_beside_its_peers_behind_its_gate(rollout):
@@ -430,8 +438,8 @@ def test_the_decode_bound_is_bandwidth_over_weights_and_keys(name, rows, tokens_
     assert rows / step_s == pytest.approx(tokens_per_s, rel=0.04)
 
 
-def test_the_bench_checks_a_workload_from_the_command_line(tmp_path):
-    done = bench("--op", "group_prefill", "--check", "--json", str(tmp_path / "rows.jsonl"))
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_bench_checks_a_workload_from_the_command_line(modules, monkeypatch, capsys, tmp_path):
+    status, said = in_process(monkeypatch, capsys, "--op", "group_prefill", "--check", "--json", str(tmp_path / "rows.jsonl"))
+    assert status == 0, said
     (row,) = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert row["family"] == "rollout" and row["correct"] and row["commit"] and json.loads(done.stdout.splitlines()[-1])["rows"] == [row]
+    assert row["family"] == "rollout" and row["correct"] and row["commit"] and json.loads(said.splitlines()[-1])["rows"] == [row]
