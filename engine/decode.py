@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from athanor.cpu_graph import CpuGraph
-from athanor.kernels import Sampled, is_strict, linear, linear_logprob, linear_sample, sample
+from athanor.kernels import Sampled, is_strict, linear_sample, sample
 from athanor.kernels._dispatch import requested_backend
 from athanor.kernels.paged_attention import CHUNK
 from athanor.kv_cache import DecodeAttention, PagedKVCache, SharedPrefix, to_device
@@ -223,19 +223,18 @@ class DecodeRows:
 
     def _draw(self, hidden: Tensor, rows: slice) -> Sampled:
         """One token per row from hidden (m, D)."""
-        weight = self.model.lm_head_weight
         keys = {"seeds": self.seeds[rows], "positions": self.generated[rows]}
         parameters = {name: self.uniform.get(name, values[rows]) for name, values in self.per_row.items()}
         strict = is_strict() and not self.on_cpu
         if self.fused:
-            drawn = linear_sample(hidden, weight, temperature=parameters["temperature"], **keys)
+            drawn = linear_sample(hidden, self.model.lm_head_weight, temperature=parameters["temperature"], **keys)
         else:
             filled = fill_rows(hidden) if self.on_cpu else hidden
-            drawn = sample(linear(filled, weight, out_dtype=torch.float32)[: len(hidden)], **parameters, **keys)
+            drawn = sample(self.model.logits(filled)[: len(hidden)], **parameters, **keys)
         if strict and parameters["temperature"] != 0:
             # The trainer's kernel scores the token: its sums run in another order than the sampler's.
             support = drawn.support if "thresholds" in self.ring else None
-            drawn = drawn._replace(logps=linear_logprob(hidden, weight, drawn.tokens, temperature=parameters["temperature"], support=support).logps)
+            drawn = drawn._replace(logps=self.model.logprobs(hidden, drawn.tokens, temperature=parameters["temperature"], support=support).logps)
         return drawn
 
     def _append(self, hidden: Tensor, first: int, drawing: Tensor | None = None) -> None:
