@@ -67,7 +67,8 @@ class Ranks:
 
     context, tensor: the ranks that train on the same micro-batches as this one, which are `context` neighbours with other tokens of them, or `tensor`
     neighbours with other parts of the model.  data: one of each such group, those with this rank's place in it, or these ranks themselves.  copies:
-    those that have the same part of the model.  All are Ranks over a part of the processes.  Raises UserError for numbers that do not divide the ranks.
+    those that have the same part of the model.  All are Ranks over a part of the processes.  Raises UserError for numbers that do not divide the
+    ranks.
     """
 
     group: dist.ProcessGroup | None = None  # None = of all ranks
