@@ -5,7 +5,8 @@
 A state is written under a hidden name, flushed to the disk and renamed, so a step folder is complete; the checksums catch what is damaged later.
 The last states are kept: when the newest is damaged, the one before takes its place.  What a state's extra["best"] names by its step is kept, too,
 and best.json beside the states is that entry of the newest.
-Tensors go through torch.distributed.checkpoint: a rank writes the rows that it holds, and a state is read by any number of ranks, split or not.
+Tensors go through torch.distributed.checkpoint: a rank writes the rows that it holds, and a state is read by any number of ranks, split or not.  What
+tensor parallelism has split is gathered, matrix by matrix, and written as rows of the whole.
 The folder must be one that all ranks see.
 
 `StateWriter` can do it in the background: it copies the tensors into CPU memory, and a thread of its own writes the copy while the run goes on.
@@ -33,7 +34,8 @@ from athanor.errors import UserError
 from athanor.model.transformer import Decoder
 from athanor.optim import Optimizer
 from athanor.parallel import Ranks
-from athanor.sharding import is_sharded
+from athanor.sharding import as_rows, assign_, is_sharded
+from athanor.tensor_parallel import Split, splits
 from athanor.tokenizer import Tokenizer
 
 NUM_KEPT = 2
@@ -80,7 +82,7 @@ class StateWriter:
         if self._stager is None:
             pinned = self.ranks.device.type == "cuda"
             self._stager = DefaultStager(StagingOptions(pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pinned))
-        tensors = self._stager.stage(_tensors(model, optimizer))  # waits for the device
+        tensors = self._stager.stage(_saved(model, optimizer, self.ranks))  # waits for the device
         options = {"split": split, "keep": keep}
         self._thread = threading.Thread(target=self._write, args=(Path(folder), step, tensors, extra), kwargs=options, name="state writer")
         self._thread.start()
@@ -133,7 +135,7 @@ def save_state(folder: str | Path, step: int, model: nn.Module, optimizer: Optim
     Raises ValueError when extra could not be read back, UserError when the folder cannot be written.
     """
     _check(step, keep)
-    return write_state(Path(folder), step, _tensors(model, optimizer), _json(extra), ranks, split=is_sharded(model), keep=keep)
+    return write_state(Path(folder), step, _saved(model, optimizer, ranks), _json(extra), ranks, split=is_sharded(model), keep=keep)
 
 
 def write_state(folder: Path, step: int, tensors: dict[str, Tensor], extra: str, ranks: Ranks, *, split: bool, keep: int) -> Path:
@@ -220,7 +222,10 @@ def load_latest_state(
             extra = json.loads((path / "extra.json").read_text(encoding="utf-8"))
             try:
                 _without_advice()
-                dcp.load(_tensors(model, optimizer), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not is_sharded(model))
+                tensors = _saved(model, optimizer, ranks)
+                dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not is_sharded(model))
+                for name, (value, split) in _in_parts(model, optimizer).items():
+                    assign_(value, tensors[name].full_tensor(), split)
             except dcp.api.CheckpointException as error:
                 raise UserError(f"training state {path} is not of this model and optimizer: {_reason(error)}") from error
             return State(step, extra, path)
@@ -246,6 +251,22 @@ def export_model(model: Decoder, tokens: Tokenizer, folder: str | Path, *, write
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     return state | {f"optimizer.{name}": value for name, value in optimizer.state_tensors().items()}
+
+
+def _in_parts(model: nn.Module, optimizer: Optimizer) -> dict[str, tuple[Tensor, Split]]:
+    """What tensor parallelism has split, and how."""
+    found, of = {}, splits(model)
+    for name, value in _tensors(model, optimizer).items():
+        kind, _, parameter = name.partition(".")
+        parameter = parameter if kind == "model" else parameter.rpartition(".")[0]
+        if parameter in of and value.dim():  # AdamW's count of steps is a number
+            found[name] = value, of[parameter]
+    return found
+
+
+def _saved(model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors as a state has them: those that tensor parallelism has split as rows of the whole."""
+    return _tensors(model, optimizer) | {name: as_rows(value, split, ranks) for name, (value, split) in _in_parts(model, optimizer).items()}
 
 
 def _without_advice() -> None:

@@ -388,6 +388,12 @@ class ParallelConfig(Config):
     rank has micro-batches of its own.  It must divide the ranks and every model's query heads."""
     reshard_after_forward: bool = True
     """Gather a layer's parameters again for its backward instead of keeping them (ZeRO-3 instead of ZeRO-2)."""
+    tensor: int = Field(1, ge=1)
+    """Ranks that compute a forward together (tensor parallelism: heads, SwiGLU's columns and the vocabulary are split between them); 1 = off.  A
+    divisor of the ranks and of the model's key and value heads.  They should be of one node, for they wait for each other in every layer."""
+    rollout: Literal["whole", "split"] = "whole"
+    """Weights that sampling reads: a whole copy on every rank, or the parts of tensor parallelism, whose ranks then sample together: for models that
+    do not fit one GPU."""
     activation_checkpointing: bool = False
     """Keep the inputs of the layers alone and compute the rest again in backward."""
     offload: bool = False
@@ -397,7 +403,9 @@ class ParallelConfig(Config):
     def _split(self):
         if self.offload and self.shard == 1:
             raise ValueError("offload is true, which takes split parameters; wanted shard other than 1")
-        if self.context > 1 and getattr(self, "tensor", 1) > 1:
+        if self.rollout == "split" and self.tensor == 1:
+            raise ValueError("rollout is split, which takes the parts of tensor parallelism; wanted tensor > 1")
+        if self.context > 1 and self.tensor > 1:
             raise ValueError(f"context is {self.context} and tensor is {self.tensor}, both of which split the heads; wanted 1 for one of them")
         return self
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from athanor.config import SpeculationConfig
 from athanor.cpu_graph import CpuGraph
-from athanor.kernels import Sampled, is_strict, linear, linear_logprob, linear_sample, sample
+from athanor.kernels import Sampled, is_strict, linear_sample, sample
 from athanor.kernels._dispatch import requested_backend
 from athanor.kernels.mla_decode import CHUNK as LATENT_CHUNK
 from athanor.kernels.paged_attention import CHUNK
@@ -275,20 +275,20 @@ class DecodeRows:
         def each(x: Tensor) -> Tensor:
             return x[rows] if width == 1 else x[rows].repeat_interleave(width)
 
-        weight, count = self.model.lm_head_weight, (rows.stop - rows.start) * width
+        count = (rows.stop - rows.start) * width
         positions = self.generated[rows] if width == 1 else (self.generated[rows, None] + self.ahead_of).flatten()
         keys = {"seeds": each(self.seeds), "positions": positions}
         parameters = {name: self.uniform[name] if name in self.uniform else each(values) for name, values in self.per_row.items()}
         strict = is_strict() and not self.on_cpu
         if self.fused:
-            drawn = linear_sample(hidden[:count], weight, temperature=parameters["temperature"], **keys)
+            drawn = linear_sample(hidden[:count], self.model.lm_head_weight, temperature=parameters["temperature"], **keys)
         else:
             filled = fill_rows(hidden) if self.on_cpu else hidden
-            drawn = sample(linear(filled, weight, out_dtype=torch.float32)[:count], **parameters, **keys)
+            drawn = sample(self.model.logits(filled)[:count], **parameters, **keys)
         if strict and parameters["temperature"] != 0:
             # The trainer's kernel scores the token: its sums run in another order than the sampler's.
             support = drawn.support if "thresholds" in self.ring else None
-            scored = linear_logprob(hidden[:count], weight, drawn.tokens, temperature=parameters["temperature"], support=support)
+            scored = self.model.logprobs(hidden[:count], drawn.tokens, temperature=parameters["temperature"], support=support)
             drawn = drawn._replace(logps=scored.logps)
         return drawn
 

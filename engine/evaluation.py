@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from athanor import preemption, watchdog
 from athanor.atomic import read_json, write_file
-from athanor.config import DeadlineConfig, SamplingConfig
+from athanor.config import DeadlineConfig, ParallelConfig, SamplingConfig
 from athanor.console import Console
 from athanor.errors import UserError
 from athanor.evaluation_report import METRICS_NAME, write_results
@@ -31,6 +31,7 @@ from athanor.rollout import as_asked, rollout_generator
 from athanor.run_folder import changed_keys
 from athanor.sample_store import resumable_groups
 from athanor.samples import Problem, Sample
+from athanor.sharding import for_sampling
 from athanor.tasks import Task, make_task
 from athanor.tokenizer import Tokenizer
 from athanor.weights import load_model
@@ -68,6 +69,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: bfloat16 on CUDA, float32 on a CPU")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads of a process; 0 = cores divided by the local ranks")
+    p.add_argument("--tensor", type=int, default=1, metavar="N", help="ranks that sample together with a part of a dense model each, for one that "
+                   "does not fit one GPU (default 1)")  # fmt: skip
     p.add_argument("--max-rows", type=int, default=512, metavar="N", help="sequences that decode at once (default 512)")
     deadlines = ", ".join(f"{name} {seconds:g}" for name, seconds in DeadlineConfig().by_phase().items() if name in DEADLINES)
     p.add_argument("--deadline", action="append", default=[], metavar="PHASE=S", help="seconds after which a phase counts as hung: the "
@@ -93,10 +96,12 @@ def command(argv: list[str]) -> dict:
     asked = [Asked(name.partition(":")[0], task, problems_of(task, options, tokenizer)) for name, task in _tasks(options)]
     out = Path(options.out or f"runs/eval-{Path(options.model).resolve().name}")
     deadlines_s = _deadlines(options.deadline)
-    ranks = Ranks(options.device, options.threads, timeout_s=deadlines_s["collective"] + watchdog.GRACE_S)
+    ranks = Ranks(options.device, options.threads, timeout_s=deadlines_s["collective"] + watchdog.GRACE_S, tensor=options.tensor)
     console = Console(len(asked))
     dtype = options.dtype if options.dtype != "auto" else "bfloat16" if ranks.device.type == "cuda" else "float32"
-    model = load_model(options.model, dtype=getattr(torch, dtype), device=ranks.device).requires_grad_(False)
+    parallel = ParallelConfig(tensor=options.tensor, rollout="split" if options.tensor > 1 else "whole")
+    model = load_model(options.model, dtype=getattr(torch, dtype), device=ranks.device if options.tensor == 1 else "cpu").requires_grad_(False)
+    model = for_sampling(model, parallel, ranks)
     generator = rollout_generator(model, tokenizer, options.max_rows, options.k)
     facts = {"model": options.model, "split": options.split, "k": options.k, "seed": options.seed, "dtype": dtype}
     facts |= {"weights_sha256": _weights_hash(Path(options.model))} if ranks.is_main else {}
@@ -201,7 +206,7 @@ def breakdowns(groups: list[list[Sample]], scores: list[list[float | None]]) -> 
 
 
 def _check(options: argparse.Namespace) -> SamplingConfig:
-    for name, least in {"k": 1, "max_rows": 1, "limit": 0, "max_tokens": 0, "seed": 0}.items():
+    for name, least in {"k": 1, "tensor": 1, "max_rows": 1, "limit": 0, "max_tokens": 0, "seed": 0}.items():
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, wanted at least {least}")
     if options.data and len(options.data) != len(options.task):

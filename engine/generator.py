@@ -8,6 +8,8 @@ order, on refills and pauses, or on being aborted and resumed.
     for request, member, completion in generator.stream(requests, SamplingConfig(max_tokens=512)):
         ...                                    # while the others decode
 
+Of a model that is split over ranks (tensor_parallel.py) each of them has a generator, makes the same calls and gets the same samples.
+
 `stream` runs it, `_host.Scheduler` decides on samples, rows and blocks, `decode` holds the device's part.  `python -m athanor.generate` is the
 command line.
 """
@@ -25,6 +27,7 @@ from athanor.errors import UserError
 from athanor.kv_cache import PagedKVCache
 from athanor.model.moe import refresh_fp8_, routers
 from athanor.model.transformer import Decoder
+from athanor.parallel import Ranks
 from athanor.samples import Completion, Request
 from athanor.stream import Stream
 from athanor.tokenizer import Tokenizer
@@ -82,6 +85,9 @@ class Generator:
             raise UserError("Generator: speculation.draft is mtp, but the model has no layer for multi-token prediction; wanted ngram")
         self.speculation, self.drafting = speculation, {"forwards": 0, "tokens": 0}
         self.num_layers = model.config.num_hidden_layers + (speculation.tokens > 0 and speculation.draft == "mtp")  # with keys and values
+        self.peers: Ranks | None = getattr(model, "ranks", None)  # those that have the other parts of the model
+        if fused_sampling and self.peers:
+            raise ValueError("Generator: fused_sampling is true, but the model's head is split over ranks; wanted false")
         self.fused_sampling, self.record_routes = fused_sampling, record_routes
         self.max_rows, self.kv_tokens, self.policy, self.max_prefill_tokens = max_rows, kv_tokens, policy, max_prefill_tokens
         self.block_size, self.window, self.ahead = block_size or (16 if on_cpu else 64), window, ahead
@@ -179,7 +185,7 @@ class Generator:
         refresh_fp8_(self.model)
         if self.cache is None or self.cache.num_blocks < num_blocks:
             self.cache = self.rows = None  # free the old pool first
-            self.cache = PagedKVCache(self.model.config, self.num_layers, num_blocks, self.block_size, self.dtype, self.device)
+            self.cache = PagedKVCache(self.model.own_config, self.num_layers, num_blocks, self.block_size, self.dtype, self.device)
         self._parameters = list(self.model.parameters())
         addresses = [parameter.data_ptr() for parameter in self._parameters]
         if addresses != self._addresses:  # captured steps read the old ones
@@ -205,5 +211,8 @@ class Generator:
         have = self.cache.num_blocks if self.cache else 0
         unit = 2 ** max(0, wanted.bit_length() - 4)
         roomy = -(-wanted // unit) * unit
-        token_bytes = PagedKVCache.bytes_per_token(self.model.config, self.num_layers, self.dtype, self.device)
-        return max(1, min(roomy, have + free // (self.block_size * token_bytes)))
+        token_bytes = PagedKVCache.bytes_per_token(self.model.own_config, self.num_layers, self.dtype, self.device)
+        blocks = have + free // (self.block_size * token_bytes)
+        if self.peers:  # the scheduler decides by it, and must decide the same everywhere
+            blocks = -self.peers.max_int(-blocks)
+        return max(1, min(roomy, blocks))

@@ -8,12 +8,13 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from athanor.config import OptimizerConfig
 from athanor.errors import UserError
 from athanor.parallel import Ranks
-from athanor.sharding import split_parameters
+from athanor.sharding import assign_, split_parameters
+from athanor.tensor_parallel import Split, splits
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int, peak: float | None = None) -> float:
@@ -29,7 +30,14 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int, peak: floa
 
 
 class ShardedMuon(torch.optim.Muon):
-    """Muon of matrices that are split over ranks: the momentum is split, too; gradient and matrix are whole, on every rank, one pair at a time."""
+    """Muon of matrices that are split over ranks: the momentum is split, too; gradient and matrix are whole, on every rank, one pair at a time.
+
+    splits: of those that tensor parallelism has split.
+    """
+
+    def __init__(self, params, splits: dict[Tensor, Split], **options):
+        self.splits = splits
+        super().__init__(params, **options)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -40,10 +48,14 @@ class ShardedMuon(torch.optim.Muon):
                     continue
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
                 buffer.lerp_(p.grad, 1 - momentum)
-                full = nn.Parameter(p.full_tensor())
-                full.grad = p.grad.lerp(buffer, momentum).full_tensor()
+                full = nn.Parameter(self._whole(p, p))
+                full.grad = self._whole(p.grad.lerp(buffer, momentum), p)
                 torch.optim.Muon([full], momentum=0.0, nesterov=False, **options).step()
-                p.copy_(distribute_tensor(full.detach(), p.device_mesh, p.placements, src_data_rank=None))
+                assign_(p, full.detach(), self.splits.get(p))
+
+    def _whole(self, x: Tensor, of: Tensor) -> Tensor:
+        full = x.full_tensor() if isinstance(x, DTensor) else x.detach()
+        return self.splits[of].whole(full) if of in self.splits else full
 
 
 class Optimizer:
@@ -53,8 +65,10 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks):
-        self.config, self.ranks = config, ranks
+        self.config, self.ranks, self.tensor = config, ranks.copies, ranks.tensor
         self.names, self.parameters = zip(*[(name, p) for name, p in split_parameters(model).items() if p.requires_grad], strict=True)
+        found = splits(model)
+        self.splits = {p: found[name] for name, p in zip(self.names, self.parameters, strict=True) if name in found}
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         tables |= {id(p) for n, p in model.named_parameters() if n.startswith(("lm_head", "value_head"))}
         stacks = [n for n, p in model.named_parameters() if p.dim() > 2]  # of experts
@@ -64,9 +78,10 @@ class Optimizer:
         others = [p for p in self.parameters if all(p is not m for m in matrices)]
         adamw = dict(lr=config.lr, betas=config.betas, eps=config.eps)
         if config.name == "muon":
-            muon = ShardedMuon if any(isinstance(p, DTensor) for p in matrices) else torch.optim.Muon
+            parts = {"splits": self.splits} if self.splits or any(isinstance(p, DTensor) for p in matrices) else {}
+            muon = ShardedMuon if parts else torch.optim.Muon
             self.parts = [
-                muon(matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+                muon(matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw", **parts),
                 torch.optim.AdamW(others, weight_decay=0.0, fused=True, **adamw),
             ]
         else:
@@ -81,13 +96,20 @@ class Optimizer:
     def step(self, lr: float) -> float:
         """Reduce, clip and apply; return the gradient norm before clipping.  When it is not finite, nothing is applied."""
         self.ranks.sum_gradients_([p for p in self.parameters if not isinstance(p, DTensor)])
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = self._norm([p for p in self.parameters if p not in self.splits])
+        if self.splits:
+            squares = self._norm(list(self.splits)).square()
+            self.tensor.sum_(squares)
+            norm = (norm.square() + squares).sqrt()
         if not math.isfinite(norm):
             return float(norm)
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip or math.inf, norm)
         self._apply(lr)
         return float(norm)
+
+    def _norm(self, parameters: list[Tensor]) -> Tensor:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _apply(self, lr: float) -> None:
         for part in self.parts:

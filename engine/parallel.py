@@ -4,7 +4,7 @@ Work is split by index (rank r takes items r, r + world, ...) or by size, gradie
 ranks, so N ranks give the gradients of one.
 
 Where C neighbouring ranks train on the same micro-batches (`context_parallel`), samples of an update are split over `data`, the world / C ranks that
-have other ones; sampling is split over all ranks.
+have other ones; sampling is split over all ranks.  So it is with T neighbouring ranks that compute a forward together (`tensor_parallel`).
 """
 
 import copy
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from athanor import watchdog
 from athanor.errors import UserError
+
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name up to torch 2.12
 
 
 def collective(method):
@@ -63,17 +65,20 @@ def _attempt() -> str:
 class Ranks:
     """The process group seen by the engine; `world == 1` needs no process group at all.
 
-    context: the ranks that train on the same micro-batches as this one, which are `context` neighbours; data: one of each such group, those with this
-    rank's place in it, or these ranks themselves.  Both are Ranks over a part of the processes.  Raises UserError for a context that does not divide
-    the ranks.
+    context, tensor: the ranks that train on the same micro-batches as this one, which are `context` neighbours with other tokens of them, or `tensor`
+    neighbours with other parts of the model.  data: one of each such group, those with this rank's place in it, or these ranks themselves.  copies:
+    those that have the same part of the model.  All are Ranks over a part of the processes.  Raises UserError for numbers that do not divide the
+    ranks.
     """
 
     group: dist.ProcessGroup | None = None  # None = of all ranks
 
-    def __init__(self, device: str = "auto", threads: int = 0, timeout_s: float = 600.0, context: int = 1):
+    def __init__(self, device: str = "auto", threads: int = 0, timeout_s: float = 600.0, context: int = 1, tensor: int = 1):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.world % context:
-            raise UserError(f"parallel.context is {context}, wanted a divisor of the {self.world} ranks")
+        assert context == 1 or tensor == 1  # a recipe has one of them
+        for name, peers in (("context", context), ("tensor", tensor)):
+            if self.world % peers:
+                raise UserError(f"parallel.{name} is {peers}, wanted a divisor of the {self.world} ranks")
         self.timeout = datetime.timedelta(seconds=timeout_s)
         local = int(os.environ.get("LOCAL_RANK", 0))
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -91,9 +96,12 @@ class Ranks:
             backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
             dist.init_process_group(backend, store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=world, timeout=self.timeout)
         self.is_main = self.rank == 0
-        groups = [list(range(first, first + context)) for first in range(0, self.world, context)]
-        self.context = self._of(groups)
-        self.data = self._of([list(peers) for peers in zip(*groups, strict=True)]) if context > 1 else self
+        alone, size = self._of([[r] for r in range(self.world)]), context * tensor
+        groups = [list(range(first, first + size)) for first in range(0, self.world, size)]
+        peers = self._of(groups)
+        self.context, self.tensor = (peers if context > 1 else alone), (peers if tensor > 1 else alone)
+        self.data = self._of([list(others) for others in zip(*groups, strict=True)]) if size > 1 else self
+        self.copies = self.data if tensor > 1 else self
 
     def twin(self) -> "Ranks":
         """The same ranks in a process group of their own, over gloo: what a second thread exchanges does not meet what this one does."""
@@ -110,7 +118,7 @@ class Ranks:
             group = dist.new_group(part, self.timeout) if len(part) > 1 else None
             if self.rank in part:
                 view.group, view.rank, view.world = group, part.index(self.rank), len(part)
-        view.data = view.context = view
+        view.data = view.context = view.tensor = view.copies = view
         return view
 
     def __deepcopy__(self, memo) -> "Ranks":  # a process group cannot be copied, and a copy of a model is split over the same ranks

@@ -37,7 +37,7 @@ from athanor.rewards import make_reward
 from athanor.rewards.verdicts import Comparison
 from athanor.run_folder import open_run_folder
 from athanor.samples import in_domain
-from athanor.sharding import shard_size
+from athanor.sharding import for_sampling, shard_size
 from athanor.stages import grpo, reward_model, validation
 from athanor.stages.context import StageContext, checkpoint_dir, data_source
 from athanor.stages.evaluate import evaluate
@@ -65,7 +65,8 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
     whole, recipe = recipe, up_to(recipe)
     deadlines_s = recipe.deadlines.by_phase()
     # The process group's own timeout comes after the watchdog, which can say more.
-    ranks = Ranks(recipe.device, recipe.threads, timeout_s=deadlines_s["collective"] + watchdog.GRACE_S, context=recipe.parallel.context)
+    ranks = Ranks(recipe.device, recipe.threads, timeout_s=deadlines_s["collective"] + watchdog.GRACE_S,
+                  context=recipe.parallel.context, tensor=recipe.parallel.tensor)  # fmt: skip
     shard_size(recipe.parallel, ranks)
     run_dir = Path(recipe.run_root) / recipe.name
     console = Console(len(recipe.stages) + len(recipe.evaluation.stages))
@@ -361,7 +362,9 @@ def _evaluate_stage(name: str, recipe: RecipeConfig, run_dir: Path, ranks: Ranks
         console.skip(entry, "done before")
         return
     start = time.perf_counter()
-    model = use_fp8_(load_model(inputs["checkpoint"], dtype=getattr(torch, recipe.dtype), device=str(ranks.device)), recipe.fp8)
+    device = "cpu" if recipe.parallel.rollout == "split" else str(ranks.device)
+    model = use_fp8_(load_model(inputs["checkpoint"], dtype=getattr(torch, recipe.dtype), device=device), recipe.fp8)
+    model = for_sampling(model, recipe.parallel, ranks)
     rewards = {reward: load_reward(reward, inputs[MODEL_FIELDS[reward]], tokenizer, ranks.device) for reward in models}
     with console.stage(entry, 1) as progress:
         result = evaluate(

@@ -86,7 +86,7 @@ class Prefill:
         for table, (i, _, _) in zip(tables, piece, strict=True):
             table[: len(sequences[i].blocks)] = sequences[i].blocks
         if positions[bounds[:-1]].any():
-            attend = ContinuedAttention(self.cache, self.model.config.num_attention_heads, tables, place, positions)
+            attend = ContinuedAttention(self.cache, self.model.own_config.num_attention_heads, tables, place, positions)
         else:
             cu_seqlens = np.append(bounds, [bounds[-1] + filler] if filler else []).astype(np.int32)
             blocks, slots = tables[place, positions // size][:, None], np.where(positions < 0, -1, positions % size).astype(np.int32)

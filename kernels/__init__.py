@@ -18,6 +18,7 @@ from .kv_append import kv_append, qkv_append
 from .linear import linear
 from .linear_grpo import linear_grpo
 from .linear_logprob import linear_logprob
+from .linear_logprob_parallel import linear_logprob_parallel
 from .linear_sample import linear_sample
 from .logits_grpo import logits_grpo
 from .logprob import LogProbs, Support, logprob
@@ -35,7 +36,7 @@ __all__ = [
     "LogProbs", "LossVariant", "Places", "Produced", "Quantized", "Routing", "Sampled", "Support", "attention", "empty_kv_cache",
     "fp8_grouped_gemm", "fp8_grouped_matmul", "fp8_grouped_wgrad", "fp8_mixture", "fp8_permute", "fp8_quantize", "fp8_quantize_dual", "fp8_rmsnorm",
     "fp8_swiglu", "fp8_swiglu_backward", "group_advantage", "grouped_gemm", "grouped_wgrad", "grpo_loss", "is_strict", "kv_append", "linear",
-    "linear_grpo", "linear_logprob", "linear_sample", "logits_grpo", "logprob", "mla_decode", "moe_dots", "moe_permute", "moe_places", "moe_route",
-    "moe_unpermute", "paged_attention", "philox_uniform", "policy_loss", "qkv_append", "rmsnorm", "rope", "sample", "strict_mode", "swiglu",
-    "use_backend",
+    "linear_grpo", "linear_logprob", "linear_logprob_parallel", "linear_sample", "logits_grpo", "logprob", "mla_decode", "moe_dots", "moe_permute",
+    "moe_places", "moe_route", "moe_unpermute", "paged_attention", "philox_uniform", "policy_loss", "qkv_append", "rmsnorm", "rope", "sample",
+    "strict_mode", "swiglu", "use_backend",
 ]  # fmt: skip

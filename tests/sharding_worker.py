@@ -19,6 +19,7 @@ from athanor.parallel import Ranks
 from athanor.sharding import FullWeights, WholeParameters, parallelize_, split_parameters, whole
 from athanor.stages.routing import RouterBalance
 from athanor.stages.training import cross_entropy_step, packed_batches
+from athanor.tensor_parallel import splits
 from athanor.weights import hand_over, weights_hash, write_model
 
 # Widths that two and four ranks do not divide: the last rank of a parameter holds fewer rows, or none.
@@ -110,9 +111,10 @@ def results(ranks: Ranks) -> dict[str, dict]:
 
 
 def whole_state(model, optimizer) -> dict[str, torch.Tensor]:
-    parameters = WholeParameters(model)
+    parameters, of = WholeParameters(model), splits(model)
     state = {f"model.{n}": parameters[n].clone() for n in parameters.names}
-    return state | {f"optimizer.{n}": whole(value, value.dtype).clone() for n, value in optimizer.state_tensors().items()}
+    moments = {n: (value, of.get(n.rpartition(".")[0]) if value.dim() else None) for n, value in optimizer.state_tensors().items()}
+    return state | {f"optimizer.{n}": whole(value, value.dtype, split).clone() for n, (value, split) in moments.items()}
 
 
 def save(ranks: Ranks, folder: Path, case: tuple, parallel: dict, *how: str) -> dict[str, dict]:

@@ -15,11 +15,11 @@ from athanor.stages.distribution import shares
 
 
 class ThreadRanks:
-    """`concatenate` and `exchange` among threads, `context` neighbours of which train on the same samples."""
+    """`concatenate` and `exchange` among threads, `peers` neighbours of which train on the same samples."""
 
-    def __init__(self, rank: int, world: int, context: int, board: dict, barrier: threading.Barrier):
+    def __init__(self, rank: int, world: int, peers: int, board: dict, barrier: threading.Barrier):
         self.rank, self.world, self.board, self.barrier = rank, world, board, barrier
-        self.context = SimpleNamespace(world=context)
+        self.data = SimpleNamespace(world=world // peers)
 
     def _all(self, name: str, value) -> list:
         self.board[name, self.rank] = value

@@ -107,6 +107,19 @@ command(sys.argv[1:])
     assert "in phase reward, deadlines.reward_s is 2; rank 0 of 1, stage eval " in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_ranks_with_a_part_of_the_model_each_draw_what_one_process_draws(folder, tmp_path):
+    alone = command(arguments(folder, tmp_path / "one"))["results"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    split = [str(ROOT / "engine" / "train.py"), "eval", *arguments(folder, tmp_path / "two", "--tensor", "2", "--device", "cpu")]
+    result = subprocess.run([*launcher, *split], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["results"] == alone
+    one, two = (tmp_path / name / TASK / "samples.jsonl" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_finished_problems_are_not_sampled_again(folder, tmp_path, monkeypatch):
     whole = command(arguments(folder, tmp_path / "whole"))["results"]
     original, drawn = sample_store.stream_groups, []

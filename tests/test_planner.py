@@ -254,7 +254,8 @@ def test_a_model_folder_and_wrong_names(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # as torchrun sets them
     monkeypatch.setenv("WORLD_SIZE", "16")
     data = command([str(tmp_path), *given])
-    assert data["ranks"] == 16 and data["parallel"].keys() == {"shard", "replicate", "context", "tensor", "expert", "activation_checkpointing"}
+    keys = {"shard", "replicate", "context", "tensor", "expert", "rollout", "activation_checkpointing"}
+    assert data["ranks"] == 16 and data["parallel"].keys() == keys
     assert capsys.readouterr().out
     monkeypatch.setenv("RANK", "3")
     assert command([str(tmp_path), *given]) == {} and not capsys.readouterr().out

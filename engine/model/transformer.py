@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from athanor.batch import SharedKeys
 from athanor.config import ModelConfig
-from athanor.kernels import attention, rope, swiglu
+from athanor.kernels import LogProbs, attention, linear, linear_logprob, rope, swiglu
 from athanor.kernels.attention import longest_of
 from athanor.model.layers import ROW_STEP, Linear, RMSNorm, fill_rows
 from athanor.model.mla import Latent, LatentAttention, rotation_factor, yarn_frequencies
@@ -126,9 +126,12 @@ class DecoderLayer(nn.Module):
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         T, H, K, d = x.shape[0], self.num_heads, self.num_kv_heads, self.head_dim
         q, k, v = self.qkv_proj(x).view(T, H + 2 * K, d).split((H, K, K), dim=1)
-        norm = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps} if self.qk_norm else {}
-        attended = attend(self.index, q, k, v, Rotation(cos, sin, norm), **self.window)
+        attended = attend(self.index, q, k, v, Rotation(cos, sin, self.norm_of_heads()), **self.window)
         return self.o_proj(attended.reshape(T, H * d))
+
+    def norm_of_heads(self) -> dict:
+        """What `Rotation` needs of the QK norm."""
+        return {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps} if self.qk_norm else {}
 
 
 class NextTokenLayer(nn.Module):
@@ -152,7 +155,7 @@ class NextTokenLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm; `lm_head_weight` is applied by the caller (`linear_logprob`, the sampler)."""
+    """Embedding, layers and final norm; the head is applied to the hidden states that are wanted (`logprobs`, `logits`)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -175,6 +178,11 @@ class Decoder(nn.Module):
         return self
 
     @property
+    def own_config(self) -> ModelConfig:
+        """The shape of what this process has of the layers, by which keys and values are kept."""
+        return self.config
+
+    @property
     def lm_head_weight(self) -> Tensor:
         """(V, D): the embedding itself when tied."""
         return self.embed.weight if self.config.tie_word_embeddings else self.lm_head.weight
@@ -189,6 +197,16 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x, residual = layer(x, residual, cos, sin, attend, routes)
         return self.norm(x) if residual is None else self.norm(x, residual)[0]
+
+    def logprobs(
+        self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0, support: tuple[Tensor, Tensor] | None = None, entropy: bool = True
+    ) -> LogProbs:
+        """`linear_logprob` of hidden states under the head; the entropy may be missing where it is not wanted."""
+        return linear_logprob(hidden, self.lm_head_weight, targets, temperature=temperature, support=support)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, V) fp32 of hidden states (n, D), for sampling."""
+        return linear(hidden, self.lm_head_weight, out_dtype=torch.float32)
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = positions.float()[:, None] * self.inv_freq[None]

@@ -5,7 +5,7 @@ from athanor.planner.memory import num_active, num_parameters
 from athanor.planner.search import Plan
 
 GB = 1e9
-UNBUILT = "tensor and expert parallelism are planned here and not built into this engine yet"
+UNBUILT = "expert parallelism, and tensor parallelism of latent attention and experts, are planned here and not settings of this engine yet"
 
 
 def as_data(plan: Plan, name: str) -> dict:
@@ -19,7 +19,7 @@ def as_data(plan: Plan, name: str) -> dict:
         "fits": plan.fits,
         "parallel": {
             "shard": layout.shard, "replicate": layout.replicate, "context": layout.context, "tensor": layout.tensor, "expert": layout.expert,
-            "activation_checkpointing": layout.activation_checkpointing,
+            "rollout": "split" if sampler and sampler.layout.tensor > 1 else "whole", "activation_checkpointing": layout.activation_checkpointing,
         },
         "micro_batch_tokens": plan.training.micro_batch_tokens,
         "micro_batches": plan.training.micro_batches,
@@ -56,7 +56,8 @@ def as_text(plan: Plan, name: str) -> str:
         f"{plan.training.micro_batch_tokens} tokens per {f'{layout.context} ranks' if layout.context > 1 else 'rank'}",
     ]
     tables = [("training", plan.training.memory)]
-    planned = [("tensor", layout.tensor), ("expert", layout.expert)]
+    dense = not (plan.config.latent or plan.config.num_experts)
+    planned = [("tensor", 1 if dense else layout.tensor), ("expert", layout.expert)]
     if sampler:
         lines.append(
             f"rollout     tensor = {sampler.layout.tensor}  expert = {sampler.layout.expert}; in flight {sampler.rows} samples and pages for "
@@ -64,7 +65,8 @@ def as_text(plan: Plan, name: str) -> str:
             f"{sampler.rows * (c.world // sampler.layout.tensor)} samples in all"
         )
         tables.append(("rollout", sampler.memory))
-        planned += [("rollout_tensor", sampler.layout.tensor), ("rollout_expert", sampler.layout.expert)]
+        built = dense and sampler.layout.tensor in (1, layout.tensor)
+        planned += [("rollout_tensor", 1 if built else sampler.layout.tensor), ("rollout_expert", sampler.layout.expert)]
     if any(size > 1 for _, size in planned):
         flags = " ".join(f"--plan.layout.{key} 1" for key, _ in planned)
         lines.append(f"note        {UNBUILT}; without them: {flags}")

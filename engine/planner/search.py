@@ -110,6 +110,9 @@ class _Planner:
         self.lengths = Lengths(w.mean_tokens, w.max_tokens)
         self.samples = w.group_size * (w.prompts_per_step or 1)
         self.on_cpu = cluster.gpu == "cpu"
+        self.dense = not (config.latent or config.num_experts)
+        given = settings.assume.sequence_parallel
+        self.sequence_parallel = not self.dense if given is None else given
         self.budget = cluster.memory * settings.assume.usable_memory
         self.longest = ceil(w.prompt_tokens) + w.max_tokens - 1
         self.owned, self.decode = cache(self._owned), cache(self._decode)  # of few values each, in thousands of layouts
@@ -154,7 +157,7 @@ class _Planner:
     def _training_memory(self, layout: Layout, tokens: int) -> dict[str, float]:
         local, moments, gathered = self.owned(replace(layout, activation_checkpointing=False, context=1))
         a, size = self.assume, self.compute_bytes
-        kept = memory.activations(self.config, tokens, layout, size, sequence_parallel=a.sequence_parallel, imbalance=a.expert_imbalance,
+        kept = memory.activations(self.config, tokens, layout, size, sequence_parallel=self.sequence_parallel, imbalance=a.expert_imbalance,
                                   on_cpu=self.on_cpu)  # fmt: skip
         rows = tokens if self.workload.prompts_per_step == 0 else ceil(tokens * self.lengths.mean / self.tokens)
         rows = ceil(rows / layout.context)
@@ -177,7 +180,7 @@ class _Planner:
         m, w, model, size = self.machine, self.workload, self.model, self.compute_bytes
         plain = replace(layout, activation_checkpointing=False)
         local, *_ = self.owned(replace(plain, context=1))
-        per_token = memory.activations(self.config, 1024, plain, size, sequence_parallel=self.assume.sequence_parallel).layers / 1024
+        per_token = memory.activations(self.config, 1024, plain, size, sequence_parallel=self.sequence_parallel).layers / 1024
         # A step is over when the rank with the most is: the mean, or the one that has the longest sequence.
         n = w.prompt_tokens + longest
         loads = [(mean * self.tokens, mean * self.pairs), (n, n * n / 2)]
@@ -205,7 +208,8 @@ class _Planner:
         if not self.workload.prompts_per_step:
             return None
         options = []
-        for tensor in _tensor_sizes(self.config, self.cluster):
+        sizes = {1, training.layout.tensor} if self.dense and not self.fixed.rollout_tensor else _tensor_sizes(self.config, self.cluster)
+        for tensor in sorted(sizes):  # a dense model is sampled whole or as it is trained
             for expert in _divisors(gcd(self.config.num_experts, self.cluster.world)) if self.config.num_experts else [1]:
                 given = (self.fixed.rollout_tensor, self.fixed.rollout_expert)
                 if given[0] in (0, tensor) and given[1] in (0, expert) and (expert % tensor == 0 or not self.config.num_experts):

@@ -13,7 +13,7 @@ from athanor.metrics import MetricsWriter
 from athanor.model.moe import use_fp8_
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
-from athanor.sharding import shard_size
+from athanor.sharding import for_sampling, shard_size
 from athanor.tokenizer import Tokenizer
 from athanor.weights import load_model
 
@@ -67,10 +67,12 @@ class StageContext:
         return folder
 
     def load(self, reference: str, *, parallel: bool = False) -> Decoder:
-        """The policy of a checkpoint on this rank's device, with the run's products of experts.  parallel: on the CPU where it is to be split, for
-        `parallelize_`."""
-        device = "cpu" if parallel and shard_size(self.recipe.parallel, self.ranks) > 1 else str(self.ranks.device)
-        return use_fp8_(load_model(self.source_dir(reference), dtype=self.dtype, device=device), self.recipe.fp8)
+        """The policy of a checkpoint for sampling, with the run's products of experts.  parallel: for `parallelize_` instead, on the CPU where it is
+        to be split."""
+        splits = shard_size(self.recipe.parallel, self.ranks) * self.ranks.tensor.world > 1 if parallel else self.recipe.parallel.rollout == "split"
+        device = "cpu" if splits else str(self.ranks.device)
+        model = use_fp8_(load_model(self.source_dir(reference), dtype=self.dtype, device=device), self.recipe.fp8)
+        return model if parallel else for_sampling(model, self.recipe.parallel, self.ranks)
 
     @property
     def dtype(self):

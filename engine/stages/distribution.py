@@ -33,7 +33,7 @@ def shares(
 ) -> list[Share]:
     """This rank's share of each of `num_updates` steps over the groups of all ranks, in the order of their prompts.
 
-    Context parallel ranks have the same.  advantages: (S,) of this rank's samples.  all_live: samples without an advantage have a gradient, too.
+    Context or tensor parallel ranks have the same.  advantages: (S,) of this rank's samples.  all_live: those without one have a gradient, too.
     shared_prompts: those of a group that come to the same rank compute their prompt once.
     """
     mine = []  # (group, member, prompt tokens, completion tokens, live)
@@ -47,7 +47,7 @@ def shares(
     updates = [[i for i, row in enumerate(everyone) if begin <= order[row[0]] < end] for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
     outgoing: list[list] = [[] for _ in range(ranks.world)]
     flat = sum(groups, [])
-    peers = ranks.context.world  # ranks in a row that train on the same samples
+    peers = ranks.world // ranks.data.world  # ranks in a row that train on the same samples
     num_parts = ranks.world // peers
     for update, rows in enumerate(updates):
         live = sorted((i for i in rows if everyone[i][4]), key=lambda i: everyone[i][:2])

@@ -63,8 +63,9 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
     stream = ProblemStream(context.tasks, config.prompts, per_step, config.steps * attempts, context.recipe.seed, context.name)
     gap = loop.extra.setdefault("logp_gap_max", 0.0)
     # On a CPU the trainer's bits are those of `sample` on logits.
-    fused = context.ranks.device.type == "cuda" and not config.sampling.truncated
-    weights = FullWeights(model)
+    parts = context.recipe.parallel.rollout == "split"
+    fused = context.ranks.device.type == "cuda" and not config.sampling.truncated and not parts
+    weights = FullWeights(model, parts=parts)
     loop.validate_on(weights)
     options = {"fused_sampling": fused, "record_routes": config.routing_replay == "rollout", "speculation": context.recipe.speculation}
     generator = rollout_generator(weights.model, context.tokenizer, context.recipe.max_rows, config.group_size, **options)

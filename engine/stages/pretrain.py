@@ -33,7 +33,8 @@ def run(context: StageContext, config: PretrainConfig) -> dict:
         if config.gate is None:
             gates = {}
             break
-        value = competence(FullWeights(model).model, context.tokenizer, context.tasks[config.gate.task], config.gate, context.recipe.max_rows)
+        weights = FullWeights(model, parts=context.recipe.parallel.rollout == "split")
+        value = competence(weights.model, context.tokenizer, context.tasks[config.gate.task], config.gate, context.recipe.max_rows)
         gates = {"competence": {"value": value, "wanted": config.gate.threshold, "passed": value >= config.gate.threshold, "extra_rounds": rounds}}
         if value >= config.gate.threshold:
             break

@@ -17,7 +17,7 @@ from athanor.checkpoint import BEST_NAME, StateWriter, load_latest_state
 from athanor.config import TrainConfig
 from athanor.context_parallel import part_of
 from athanor.errors import UserError
-from athanor.kernels import LogProbs, linear_logprob
+from athanor.kernels import LogProbs
 from athanor.kernels.logprob import IGNORE
 from athanor.model.moe import Routes
 from athanor.model.transformer import Decoder, PackedAttention, fill_rows, fill_tokens
@@ -59,7 +59,8 @@ class TrainingLoop:
     def validate_on(self, weights: FullWeights | None = None) -> None:
         """Look at the validation split in between, where the stage's settings say so.  weights: what the stage samples with, if it does."""
         if self.config.validation is not None:
-            self.validation = Validation(self.context, self.config.validation, weights or FullWeights(self.model))
+            weights = weights or FullWeights(self.model, parts=self.context.recipe.parallel.rollout == "split")
+            self.validation = Validation(self.context, self.config.validation, weights)
 
     def save(self) -> None:
         """Save the state after `next_step` finished steps; all ranks call it.  When that fails, stop or go on as the recipe says.
@@ -174,7 +175,7 @@ def completion_logprobs(
 
     routes: for the routers of a mixture of experts.
     """
-    return _scored(model, batch, _hidden(model, batch, routes), temperature, support)
+    return _scored(model, batch, _hidden(model, batch, routes), temperature, support, entropy=True)
 
 
 def _hidden(model: Decoder, batch: PackedBatch, routes: Routes | None) -> Tensor:
@@ -185,14 +186,17 @@ def _hidden(model: Decoder, batch: PackedBatch, routes: Routes | None) -> Tensor
     return model(part.rows(input_ids), part.rows(positions), part.attend(PackedAttention(cu_seqlens, shared)), routes)
 
 
-def _scored(model: Decoder, batch: PackedBatch, hidden: Tensor, temperature: float = 1.0, support: tuple[Tensor, Tensor] | None = None) -> LogProbs:
+def _scored(
+    model: Decoder, batch: PackedBatch, hidden: Tensor, temperature: float = 1.0, support: tuple[Tensor, Tensor] | None = None, *, entropy: bool
+) -> LogProbs:
     part = part_of(model, len(batch.input_ids))
     own, rows = part.own(batch.loss_rows)
     if support is not None:
         support = fill_rows(support[0][own], -torch.inf), fill_rows(support[1][own])
     targets = fill_rows(batch.targets[own], IGNORE)
-    scored = linear_logprob(fill_rows(hidden[rows]), model.lm_head_weight, targets, temperature=temperature, support=support)[:2]
-    return LogProbs(*(part.joined(values[: len(rows)], own, batch.num_targets) for values in scored))
+    scored = model.logprobs(fill_rows(hidden[rows]), targets, temperature=temperature, support=support, entropy=entropy)
+    wanted = scored[: 2 if entropy else 1]
+    return LogProbs(*(part.joined(values[: len(rows)], own, batch.num_targets) for values in wanted), *(() if entropy else (None,)))
 
 
 def mtp_logprobs(model: Decoder, batch: PackedBatch, hidden: Tensor, routes: Routes | None = None) -> Tensor:
@@ -208,7 +212,7 @@ def mtp_logprobs(model: Decoder, batch: PackedBatch, hidden: Tensor, routes: Rou
     later = batch.positions[batch.loss_rows] > 0
     before, targets = batch.loss_rows[later] - 1, batch.targets[later]
     own, rows = part.own(before)
-    logps = linear_logprob(fill_rows(ahead[rows]), model.lm_head_weight, fill_rows(targets[own], IGNORE))[0]
+    logps = model.logprobs(fill_rows(ahead[rows]), fill_rows(targets[own], IGNORE), entropy=False).logps
     return part.joined(logps[: len(rows)], own, len(before))
 
 
@@ -244,7 +248,7 @@ def cross_entropy_step(
         nonlocal ahead
         routes = balance.routes(batch)
         hidden = _hidden(model, batch, routes)
-        loss = -_scored(model, batch, hidden).logps.sum() / num_targets
+        loss = -_scored(model, batch, hidden, entropy=False).logps.sum() / num_targets
         if mtp_loss:
             mtp = -mtp_logprobs(model, batch, hidden, routes).sum() / num_targets
             ahead = ahead + mtp.detach()
