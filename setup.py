@@ -7,8 +7,10 @@ package that transformers probes for, and `engine` is no name to import from ano
 
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_namespace_packages, setup
+
+ParallelCompile("ATHANOR_BUILD_JOBS").install()  # one compiler per processor, or as many as the variable says
 
 
 def mapped_packages(folder: str, name: str) -> list[str]:
@@ -20,7 +22,7 @@ def mapped_packages(folder: str, name: str) -> list[str]:
 setup(
     package_dir={"athanor": "engine", "athanor.kernels": "kernels", "athanor.kernels.csrc": "csrc/cuda"},
     packages=mapped_packages("engine", "athanor") + mapped_packages("kernels", "athanor.kernels") + ["athanor.kernels.csrc"],
-    package_data={"": ["*.toml", "*.json", "*.html", "*.j2"], "athanor.kernels.csrc": ["*.cu", "*.cuh"]},
+    package_data={"": ["*.toml", "*.json", "*.html", "*.j2", "*.sh", "*.sbatch", "*.yaml"], "athanor.kernels.csrc": ["*.cu", "*.cuh"]},
     ext_modules=[
         Pybind11Extension(
             "athanor._host",

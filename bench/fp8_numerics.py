@@ -29,7 +29,7 @@ from torch import Tensor
 
 from athanor.batch import PackedBatch, pack
 from athanor.config import ModelConfig, OptimizerConfig, SFTConfig
-from athanor.kernels import grouped_gemm
+from athanor.kernels import Places, grouped_gemm, moe_unpermute, swiglu
 from athanor.kernels.fp8_quantize import dequantize, fp8_quantize
 from athanor.model.moe import Routes, mixtures, use_fp8_
 from athanor.model.transformer import Decoder
@@ -82,7 +82,11 @@ class Watched:
     def align(self, training: bool) -> int:
         return 128
 
-    def __call__(self, name: str, x: Tensor, weight: Tensor, offsets: Tensor, owner: Tensor | None) -> Tensor:
+    def routed(self, x: Tensor, weights: Tensor, places: Places, gate_up: Tensor, down: Tensor, *, gathered: bool) -> Tensor:
+        rows = x[places.source.clamp_min(0) // weights.shape[1]] * (places.source >= 0)[:, None]
+        return moe_unpermute(self.product(swiglu(self.product(rows, gate_up, places.offsets)), down, places.offsets), weights, places)
+
+    def product(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         y = grouped_gemm(x, weight, offsets)
         self.kept["activations"].append(x.detach())
         self.kept["weights"].append(weight.detach())

@@ -1,8 +1,8 @@
 """The engine's side of the rollout workloads, and their gate.
 
 The gate: sampled log-probs equal the packed training forward's, greedy tokens equal those of the plain PyTorch loop, samples of a group that
-shares its prompt equal those of one request per sample, and its gradient that of sequences by themselves.  It runs in fp32, where rounding in
-another order is about 1e-5 nats at most.
+shares its prompt equal those of one request per sample, and its gradient that of sequences by themselves; with drafts or without, samples are the
+same.  It runs in fp32, where rounding in another order is about 1e-5 nats at most.
 """
 
 import copy
@@ -18,7 +18,7 @@ from workloads import seconds_of
 
 from athanor.advantages import advantages_of
 from athanor.batch import pack
-from athanor.config import GRPOConfig, MixEntry, ModelConfig, OptimizerConfig, RewardEntry, SamplingConfig
+from athanor.config import GRPOConfig, MixEntry, ModelConfig, OptimizerConfig, RewardEntry, SamplingConfig, SpeculationConfig
 from athanor.generate import Completion, Generator, Request
 from athanor.losses import resolve_preset
 from athanor.model.transformer import Decoder
@@ -202,6 +202,30 @@ class EngineStep:
         return {"seconds": total_s, "rollout_s": seen["rollout_s"], "update_s": total_s - seen["rollout_s"], "logp_gap": seen["logp_gap"]}
 
 
+class EngineStragglers:
+    """Greedy samples, with n-gram drafts or (drafts=0) without."""
+
+    def __init__(self, model: Decoder, prompts: Tensor, group_size: int, new_tokens: int, device: str, *, drafts: int):
+        self.requests, self.sampling, self.device = requests_of(prompts, group_size), SamplingConfig(temperature=0, max_tokens=new_tokens), device
+        rows, eos = len(prompts) * group_size, {model.config.vocab_size}
+        self.generator = Generator(model, eos, max_rows=rows, speculation=SpeculationConfig(tokens=drafts, max_rows=rows))
+        self.plain = Generator(model, eos, max_rows=rows)
+
+    def sample(self, generator: Generator) -> list[Completion]:
+        return sum(generator.generate(self.requests, self.sampling, full_logps=True), [])
+
+    def check(self) -> Verdict:
+        pairs = zip(self.sample(self.generator), self.sample(self.plain), strict=True)
+        equal = all(np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.full_logps, b.full_logps) for a, b in pairs)
+        return Verdict(None if equal else "samples with drafts differ from those without")
+
+    def run(self) -> dict[str, float]:
+        before = dict(self.generator.drafting)
+        _, seconds = seconds_of(lambda: self.sample(self.generator), self.device)
+        forwards, tokens = (count - before[name] for name, count in self.generator.drafting.items())
+        return {"seconds": seconds, "tokens_per_forward": tokens / forwards if forwards else 1.0}
+
+
 class EnginePrefill:
     """The first token of every sample of one prompt: a group, or (shared=False) a request per sample."""
 
@@ -228,7 +252,7 @@ class EnginePrefill:
 
 
 class EngineUpdate:
-    """Forward and backward of the log-probs of a group's completions (random tokens), one micro-batch: its prompt once, or (shared=False) for each."""
+    """Forward and backward of the log-probs of a group's completions (random tokens), one micro-batch: its prompt once, or (shared=False) each."""
 
     def __init__(self, model: Decoder, prompts: Tensor, group_size: int, new_tokens: int, device: str, *, gated: dict, shared: bool):
         self.model, self.device, self.gated, self.shared = copy.deepcopy(model), device, gated, shared

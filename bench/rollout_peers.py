@@ -214,6 +214,27 @@ class TRLStep:
 class TRLStepOnAthanor(TRLStep):
     """The same step with the adapters: our sampling, log-probs and loss in TRL's trainer, our kernels in transformers' model."""
 
+    def __init__(self, model: Decoder, prompts: Tensor, **step):
+        super().__init__(model, prompts, **step)
+        self.decoder = model
+
+    def check(self) -> Verdict:
+        """Its log-probs of its own samples against those of an unpatched model, in bf16 on average, then as TRL's."""
+        t, plain = self.trainer, huggingface_model(self.decoder)
+        inputs = t._prepare_inputs(self.batch)
+        ids, kept = torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), 1), inputs["completion_ids"].shape[1]
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            ours = t._get_per_token_logps_and_entropies(t.model, ids, mask, kept)[0]
+            rows = [plain(row[None]).logits[0, -kept - 1 : -1].float().log_softmax(-1).gather(1, row[-kept:, None])[:, 0] for row in ids]
+        gap = (ours - torch.stack(rows)).abs()
+        error, allowed = (gap.max(), 1e-4) if plain.dtype == torch.float32 else (gap.mean(), 2e-2)
+        verdict = super().check()
+        verdict.errors = [[float(error), allowed]]
+        if not error <= allowed:
+            verdict.wrong = f"log-probs differ from plain transformers' by {float(error):.2e} nats, allowed {allowed:g}"
+        return verdict
+
     def make_trainer(self, model, **arguments):
         from athanor.adapters.transformers import patch
         from athanor.adapters.trl import AthanorGRPOTrainer

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from athanor.model_config import SPARSE, Config, ModelConfig
-from athanor.watch_config import DetectorConfig, TranscriptConfig
+from athanor.watch_config import DeadlineConfig, DetectorConfig, TranscriptConfig
 
 
 class OptimizerConfig(Config):
@@ -69,6 +69,17 @@ class SamplingConfig(Config):
         return self
 
 
+class SpeculationConfig(Config):
+    """Self-speculative decoding: while few samples decode, tokens are drafted and checked several at a time.  The samples stay what they are."""
+
+    tokens: int = Field(0, ge=0, le=15)
+    """Drafts per sample and forward, k; 0 = off."""
+    draft: Literal["ngram", "mtp"] = "ngram"
+    """ngram: what followed the last tokens before, in the sample or in a sibling of its group; mtp: the model's layer for multi-token prediction."""
+    max_rows: int = Field(4, ge=1)
+    """Samples up to which it pays: more of them fill the machine without drafts."""
+
+
 class TokenizerConfig(Config):
     """Where the tokens come from."""
 
@@ -114,6 +125,25 @@ class RewardEntry(Config):
     """Active until this fraction of the stage's steps."""
     settings: dict = Field(default_factory=dict)
     """Settings of the reward."""
+
+
+class ValidationConfig(Config):
+    """A look at the validation split while a stage trains, and the best state by it."""
+
+    task: str
+    """Task whose validation problems are sampled; they have answers."""
+    every: int = Field(10, ge=1)
+    """Steps between two looks; the last step has one, too."""
+    num_problems: int = Field(64, ge=1)
+    """Problems, the same in every look."""
+    samples_per_problem: int = Field(4, ge=1)
+    """k of pass@1 and cons@k."""
+    sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
+    """How they are drawn."""
+    best: Literal["", "pass@1", "cons@k", "mean_tokens", "reflection_rate", "format_rate", "language_consistency", "truncated_rate"] = ""
+    """Metric by which the best state is kept beside the last ones; its model becomes checkpoints/STAGE.best.  Empty = none."""
+    mode: Literal["max", "min"] = "max"
+    """Whether more or less of it is better."""
 
 
 class StageConfig(Config):
@@ -164,6 +194,8 @@ class GateConfig(Config):
 class SupervisedConfig(TrainConfig):
     """What all stages that train on given texts share."""
 
+    validation: ValidationConfig | None = None
+    """Looks at a validation split in between."""
     mtp_loss: float = Field(0.0, ge=0)
     """Factor of the multi-token prediction loss, lambda (DeepSeek-V3: 0.3, then 0.1), for a model with num_nextn_predict_layers; 0 = that layer
     stays as it is."""
@@ -280,6 +312,8 @@ class GRPOConfig(TrainConfig):
     (on a CPU, and on CUDA in strict mode), where from 1e-5 on there is a warning, and no limit elsewhere."""
     control: Literal["none", "shuffle", "flip"] = "none"
     """Negative control: shuffle the advantages inside the batch, or flip their sign."""
+    validation: ValidationConfig | None = None
+    """Looks at a validation split in between."""
     detectors: DetectorConfig = DetectorConfig()
     """Warnings."""
     transcripts: TranscriptConfig = TranscriptConfig()
@@ -352,8 +386,17 @@ class ParallelConfig(Config):
     expert: int = Field(1, ge=1)
     """Ranks that share the experts of a mixture, each its part of them, to which the tokens of all travel; 1 = every rank has all of them.  A divisor
     of the ranks and of the experts; with fewer than all ranks there are copies, kept equal.  With shard, the rest of the parameters is split so."""
+    context: int = Field(1, ge=1)
+    """Ranks that train on the same packed micro-batches, each on a part of their tokens, so that a sequence may be as many times as long; 1 = every
+    rank has micro-batches of its own.  It must divide the ranks and every model's query heads."""
     reshard_after_forward: bool = True
     """Gather a layer's parameters again for its backward instead of keeping them (ZeRO-3 instead of ZeRO-2)."""
+    tensor: int = Field(1, ge=1)
+    """Ranks that compute a forward together (tensor parallelism: heads, SwiGLU's columns and the vocabulary are split between them); 1 = off.  A
+    divisor of the ranks and of the model's key and value heads.  They should be of one node, for they wait for each other in every layer."""
+    rollout: Literal["whole", "split"] = "whole"
+    """Weights that sampling reads: a whole copy on every rank, or the parts of tensor parallelism, whose ranks then sample together: for models that
+    do not fit one GPU."""
     activation_checkpointing: bool = False
     """Keep the inputs of the layers alone and compute the rest again in backward."""
     offload: bool = False
@@ -365,22 +408,14 @@ class ParallelConfig(Config):
             raise ValueError("offload is true, which takes split parameters; wanted shard other than 1")
         if self.offload and self.expert > 1:
             raise ValueError(f"offload is true and expert is {self.expert}; shared experts stay on their device, wanted one of the two")
+        if self.rollout == "split" and self.tensor == 1:
+            raise ValueError("rollout is split, which takes the parts of tensor parallelism; wanted tensor > 1")
+        if self.expert > 1 and self.tensor * self.context > 1:
+            others = f"tensor is {self.tensor}, context is {self.context}"
+            raise ValueError(f"expert is {self.expert}, {others}; wanted 1 for expert or for both others")
+        if self.context > 1 and self.tensor > 1:
+            raise ValueError(f"context is {self.context} and tensor is {self.tensor}, both of which split the heads; wanted 1 for one of them")
         return self
-
-
-class DeadlineConfig(Config):
-    """Seconds after which a phase counts as hung: the process says where it is and ends with status 3; `torchrun --max-restarts` starts it again."""
-
-    rollout_s: float = Field(7200, gt=0)
-    """Sampling without one more finished sample."""
-    reward_s: float = Field(3600, gt=0)
-    """Judging the samples of a rollout, or as many at a time."""
-    update_s: float = Field(3600, gt=0)
-    """One optimizer step."""
-    checkpoint_s: float = Field(3600, gt=0)
-    """Writing a state or a finished model."""
-    collective_s: float = Field(7200, gt=0)
-    """Waiting for other ranks: at least as long as they may differ in the phases above."""
 
 
 class RecipeConfig(Config):
@@ -403,6 +438,8 @@ class RecipeConfig(Config):
     """CPU threads of one process; 0 = cores divided by the local ranks."""
     max_rows: int = Field(512, ge=1)
     """Sequences that decode at once."""
+    speculation: SpeculationConfig = SpeculationConfig()
+    """Drafts for the last samples of a rollout, of rejection sampling and of an evaluation."""
     strict: bool = False
     """On CUDA, take kernels whose sums do not depend on the batch: sampled log-probs equal the trainer's bit for bit.  On a CPU they do anyway."""
     loggers: list[Literal["wandb", "trackio"]] = []
@@ -418,6 +455,9 @@ class RecipeConfig(Config):
     failed_save: Literal["stop", "go_on"] = "stop"
     """When a training state cannot be written (disk full): stop, or warn and go on to the next one.  The last good state stays in any case; a line of
     metrics or a finished model that cannot be written ends the run."""
+    background_save: bool = False
+    """Write training states while the run goes on, from a copy in CPU memory (one of each rank's share of the state).  The run waits for a state
+    before the next one and at the end of a stage; a kill in between costs one more interval."""
     deadlines: DeadlineConfig = DeadlineConfig()
     """When a run counts as hung."""
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -449,6 +489,21 @@ class RecipeConfig(Config):
             raise ValueError(f"fp8 is {self.fp8}, wanted off: no model of the run has experts")
         if self.parallel.expert > 1 and not sparse:
             raise ValueError(f"parallel.expert is {self.parallel.expert}, wanted 1: no model of the run has experts")
+        return self
+
+    @model_validator(mode="after")
+    def _drafts(self):
+        shapes = [model for name, model in self.models.items() if name not in self.checkpoints]
+        if self.speculation.tokens and self.speculation.draft == "mtp" and any(not model.num_nextn_predict_layers for model in shapes):
+            raise ValueError("speculation.draft is mtp, wanted ngram: not every model of the run has num_nextn_predict_layers")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_heads(self):
+        for name, model in self.models.items():
+            if model.num_attention_heads % self.parallel.context:
+                wanted = f"wanted a divisor of models.{name}.num_attention_heads = {model.num_attention_heads}"
+                raise ValueError(f"parallel.context is {self.parallel.context}, {wanted}")
         return self
 
     def folder(self, reference: str) -> str:

@@ -3,7 +3,8 @@
 While it captures, a function runs as usual, and every PyTorch call and C++ kernel in it is written down with its arguments and results, which stay
 where they are.  A replay makes the same calls into the same memory, without what it took to decide on them - checks, backends, modules, allocations -
 which for small models costs more than the arithmetic.  As with CUDA graphs, inputs are what lies in the captured tensors at the time of the replay.
-A function whose course depends on what its tensors hold cannot be captured: `valid` is False then, and the caller runs it as it is.
+A function whose course depends on what its tensors hold, or that waits for other ranks, cannot be captured: `valid` is False then, and the caller
+runs it as it is.
 """
 
 from collections.abc import Callable
@@ -56,6 +57,9 @@ class CpuGraph(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if not self.valid:  # nothing of it will be replayed
+            return result
+        if func.namespace == "c10d":  # the host waits for other ranks in it
+            self.valid = False
             return result
         self._kept.append(result)
         if DEPENDS_ON_DATA & set(func.tags) or not isinstance(result, Tensor | tuple | list):  # what comes as a number decides on something

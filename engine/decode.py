@@ -4,6 +4,8 @@ A row is one running sample.  Its last token, length, random counter, sampling p
 without the host, which then reads what was drawn (`Drawn`) and what became of the rows (`status`).  A row that has ended inside a window stands
 still: it writes nothing and reads nothing.  The step is a captured graph, one per bucket of rows (and, on CUDA, of lengths).
 
+Where few rows decode, a step may draw several tokens of each: `speculation` says how.
+
 A window may be launched before the host has read the one before it (`Launched`).  What the host then has of a running row is behind what the device
 has, and `load` leaves the row's own state (`DRAWN`) to the device.
 """
@@ -16,13 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from athanor.config import SpeculationConfig
 from athanor.cpu_graph import CpuGraph
-from athanor.kernels import Sampled, is_strict, linear, linear_logprob, linear_sample, sample
+from athanor.kernels import Sampled, is_strict, linear_sample, sample
 from athanor.kernels._dispatch import requested_backend
+from athanor.kernels.mla_decode import CHUNK as LATENT_CHUNK
 from athanor.kernels.paged_attention import CHUNK
-from athanor.kv_cache import DecodeAttention, PagedKVCache, SharedPrefix, to_device
+from athanor.kv_cache import DecodeAttention, DraftedAttention, PagedKVCache, SharedPrefix, to_device
 from athanor.model.moe import Routes
 from athanor.model.transformer import ROW_STEP, Decoder, fill_rows
+from athanor.speculation import Draft, MtpDraft, NgramDraft, Runs
 
 RUNNING, HELD, LENGTH, STOP, REPETITION, ERROR = range(6)  # of `status`.  HELD: its prompt is not in the cache yet.  From STOP on: by what it drew
 DRAWN = ("last", "generated", "lengths", "streak", "status")  # what a step changes
@@ -38,12 +43,14 @@ class Drawn:
     generated: np.ndarray  # (n,) int64 tokens of each row now: its last ones are the first entries of its columns
     status: np.ndarray  # (n,) int64
     streak: np.ndarray | None  # (n,) int64 tokens in a row above the repetition stop's probability
-    columns: dict[str, np.ndarray]  # (steps, n) each: tokens int64, logps float32, and what else is recorded
+    forwards: np.ndarray | None  # (n,) int64 in which it decoded with drafts; None where there were none
+    columns: dict[str, np.ndarray]  # (most, n) each: tokens int64, logps float32, and what else is recorded
 
     def of(self, rows: np.ndarray) -> "Drawn":
         """Of some of the rows."""
         columns = {name: values[:, rows] for name, values in self.columns.items()}
-        return Drawn(self.generated[rows], self.status[rows], None if self.streak is None else self.streak[rows], columns)
+        streak, forwards = (None if x is None else x[rows] for x in (self.streak, self.forwards))
+        return Drawn(self.generated[rows], self.status[rows], streak, forwards, columns)
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Launched:
     """A window, or a first draw, whose results are on their way to the host."""
 
     rows: slice
-    steps: int
+    most: int  # tokens that a row may have gained
     tensors: dict[str, Tensor]  # on the host, filled once `copied` has happened
     copied: torch.cuda.Event | None  # None on a CPU
     seconds: dict[str, float]
@@ -63,7 +70,7 @@ class Launched:
             self.copied.synchronize()
             self.seconds["forward_s"] += perf_counter() - start
         arrays = {name: t.numpy() for name, t in self.tensors.items()}
-        return Drawn(arrays.pop("generated"), arrays.pop("status"), arrays.pop("streak", None), arrays)
+        return Drawn(arrays.pop("generated"), arrays.pop("status"), arrays.pop("streak", None), arrays.pop("forwards", None), arrays)
 
 
 class DecodeRows:
@@ -71,16 +78,19 @@ class DecodeRows:
 
     def __init__(
         self, model: Decoder, cache: PagedKVCache, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...], *, window: int,
-        ahead: int, fused: bool, seconds: dict[str, float],
+        ahead: int, fused: bool, seconds: dict[str, float], speculation: SpeculationConfig, texts: tuple[int, int],
     ):  # fmt: skip
         """records: fields of `Sampled` that are kept for every token besides tokens and logps, and "routes", the experts of the token before.
         window: steps without the host.  ahead: windows that may be launched before one is read.  fused: draw with `linear_sample`, which takes no
-        filters.  seconds: where times are added up.
+        filters.  seconds: where times are added up.  texts: tokens of the longest sample with its prompt, and of the siblings that help to
+        draft it.
         """
         self.model, self.cache, self.device, self.on_cpu = model, cache, cache.device, cache.device.type == "cpu"
         self.records, self.window, self.ahead, self.fused, self.seconds = records, window, ahead, fused, seconds
         self.capacity = -(-num_rows // ROW_STEP) * ROW_STEP  # products of few rows round differently on a CPU, see ROW_STEP
-        R, W = self.capacity, self.window
+        self.speculation, self.width = speculation, 1 + speculation.tokens
+        R, W = self.capacity, self.window * self.width
+        self.num_drafted = min(speculation.max_rows if self.on_cpu else row_bucket(speculation.max_rows, False), R)
 
         def zeros(*shape, dtype=torch.int64):
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -99,14 +109,24 @@ class DecodeRows:
             config = model.config
             choices = sum(map(config.is_sparse, range(config.num_hidden_layers))), config.num_experts_per_tok
             self.routes, self.ring["routes"] = zeros(R, *choices, dtype=torch.int16), zeros(W, R, *choices, dtype=torch.int16)
-        self.slot = zeros(1)  # of the ring
+            self.drafted_routes = zeros(self.num_drafted * self.width, *choices, dtype=torch.int16)
+        self.slot = zeros(R)  # of the ring: each row's next
+        self.ahead_of = torch.arange(self.width, device=self.device)  # tokens of one forward
+        self.drafts, self.forwards = zeros(self.num_drafted, speculation.tokens), zeros(R)
+        self.runs: dict[int, Runs] = {}  # by number of rows
+        self.draft: Draft | None = None
+        if speculation.tokens:
+            ngram = speculation.draft == "ngram"
+            self.draft = NgramDraft(self, speculation.tokens, self.num_drafted, *texts) if ngram else MtpDraft(model, cache, self, speculation.tokens)
         self.shared: SharedPrefix | None = None
         self.buffers = SharedPrefix(zeros(R), zeros(R), zeros(R + 1, dtype=torch.int32), zeros(R, dtype=torch.int32))
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | tuple[CpuGraph, Tensor, CpuGraph]] = {}
         self.graph_pool, self.captured_bytes = None, 0
 
-    def holds(self, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...]) -> bool:
+    def holds(self, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...], texts: tuple[int, int]) -> bool:
         """Whether it is large enough for that."""
+        if isinstance(self.draft, NgramDraft) and not self.draft.holds(*texts):
+            return False
         return num_rows <= self.capacity and max_blocks <= self.table.shape[1] and num_eos <= self.eos.shape[1] and records == self.records
 
     def begin(self, uniform: dict[str, float | int], repeats: bool) -> None:
@@ -138,7 +158,8 @@ class DecodeRows:
     def share(self, offsets: np.ndarray, order: np.ndarray, shared_blocks: np.ndarray) -> None:
         """Groups of rows with a common prompt, as the scheduler has them; dropped where no prompt fills a chunk of the attention."""
         self.shared, prefix_lens = None, shared_blocks * self.cache.block_size
-        if not len(prefix_lens) or prefix_lens.max() < CHUNK or self.model.config.latent:  # mla_decode reads each row's own
+        chunk = LATENT_CHUNK if self.model.config.latent and not self.on_cpu else CHUNK
+        if not len(prefix_lens) or prefix_lens.max() < chunk:
             return
         R, n, P, b = self.capacity, len(order), len(prefix_lens), self.buffers
         whole = np.concatenate((order, np.arange(n, R)))
@@ -152,12 +173,20 @@ class DecodeRows:
         """Launch a window over rows 0..n-1, none of which is longer than `longest` before it."""
         start = perf_counter()
         self.slot.zero_()
-        n_run = min(row_bucket(n, self.on_cpu), self.capacity)
-        holds = self.table.shape[1] * self.cache.block_size
-        step = partial(self._cpu_step, n_run, holds) if self.on_cpu else self._graph(n_run, length_bucket(longest + self.window, holds)).replay
+        width = self.width if n <= self.speculation.max_rows else 1
+        n_run = n if width > 1 and self.on_cpu else min(row_bucket(n, self.on_cpu), self.capacity)
+        if width > 1:
+            self.forwards.zero_()
+            if n_run not in self.runs:  # made here, so that no captured step makes it again
+                self.runs[n_run] = Runs.of(n_run, width, self.device)
+        holds, most = self.table.shape[1] * self.cache.block_size, self.window * width
+        if self.on_cpu:
+            step = partial(self._cpu_step, n_run, holds, width)
+        else:
+            step = self._graph(n_run, length_bucket(longest + most, holds), width).replay
         for _ in range(self.window):
             step()
-        launched = self._launched(0, n, self.window)
+        launched = self._launched(0, n, most, drafted=width > 1)
         if not self.on_cpu:  # a captured step does not tell its parts apart
             self.seconds["forward_s"] += perf_counter() - start
         return launched
@@ -172,10 +201,13 @@ class DecodeRows:
             drawing = at.new_zeros(end - first, dtype=torch.bool).index_fill_(0, at, True)
             hidden = hidden.new_zeros(end - first, hidden.shape[1]).index_copy_(0, at, hidden)
         self.slot.zero_()
-        self._append(hidden, first, drawing)
+        self._append(hidden, slice(first, end), drawing=drawing)
         return self._launched(first, end, 1)
 
-    def _forward(self, n: int, limit: int) -> Tensor:
+    def _forward(self, n: int, limit: int, width: int) -> Tensor:
+        """States of the last tokens of rows 0..n-1, or of (width > 1) these and the drafts behind them, row by row."""
+        if width > 1:
+            return self._drafted_forward(n, limit, width)
         positions = torch.where(self.status[:n] == RUNNING, self.lengths[:n] - 1, -1)
         attend = DecodeAttention(self.cache, self.table[:n], positions, limit, self.shared and self.shared.first(n))
         routes = None if self.routes is None else Routes()
@@ -184,25 +216,41 @@ class DecodeRows:
             self.routes[:n].copy_(routes.by_token)
         return hidden
 
-    def _step(self, n: int, limit: int) -> None:
-        self._append(self._forward(n, limit), 0)
+    def _drafted_forward(self, n: int, limit: int, width: int) -> Tensor:
+        self.drafts[:n].copy_(self.draft.propose(n, limit))
+        runs = self.runs[n]
+        lengths, most, status = (x.index_select(0, runs.of_row) for x in (self.lengths, self.max_lengths, self.status))
+        positions = lengths - 1 + runs.ahead
+        positions = torch.where((status == RUNNING) & (positions + 1 < most), positions, -1)  # the last token that a sample may have is never fed
+        tokens = torch.cat((self.last[:n, None], self.drafts[:n].clamp_min(0)), 1).flatten()
+        tokens = fill_rows(tokens) if self.on_cpu else tokens
+        routes = None if self.routes is None else Routes()
+        prefixes = (self.lengths[:n] - 1).clamp_min(0) // CHUNK * CHUNK
+        attend = DraftedAttention(self.cache, self.table.index_select(0, runs.of_row), positions, limit, runs.offsets, prefixes)
+        hidden = self.model(tokens, positions.clamp_min(0), attend, routes)
+        if routes is not None:
+            self.drafted_routes[: n * width].copy_(routes.by_token[: n * width])
+        return hidden
 
-    def _cpu_step(self, n: int, limit: int) -> None:
+    def _step(self, n: int, limit: int, width: int = 1) -> None:
+        self._append(self._forward(n, limit, width), slice(0, n), width, limit=limit)
+
+    def _cpu_step(self, n: int, limit: int, width: int) -> None:
         """The same, captured at its first time, in two parts whose times are kept apart."""
         start = perf_counter()
-        key = self._key(n, limit)
+        key = self._key(n, limit, width)
         if key in self.graphs:
             forward, hidden, append = self.graphs[key]
             if forward.valid:
                 forward.replay()
             else:  # a mixture of experts: which rows it multiplies is known when it runs
-                hidden.copy_(self._forward(n, limit))  # where the captured rest reads it
+                hidden.copy_(self._forward(n, limit, width))  # where the captured rest reads it
         else:
             forward, append = CpuGraph(), CpuGraph()
-            hidden = forward.capture(partial(self._forward, n, limit))
+            hidden = forward.capture(partial(self._forward, n, limit, width))
         middle = perf_counter()
         if key not in self.graphs:
-            append.capture(partial(self._append, hidden, 0))
+            append.capture(partial(self._append, hidden, slice(0, n), width, limit=limit))
             self.captured_bytes += forward.bytes + append.bytes
             if self.captured_bytes > CAPTURED_BYTES:
                 self.captured_bytes -= forward.bytes + append.bytes
@@ -212,59 +260,92 @@ class DecodeRows:
         elif append.valid:
             append.replay()
         else:
-            self._append(hidden, 0)
+            self._append(hidden, slice(0, n), width, limit=limit)
         self.seconds["forward_s"] += middle - start
         self.seconds["sample_s"] += perf_counter() - middle
 
-    def _key(self, n: int, limit: int) -> tuple:
+    def _key(self, n: int, limit: int, width: int) -> tuple:
         """What a captured step depends on besides the tensors that it reads."""
         chosen = requested_backend(None, "decode"), is_strict(), torch.get_num_threads() if self.on_cpu else 0
-        return n, limit, chosen, self.shared is not None, self.repeats, tuple(sorted(self.uniform.items()))
+        return n, limit, width, chosen, self.shared is not None, self.repeats, tuple(sorted(self.uniform.items()))
 
-    def _draw(self, hidden: Tensor, rows: slice) -> Sampled:
-        """One token per row from hidden (m, D)."""
-        weight = self.model.lm_head_weight
-        keys = {"seeds": self.seeds[rows], "positions": self.generated[rows]}
-        parameters = {name: self.uniform.get(name, values[rows]) for name, values in self.per_row.items()}
+    def _draw(self, hidden: Tensor, rows: slice, width: int) -> Sampled:
+        """`width` tokens for each of m rows from hidden (at least m width, D)."""
+
+        def each(x: Tensor) -> Tensor:
+            return x[rows] if width == 1 else x[rows].repeat_interleave(width)
+
+        count = (rows.stop - rows.start) * width
+        positions = self.generated[rows] if width == 1 else (self.generated[rows, None] + self.ahead_of).flatten()
+        keys = {"seeds": each(self.seeds), "positions": positions}
+        parameters = {name: self.uniform[name] if name in self.uniform else each(values) for name, values in self.per_row.items()}
         strict = is_strict() and not self.on_cpu
         if self.fused:
-            drawn = linear_sample(hidden, weight, temperature=parameters["temperature"], **keys)
+            drawn = linear_sample(hidden[:count], self.model.lm_head_weight, temperature=parameters["temperature"], **keys)
         else:
             filled = fill_rows(hidden) if self.on_cpu else hidden
-            drawn = sample(linear(filled, weight, out_dtype=torch.float32)[: len(hidden)], **parameters, **keys)
+            drawn = sample(self.model.logits(filled)[:count], **parameters, **keys)
         if strict and parameters["temperature"] != 0:
             # The trainer's kernel scores the token: its sums run in another order than the sampler's.
             support = drawn.support if "thresholds" in self.ring else None
-            drawn = drawn._replace(logps=linear_logprob(hidden, weight, drawn.tokens, temperature=parameters["temperature"], support=support).logps)
+            scored = self.model.logprobs(hidden[:count], drawn.tokens, temperature=parameters["temperature"], support=support)
+            drawn = drawn._replace(logps=scored.logps)
         return drawn
 
-    def _append(self, hidden: Tensor, first: int, drawing: Tensor | None = None) -> None:
-        """Draw one token for rows first.. from hidden (m, D), or for those of them that are `drawing` (m,), and account for it."""
-        rows = slice(first, first + len(hidden))
-        generated, status, lengths = self.generated[rows], self.status[rows], self.lengths[rows]
-        drawn = self._draw(hidden, rows)
+    def _append(self, hidden: Tensor, rows: slice, width: int = 1, *, drawing: Tensor | None = None, limit: int | None = None) -> None:
+        """Draw for m rows, or for those of them that are `drawing` (m,), from hidden (at least m width, D), and account for what counts: the first
+        token, and with drafts (width > 1) each further one as long as the draft before it is what was drawn there and ends nothing."""
+        m = rows.stop - rows.start
+        status, lengths = self.status[rows], self.lengths[rows]
+        drawn = self._draw(hidden, rows, width)
+        slots = (self.slot[rows, None] + self.ahead_of[:width]).T
         for name, ring in self.ring.items():
-            ring[:, rows].index_copy_(0, self.slot, (self.routes[rows] if name == "routes" else getattr(drawn, name))[None])
-        self.slot += 1
+            values = (self.routes[rows] if width == 1 else self.drafted_routes[: m * width]) if name == "routes" else getattr(drawn, name)
+            values = values.view(m, width, *values.shape[1:]).transpose(0, 1)
+            ring[:, rows].scatter_(0, slots.view(width, m, *[1] * (values.ndim - 2)).expand_as(values), values)
         live = status == RUNNING if drawing is None else (status == RUNNING) & drawing
-        generated += live
-        lengths += live
-        self.last[rows].copy_(torch.where(live, drawn.tokens, self.last[rows]))
-        became = torch.where(lengths >= self.max_lengths[rows], LENGTH, RUNNING)
+        tokens, logps = drawn.tokens.view(m, width), drawn.logps.view(m, width)
+        became = torch.where(lengths[:, None] + (self.ahead_of[:width] + 1) >= self.max_lengths[rows, None], LENGTH, RUNNING)
         if self.repeats:
-            streak = self.streak[rows]
-            streak.copy_(torch.where(live, torch.where(drawn.full_logps > self.streak_logp[rows], streak + 1, 0), streak))
-            became = torch.where((streak >= self.streak_limit[rows]) & (self.streak_limit[rows] > 0), REPETITION, became)
-        became = torch.where((drawn.tokens[:, None] == self.eos[rows]).any(1), STOP, became)
-        became = torch.where(drawn.logps.isnan(), ERROR, became)
-        status.copy_(torch.where(live, became, status))
+            streaks = self._streaks(drawn.full_logps.view(m, width), rows)
+            most = self.streak_limit[rows, None]
+            became = torch.where((streaks >= most) & (most > 0), REPETITION, became)
+        became = torch.where((tokens[..., None] == self.eos[rows, None]).any(2), STOP, became)
+        became = torch.where(logps.isnan(), ERROR, became)
+        if width == 1:
+            gained, last = live.long(), None
+        else:
+            goes_on = (became[:, :-1] == RUNNING) & (self.drafts[rows] == tokens[:, :-1])
+            last = goes_on.long().cumprod(1).sum(1, keepdim=True)
+            gained = (last[:, 0] + 1) * live
+            self.forwards[rows].add_(live)
 
-    def _launched(self, first: int, end: int, steps: int) -> Launched:
+        def at_the_end(x: Tensor) -> Tensor:  # what its last token that counts gave each row
+            return x[:, 0] if last is None else x.gather(1, last)[:, 0]
+
+        if self.draft is not None:
+            self.draft.follow(rows, hidden, tokens, gained, limit)
+        for count in (self.slot[rows], self.generated[rows], lengths):
+            count += gained
+        self.last[rows].copy_(torch.where(live, at_the_end(tokens), self.last[rows]))
+        if self.repeats:
+            self.streak[rows].copy_(torch.where(live, at_the_end(streaks), self.streak[rows]))
+        status.copy_(torch.where(live, at_the_end(became), status))
+
+    def _streaks(self, full_logps: Tensor, rows: slice) -> Tensor:
+        """(m, width) tokens in a row above the repetition stop's probability, up to and including each."""
+        above, place = full_logps > self.streak_logp[rows, None], self.ahead_of[: full_logps.shape[1]]
+        broken = torch.where(above, -1, place).cummax(1).values  # where it was last not
+        return torch.where(broken < 0, self.streak[rows, None] + place + 1, place - broken)
+
+    def _launched(self, first: int, end: int, most: int, drafted: bool = False) -> Launched:
         """Send what was drawn for rows first..end to the host, before the next window overwrites it."""
-        tensors = {name: ring[:steps, first:end] for name, ring in self.ring.items()}
+        tensors = {name: ring[:most, first:end] for name, ring in self.ring.items()}
         tensors |= {"status": self.status[first:end], "generated": self.generated[first:end]}
         if self.repeats:
             tensors["streak"] = self.streak[first:end]
+        if drafted:
+            tensors["forwards"] = self.forwards[first:end]
         copied = None
         if not self.on_cpu:
             # Pinned memory comes from PyTorch's cache, which gives it out again only after the copies: as many buffers as there are windows ahead.
@@ -273,10 +354,10 @@ class DecodeRows:
             copied.record(torch.cuda.current_stream(self.device))
         elif self.ahead:
             tensors = {name: t.clone() for name, t in tensors.items()}
-        return Launched(slice(first, end), steps, tensors, copied, self.seconds)
+        return Launched(slice(first, end), most, tensors, copied, self.seconds)
 
-    def _graph(self, n: int, limit: int) -> torch.cuda.CUDAGraph:
-        key = self._key(n, limit)
+    def _graph(self, n: int, limit: int, width: int) -> torch.cuda.CUDAGraph:
+        key = self._key(n, limit, width)
         if key not in self.graphs:
             # A first run compiles kernels and fills allocators; with no row running it changes nothing but the ring.
             status = self.status.clone()
@@ -284,11 +365,11 @@ class DecodeRows:
             side = torch.cuda.Stream(self.device)
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):
-                self._step(n, limit)
+                self._step(n, limit, width)
             torch.cuda.current_stream(self.device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.graph_pool):
-                self._step(n, limit)
+                self._step(n, limit, width)
             self.graph_pool = self.graph_pool or graph.pool()
             self.graphs[key] = graph
             self.status.copy_(status)

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from athanor import preemption
+from athanor import preemption, watchdog
 from athanor.atomic import read_json, write_file
-from athanor.config import SamplingConfig
+from athanor.config import DeadlineConfig, ParallelConfig, SamplingConfig
 from athanor.console import Console
 from athanor.errors import UserError
 from athanor.evaluation_report import METRICS_NAME, write_results
@@ -31,14 +31,17 @@ from athanor.rollout import as_asked, rollout_generator
 from athanor.run_folder import changed_keys
 from athanor.sample_store import resumable_groups
 from athanor.samples import Problem, Sample
+from athanor.sharding import for_sampling
 from athanor.tasks import Task, make_task
 from athanor.tokenizer import Tokenizer
 from athanor.weights import load_model
 
+DEADLINES = ("rollout", "reward", "collective")  # the phases that an evaluation has
 DEFAULT_LIMIT = 128  # problems of a procedural task
 REPORT_TOKENS = 32_768
 BREAKDOWNS = ("level", "difficulty", "subject", "type", "category", "platform", "High-level domain")
-EPILOG = """exit codes: 0 done; 2 what you can fix, one line on stderr; 130 interrupted, the same command goes on (torchrun turns 2 and 130 into 1).
+EPILOG = """exit codes: 0 done; 2 what you can fix, one line on stderr; 3 a deadline; 130 interrupted, the same command goes on.
+torchrun turns 2, 3 and 130 into 1.
 The last line on stdout is one JSON object: {"model", "out", "results": {task: {metric: value}}}.  Progress is on stderr."""
 
 
@@ -66,7 +69,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: bfloat16 on CUDA, float32 on a CPU")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads of a process; 0 = cores divided by the local ranks")
+    p.add_argument("--tensor", type=int, default=1, metavar="N", help="ranks that sample together with a part of a dense model each, for one that "
+                   "does not fit one GPU (default 1)")  # fmt: skip
     p.add_argument("--max-rows", type=int, default=512, metavar="N", help="sequences that decode at once (default 512)")
+    deadlines = ", ".join(f"{name} {seconds:g}" for name, seconds in DeadlineConfig().by_phase().items() if name in DEADLINES)
+    p.add_argument("--deadline", action="append", default=[], metavar="PHASE=S", help="seconds after which a phase counts as hung: the "
+                   f"process says where it is and ends with status {watchdog.EXIT_STATUS}; may be repeated (default {deadlines})")  # fmt: skip
     p.add_argument("--debug", action="store_true", help="tracebacks")
     return p
 
@@ -87,16 +95,21 @@ def command(argv: list[str]) -> dict:
     tokenizer = Tokenizer.from_folder(options.model)
     asked = [Asked(name.partition(":")[0], task, problems_of(task, options, tokenizer)) for name, task in _tasks(options)]
     out = Path(options.out or f"runs/eval-{Path(options.model).resolve().name}")
-    ranks = Ranks(options.device, options.threads)
+    deadlines_s = _deadlines(options.deadline)
+    ranks = Ranks(options.device, options.threads, timeout_s=deadlines_s["collective"] + watchdog.GRACE_S, tensor=options.tensor)
     console = Console(len(asked))
     dtype = options.dtype if options.dtype != "auto" else "bfloat16" if ranks.device.type == "cuda" else "float32"
-    model = load_model(options.model, dtype=getattr(torch, dtype), device=ranks.device).requires_grad_(False)
+    parallel = ParallelConfig(tensor=options.tensor, rollout="split" if options.tensor > 1 else "whole")
+    model = load_model(options.model, dtype=getattr(torch, dtype), device=ranks.device if options.tensor == 1 else "cpu").requires_grad_(False)
+    model = for_sampling(model, parallel, ranks)
     generator = rollout_generator(model, tokenizer, options.max_rows, options.k)
     facts = {"model": options.model, "split": options.split, "k": options.k, "seed": options.seed, "dtype": dtype}
     facts |= {"weights_sha256": _weights_hash(Path(options.model))} if ranks.is_main else {}
+    guard = watchdog.Watchdog(deadlines_s, ranks.rank, ranks.world)
     try:
         results = {}
         for entry in asked:
+            watchdog.at(f"eval {entry.task.name}")
             if preemption.asked(ranks):
                 preemption.stop(ranks, f"with {len(results)} of {len(asked)} tasks done")
             budget = _max_tokens(entry, options, tokenizer, model.config.max_position_embeddings)
@@ -106,8 +119,12 @@ def command(argv: list[str]) -> dict:
             console.note(f"results: {write_results(out)}")
         ranks.barrier()
         return {"model": options.model, "out": str(out), "results": results} if ranks.is_main else {}
+    except Exception as error:
+        watchdog.note(error)
+        raise
     finally:
         ranks.close()
+        guard.stop()
 
 
 def problems_of(task: Task, options: argparse.Namespace, tokenizer: Tokenizer) -> list[Problem]:
@@ -189,7 +206,7 @@ def breakdowns(groups: list[list[Sample]], scores: list[list[float | None]]) -> 
 
 
 def _check(options: argparse.Namespace) -> SamplingConfig:
-    for name, least in {"k": 1, "max_rows": 1, "limit": 0, "max_tokens": 0, "seed": 0}.items():
+    for name, least in {"k": 1, "tensor": 1, "max_rows": 1, "limit": 0, "max_tokens": 0, "seed": 0}.items():
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, wanted at least {least}")
     if options.data and len(options.data) != len(options.task):
@@ -201,6 +218,21 @@ def _check(options: argparse.Namespace) -> SamplingConfig:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"--{str(first['loc'][0]).replace('_', '-')} is {first['input']}: {first['msg']}") from None
+
+
+def _deadlines(given: list[str]) -> dict[str, float]:
+    """The recipe's deadlines by phase, with those of the command line."""
+    changed = {}
+    for pair in given:
+        phase, _, seconds = pair.partition("=")
+        try:
+            if phase not in DEADLINES:
+                raise ValueError
+            changed[f"{phase}_s"] = float(seconds)
+            DeadlineConfig(**changed)
+        except ValueError:
+            raise UserError(f"--deadline {pair}: wanted PHASE=SECONDS above 0 with a phase of {', '.join(DEADLINES)}") from None
+    return DeadlineConfig(**changed).by_phase()
 
 
 def _tasks(options: argparse.Namespace) -> list[tuple[str, Task]]:

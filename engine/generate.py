@@ -38,6 +38,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the smallest set of tokens with this probability; 1 = all")
     p.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below this fraction of the largest probability")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends a sample; may be given several times")
+    p.add_argument("--speculate", type=int, default=0, metavar="K", help="draft K tokens at a time and check them in one forward; same samples "
+                   "(default 0: off)")  # fmt: skip
+    p.add_argument("--draft", choices=("ngram", "mtp"), default="ngram", help="from what was said before, or by the model's layer for multi-token "
+                   "prediction (default ngram)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, metavar="S", help="key of the random numbers: the same seed gives the same samples (default 0)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: bfloat16 on CUDA, float32 on a CPU")
@@ -64,7 +68,7 @@ def run(arguments: argparse.Namespace, write: Callable[[str], None]) -> None:
     import torch
     from pydantic import ValidationError
 
-    from athanor.config import SamplingConfig
+    from athanor.config import SamplingConfig, SpeculationConfig
     from athanor.parallel import Ranks
     from athanor.seeds import sample_seeds
     from athanor.tokenizer import Tokenizer
@@ -82,15 +86,17 @@ def run(arguments: argparse.Namespace, write: Callable[[str], None]) -> None:
     fields = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "stop")
     try:
         sampling = SamplingConfig(**{name: getattr(arguments, name) for name in fields})
+        speculation = SpeculationConfig(tokens=arguments.speculate, draft=arguments.draft)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"--{str(first['loc'][0] if first['loc'] else 'stop').replace('_', '-')}: {first['msg']}") from None
+        option = "speculate" if first["loc"] == ("tokens",) else str(first["loc"][0] if first["loc"] else "stop").replace("_", "-")
+        raise UserError(f"--{option}: {first['msg']}") from None
     ranks = Ranks(arguments.device, arguments.threads)
     dtype = getattr(torch, arguments.dtype if arguments.dtype != "auto" else "bfloat16" if ranks.device.type == "cuda" else "float32")
     tokenizer = Tokenizer.from_folder(arguments.model)
     model = load_model(arguments.model, dtype=dtype, device=ranks.device).requires_grad_(False)
     if conversing:
-        generator = Generator(model, tokenizer.eos_ids, tokenizer=tokenizer, max_rows=1)
+        generator = Generator(model, tokenizer.eos_ids, tokenizer=tokenizer, max_rows=1, speculation=speculation)
         talk = Conversation(generator, tokenizer, sampling, template=arguments.template, system=arguments.system, seed=arguments.seed)
         terminal = sys.stdin.isatty() and sys.stdout.isatty()
         if terminal:
@@ -101,7 +107,7 @@ def run(arguments: argparse.Namespace, write: Callable[[str], None]) -> None:
     rendered = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) if arguments.chat else text for text in texts]
     prompts = [np.array(tokenizer.encode_prompt(text), np.int64) for text in rendered]
     requests = [Request(ids, sample_seeds(arguments.n, arguments.seed, i)) for i, ids in enumerate(prompts)]
-    generator = Generator(model, tokenizer.eos_ids, tokenizer=tokenizer, max_rows=max(512, arguments.n))
+    generator = Generator(model, tokenizer.eos_ids, tokenizer=tokenizer, max_rows=max(512, arguments.n), speculation=speculation)
     total, start, tokens = len(requests) * arguments.n, time.perf_counter(), 0
     live = _Live(tokenizer, write) if total == 1 and not arguments.json else None
     try:

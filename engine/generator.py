@@ -8,6 +8,8 @@ order, on refills and pauses, or on being aborted and resumed.
     for request, member, completion in generator.stream(requests, SamplingConfig(max_tokens=512)):
         ...                                    # while the others decode
 
+Of a model that is split over ranks (tensor_parallel.py) each of them has a generator, makes the same calls and gets the same samples.
+
 `stream` runs it, `_host.Scheduler` decides on samples, rows and blocks, `decode` holds the device's part.  `python -m athanor.generate` is the
 command line.
 """
@@ -19,11 +21,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from athanor.config import SamplingConfig
+from athanor.config import SamplingConfig, SpeculationConfig
 from athanor.decode import DecodeRows
+from athanor.errors import UserError
 from athanor.kv_cache import PagedKVCache
 from athanor.model.moe import refresh_fp8_, routers
 from athanor.model.transformer import Decoder
+from athanor.parallel import Ranks
 from athanor.samples import Completion, Request
 from athanor.stream import Stream
 from athanor.tokenizer import Tokenizer
@@ -42,6 +46,8 @@ class Generator:
     what the host decides (a stop string, a refill, an abort, new weights) takes effect so many windows later.  The samples are the same.
     tokenizer: needed for stop strings alone.
     record_routes: completions say which experts each token went to (`Completion.routes`), at 2 bytes per token, sparse layer and choice.
+    speculation: draft tokens where few samples decode and check several at a time, which gives the same samples; see `speculation.py`.  `drafting`
+    counts the forwards of a sample that had drafts, and the tokens that they gave.
     `timings` adds up seconds: prefill_s, forward_s (on CUDA the whole step), sample_s, host_s; `num_prefill_tokens` counts what prefills ran over.
     """
 
@@ -60,6 +66,7 @@ class Generator:
         window: int | None = None,
         ahead: int | None = None,
         record_routes: bool = False,
+        speculation: SpeculationConfig = SpeculationConfig(),
     ):
         if not eos_ids:
             raise ValueError("Generator: eos_ids is empty, wanted at least one token id that ends a sample")
@@ -74,6 +81,13 @@ class Generator:
         self.device, self.dtype = model.embed.weight.device, model.embed.weight.dtype
         if record_routes and not routers(model):
             raise ValueError("Generator: record_routes is true, but the model has no experts")
+        if speculation.tokens and speculation.draft == "mtp" and model.mtp is None:
+            raise UserError("Generator: speculation.draft is mtp, but the model has no layer for multi-token prediction; wanted ngram")
+        self.speculation, self.drafting = speculation, {"forwards": 0, "tokens": 0}
+        self.num_layers = model.config.num_hidden_layers + (speculation.tokens > 0 and speculation.draft == "mtp")  # with keys and values
+        self.peers: Ranks | None = getattr(model, "ranks", None)  # those that have the other parts of the model
+        if fused_sampling and self.peers:
+            raise ValueError("Generator: fused_sampling is true, but the model's head is split over ranks; wanted false")
         self.fused_sampling, self.record_routes = fused_sampling, record_routes
         self.max_rows, self.kv_tokens, self.policy, self.max_prefill_tokens = max_rows, kv_tokens, policy, max_prefill_tokens
         self.block_size, self.window, self.ahead = block_size or (16 if on_cpu else 64), window, ahead
@@ -164,24 +178,30 @@ class Generator:
                     f"wanted 'abort' and fewer than max_tokens = {sampling.max_tokens}"
                 )
 
-    def reserve(self, num_blocks: int, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...]) -> DecodeRows:
+    def reserve(
+        self, num_blocks: int, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...], texts: tuple[int, int]
+    ) -> DecodeRows:
         """Cache and rows of at least that size for a stream; what is there is kept where it is large enough, with its captured graphs."""
         refresh_fp8_(self.model)
         if self.cache is None or self.cache.num_blocks < num_blocks:
             self.cache = self.rows = None  # free the old pool first
-            self.cache = PagedKVCache(self.model.config, num_blocks, self.block_size, self.dtype, self.device)
+            self.cache = PagedKVCache(self.model.own_config, self.num_layers, num_blocks, self.block_size, self.dtype, self.device)
         self._parameters = list(self.model.parameters())
         addresses = [parameter.data_ptr() for parameter in self._parameters]
         if addresses != self._addresses:  # captured steps read the old ones
             self.rows, self._addresses = None, addresses
-        if self.rows is None or not self.rows.holds(num_rows, max_blocks, num_eos, records):
+        if self.rows is None or not self.rows.holds(num_rows, max_blocks, num_eos, records, texts):
             self.rows = None
             options = {"window": self.window, "ahead": self.ahead, "fused": self.fused_sampling, "seconds": self.timings}
+            options |= {"speculation": self.speculation, "texts": texts}
             self.rows = DecodeRows(self.model, self.cache, num_rows, max_blocks, num_eos, records, **options)
         return self.rows
 
     def pool_blocks(self, wanted: int) -> int:
-        """Blocks of the KV pool: `wanted` of them, or what kv_tokens or the memory allow."""
+        """Blocks of the KV pool: `wanted` of them and up to an eighth more, or what kv_tokens or the memory allow.
+
+        More, so that the pool stays where it is when a later step wants a little more than all before.
+        """
         if self.kv_tokens is not None:
             return max(1, self.kv_tokens // self.block_size)
         if self.device.type == "cpu":
@@ -189,4 +209,10 @@ class Generator:
         else:
             free = int(0.85 * torch.cuda.mem_get_info(self.device)[0])
         have = self.cache.num_blocks if self.cache else 0
-        return max(1, min(wanted, have + free // (self.block_size * PagedKVCache.bytes_per_token(self.model.config, self.dtype, self.device))))
+        unit = 2 ** max(0, wanted.bit_length() - 4)
+        roomy = -(-wanted // unit) * unit
+        token_bytes = PagedKVCache.bytes_per_token(self.model.own_config, self.num_layers, self.dtype, self.device)
+        blocks = have + free // (self.block_size * token_bytes)
+        if self.peers:  # the scheduler decides by it, and must decide the same everywhere
+            blocks = -self.peers.max_int(-blocks)
+        return max(1, min(roomy, blocks))

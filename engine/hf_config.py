@@ -4,9 +4,10 @@ from pydantic import ValidationError
 
 from athanor.config import ModelConfig
 from athanor.errors import UserError
+from athanor.model_config import WINDOWED
 
-CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
-           "deepseek_v3": "DeepseekV3ForCausalLM"}  # fmt: skip
+CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+           "qwen3_moe": "Qwen3MoeForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}  # fmt: skip
 # Fields that share their name and meaning with ModelConfig, and transformers' value where a config.json leaves one out (None = wanted).
 _SHARED = dict(
     vocab_size=None, hidden_size=None, intermediate_size=None, num_hidden_layers=None, num_attention_heads=None,
@@ -50,7 +51,6 @@ def model_config_from_hf(config: dict) -> ModelConfig:
         if value is not None and value != only:
             raise UserError(f"config.json: {name} is {value!r}, the decoder supports {only!r} only")
     fp8_block(config)
-    _refuse_sliding_window(config)
     fields = {name: config.get(name, default) for name, default in _SHARED.items()}
     for name, value in fields.items():
         if value is None:
@@ -58,6 +58,7 @@ def model_config_from_hf(config: dict) -> ModelConfig:
     for name, default in _SPARSE.get(family, {}).items():
         value = next((config[alias] for alias in _NAMES[family].get(name, (name,)) if alias in config), default)
         fields[name] = (1 if name in ("n_group", "topk_group") else type(default)()) if value is None else value
+    fields |= _sliding_window(config, family, fields["num_hidden_layers"])
     if family != "deepseek_v3":
         fields |= _heads(config, family, fields)
     elif config.get("num_key_value_heads") not in (None, fields["num_attention_heads"]):
@@ -67,7 +68,7 @@ def model_config_from_hf(config: dict) -> ModelConfig:
     scaling.setdefault("rope_type", rope.get("type", "default"))
     if scaling["rope_type"] == "llama3":
         scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings", 2048))
-    longest = {"llama": 2048, "deepseek_v3": 4096}.get(family, 32768)
+    longest = {"llama": 2048, "mistral": 131072, "deepseek_v3": 4096}.get(family, 32768)
     try:
         return ModelConfig(
             architecture=family,
@@ -85,7 +86,7 @@ def model_config_from_hf(config: dict) -> ModelConfig:
 def _heads(config: dict, family: str, fields: dict) -> dict:
     H = fields["num_attention_heads"]
     # The defaults differ by family: an absent key means the class's value, an explicit null means "derive it".
-    kv_heads = config.get("num_key_value_heads", {"llama": None, "qwen3_moe": 4}.get(family, 32)) or H
+    kv_heads = config.get("num_key_value_heads", {"llama": None, "mistral": 8, "qwen3_moe": 4}.get(family, 32)) or H
     head_dim = config.get("head_dim", 128 if family == "qwen3" else None) or 0
     return {"num_key_value_heads": kv_heads, "head_dim": 0 if head_dim * H == fields["hidden_size"] else head_dim}
 
@@ -133,15 +134,52 @@ def model_config_to_hf(config: ModelConfig) -> dict:
         # 0 would be a matrix of no rows to transformers
         return {**hf, "q_lora_rank": config.q_lora_rank or None, "attention_bias": False, **_ONLY_OF[family]}
     hf["head_dim"] = config.width_per_head
-    if family == "qwen2":
-        return {**hf, "use_sliding_window": False}
-    hf["attention_bias"] = False
-    return {**hf, "mlp_bias": False} if family == "llama" else {**hf, "use_sliding_window": False}
+    if family == "mistral":
+        return {**hf, "sliding_window": config.sliding_window or None}
+    if family != "qwen2":
+        hf["attention_bias"] = False
+    return {**hf, "mlp_bias": False} if family == "llama" else {**hf, **_windows_to_hf(config)}
 
 
-def _refuse_sliding_window(config: dict) -> None:
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
-        raise UserError(f"config.json: layer_types has {sorted(set(config['layer_types']))}, the decoder supports full_attention only")
-    window, first = config.get("sliding_window", 4096), config.get("max_window_layers", 28)
-    if config.get("use_sliding_window") and window is not None and (first is None or first < config.get("num_hidden_layers", 0)):
-        raise UserError(f"config.json: use_sliding_window is true (window {window} from layer {first} on), the decoder supports full attention only")
+def _windows_to_hf(config: ModelConfig) -> dict:
+    if not config.sliding_window:
+        return {"use_sliding_window": False}
+    windows = {"use_sliding_window": True, "sliding_window": config.sliding_window}
+    if config.architecture == "qwen3_moe":  # all layers alike
+        return windows
+    slides = [config.window_of(layer) is not None for layer in range(config.num_hidden_layers)]
+    first = slides.index(True)
+    windows["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
+    return windows | ({"max_window_layers": first} if all(slides[first:]) else {})  # for readers that do not know layer_types
+
+
+def _sliding_window(config: dict, family: str, num_layers: int) -> dict:
+    """ModelConfig's sliding_window and layer_types, if a layer has a window.
+
+    qwen2 and qwen3: the layers from max_window_layers on, or those that layer_types says.  qwen3_moe and mistral: all.
+    """
+    types = config.get("layer_types") or []
+    if not isinstance(types, list) or not set(types) <= {"full_attention", "sliding_attention"}:
+        raise UserError(f"config.json: layer_types is {types}, the decoder supports full_attention and sliding_attention")
+    used = family == "mistral" or bool(config.get("use_sliding_window"))
+    window, slides = config.get("sliding_window", 4096) if used else None, "sliding_attention" in types
+    if (slides or used) and family not in WINDOWED:
+        asked = "layer_types has sliding_attention" if slides else "use_sliding_window is true"
+        raise UserError(f"config.json: {asked}, model_type {family} has none")
+    if types and (slides or window is not None) and family not in ("qwen2", "qwen3"):
+        raise UserError(f"config.json: layer_types is {types}, in model_type {family} all layers have the sliding window or none")
+    if slides and window is None:
+        why = "sliding_window is null" if used else "use_sliding_window is false"
+        raise UserError(f"config.json: layer_types has sliding_attention, but {why}")
+    if window is None or not isinstance(num_layers, int):  # which ModelConfig refuses
+        return {}
+    if not types and family in ("qwen2", "qwen3"):
+        first = config.get("max_window_layers", 28)
+        if not isinstance(first, int):
+            raise UserError(f"config.json: max_window_layers is {first!r}, wanted the number of layers without sliding window")
+        types = ["full_attention" if layer < first else "sliding_attention" for layer in range(num_layers)]
+    if types and "sliding_attention" not in types:
+        return {}
+    if not isinstance(window, int) or window < 1:
+        raise UserError(f"config.json: sliding_window is {window!r}, wanted a positive number of tokens")
+    return {"sliding_window": window} | ({"layer_types": tuple(types)} if "full_attention" in types else {})

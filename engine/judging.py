@@ -89,7 +89,8 @@ def vote_groups(
         return None
     votes = [_votes(group, judge) for group, judge in zip(groups, judges, strict=True)]
     for judge in dict.fromkeys(judge for judge in judges if judge and judge.reward not in ("accuracy", "choice")):
-        _merge(judge, [i for i, other in enumerate(judges) if other == judge], groups, scores, votes)
+        with watchdog.phase("reward", "votes"):
+            _merge(judge, [i for i, other in enumerate(judges) if other == judge], groups, scores, votes)
     return votes
 
 

@@ -32,20 +32,21 @@ class PagedKVCache:
     Of a latent, keys and values are the same numbers: on a CPU in two layouts, else in the same memory.
     """
 
-    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: ModelConfig, num_layers: int, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
+        """num_layers: those of the config, and one more where the layer for multi-token prediction drafts."""
         self.num_blocks, self.block_size, self.device = num_blocks, block_size, device
         layers = [
             empty_kv_cache(num_blocks, config.cache_heads, block_size, config.cache_width, dtype=dtype, device=device)
-            for _ in range(config.num_hidden_layers)
+            for _ in range(num_layers)
         ]
         self.keys, self.values = [k for k, _ in layers], [v for _, v in layers]
         if config.latent and device.type != "cpu":
             self.values = self.keys
 
     @staticmethod
-    def bytes_per_token(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    def bytes_per_token(config: ModelConfig, num_layers: int, dtype: torch.dtype, device: torch.device) -> int:
         copies = 1 if config.latent and device.type != "cpu" else 2
-        return copies * config.num_hidden_layers * config.cache_heads * config.cache_width * dtype.itemsize
+        return copies * num_layers * config.cache_heads * config.cache_width * dtype.itemsize
 
     def copy_(self, copies: np.ndarray) -> None:
         """Copy the first `tokens` slots of block `source` to block `target`, for rows (source, target, tokens) of copies (c, 3)."""
@@ -64,10 +65,10 @@ class PrefillAttention:
         """blocks (T, 1), slots (T,) int32: where each token's key and value go; slot -1 = nowhere.  max_seqlen: the longest sequence."""
         self.cache, self.cu_seqlens, self.max_seqlen, self.blocks, self.slots = cache, cu_seqlens, max_seqlen, blocks, slots
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, window: int | None = None) -> Tensor:
         q, k = rotation(q, k)
         kv_append(k, v, self.cache.keys[layer], self.cache.values[layer], self.blocks, self.slots)
-        return attention(q, k, v, self.cu_seqlens, max_seqlen=self.max_seqlen)
+        return attention(q, k, v, self.cu_seqlens, max_seqlen=self.max_seqlen, window=window)
 
     def latent(self, layer: int, x: Latent) -> Tensor:
         append_latent(self.cache, layer, x, self.blocks, self.slots)
@@ -105,11 +106,12 @@ class ContinuedAttention:
             slab = slice(first, end if end < num_tokens else len(positions))
             self.slabs.append((slab, self.positions[slab] + 1, int(positions[slab].max()) + 1, groups, prefixes))
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, window: int | None = None) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         q = qkv_append(q, k, v, rotation.cos, rotation.sin, keys, values, self.block_table, self.positions, **rotation.norm)
         return joined([
-            paged_attention(q[rows], keys, values, self.block_table[rows], lengths, max_seq_len=longest, group_offsets=groups, prefix_lens=prefixes)
+            paged_attention(q[rows], keys, values, self.block_table[rows], lengths, max_seq_len=longest, group_offsets=groups, prefix_lens=prefixes,
+                            window=window)
             for rows, lengths, longest, groups, prefixes in self.slabs
         ])  # fmt: skip
 
@@ -117,8 +119,9 @@ class ContinuedAttention:
         append_latent(self.cache, layer, x, self.block_table, self.positions)
         q, keys, values = x.queries(), self.cache.keys[layer], self.cache.values[layer]
         return x.output(joined([
-            mla_decode(q[rows], keys, values, self.block_table[rows], lengths, rank=x.rank, scale=x.scale, max_seq_len=longest)
-            for rows, lengths, longest, _, _ in self.slabs
+            mla_decode(q[rows], keys, values, self.block_table[rows], lengths, rank=x.rank, scale=x.scale, max_seq_len=longest, group_offsets=groups,
+                       prefix_lens=prefixes)
+            for rows, lengths, longest, groups, prefixes in self.slabs
         ]))  # fmt: skip
 
 
@@ -146,22 +149,32 @@ class DecodeAttention:
     def __init__(self, cache: PagedKVCache, block_table: Tensor, positions: Tensor, max_seq_len: int | None, shared: SharedPrefix | None):
         """block_table (n, columns) int32, positions (n,) int32, -1 = the row does not decode: nothing is written, its output is 0."""
         self.cache, self.block_table, self.positions, self.max_seq_len, self.shared = cache, block_table, positions, max_seq_len, shared
-        self.seq_lens = positions + 1
+        self.seq_lens, self.groups = positions + 1, {}
         if shared is not None:
             self.group_table, self.group_lens = block_table.index_select(0, shared.order), self.seq_lens.index_select(0, shared.order)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, window: int | None = None) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         q = qkv_append(q, k, v, rotation.cos, rotation.sin, keys, values, self.block_table, self.positions, **rotation.norm)
-        if self.shared is None:
-            return paged_attention(q, keys, values, self.block_table, self.seq_lens, max_seq_len=self.max_seq_len)
-        s = self.shared
-        out = paged_attention(q.index_select(0, s.order), keys, values, self.group_table, self.group_lens, max_seq_len=self.max_seq_len,
-                              group_offsets=s.group_offsets, prefix_lens=s.prefix_lens)  # fmt: skip
-        return out.index_select(0, s.inverse)
+        return self._attend(paged_attention, q, keys, values, window=window)
 
     def latent(self, layer: int, x: Latent) -> Tensor:
         append_latent(self.cache, layer, x, self.block_table, self.positions)
-        q, keys, values = x.queries(), self.cache.keys[layer], self.cache.values[layer]
-        options = dict(rank=x.rank, scale=x.scale, max_seq_len=self.max_seq_len)
-        return x.output(mla_decode(q, keys, values, self.block_table, self.seq_lens, **options))
+        return x.output(self._attend(mla_decode, x.queries(), self.cache.keys[layer], self.cache.values[layer], rank=x.rank, scale=x.scale))
+
+    def _attend(self, attention, q: Tensor, keys: Tensor, values: Tensor, **options) -> Tensor:
+        if self.shared is None:
+            return attention(q, keys, values, self.block_table, self.seq_lens, max_seq_len=self.max_seq_len, **self.groups, **options)
+        s = self.shared
+        out = attention(q.index_select(0, s.order), keys, values, self.group_table, self.group_lens, max_seq_len=self.max_seq_len,
+                        group_offsets=s.group_offsets, prefix_lens=s.prefix_lens, **options)  # fmt: skip
+        return out.index_select(0, s.inverse)
+
+
+class DraftedAttention(DecodeAttention):
+    """Several tokens per row, neighbours in the batch: each is appended before any attends, and they read the chunks before them together."""
+
+    def __init__(self, cache: PagedKVCache, block_table: Tensor, positions: Tensor, max_seq_len: int | None, offsets: Tensor, prefixes: Tensor):
+        """block_table and positions of every token; offsets (n+1,) int32, each row's tokens; prefixes (n,) int32, the whole chunks before them."""
+        super().__init__(cache, block_table, positions, max_seq_len, None)
+        self.groups = {"group_offsets": offsets, "prefix_lens": prefixes}

@@ -1,4 +1,4 @@
-"""The shape of a decoder, under HuggingFace's names: dense (Llama 3, Qwen2/2.5, Qwen3), Qwen3-MoE and DeepSeek-V3."""
+"""The shape of a decoder, under HuggingFace's names: dense (Llama 3, Mistral, Qwen2/2.5, Qwen3), Qwen3-MoE and DeepSeek-V3."""
 
 from typing import Literal
 
@@ -18,7 +18,7 @@ DEEPSEEK_V3 = ("n_shared_experts", "n_group", "topk_group", "routed_scaling_fact
                "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave", "norm_topk_prob",
                "num_nextn_predict_layers")  # fmt: skip
 SPARSE = {"qwen3_moe": (*EXPERTS, *QWEN3_MOE), "deepseek_v3": (*EXPERTS, *DEEPSEEK_V3)}
-
+WINDOWED = ("mistral", "qwen2", "qwen3", "qwen3_moe")  # architectures that may have sliding windows
 
 ROPE_NUMBERS = {  # that a rope_scaling of the type must have
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -29,8 +29,9 @@ ROPE_NUMBERS = {  # that a rope_scaling of the type must have
 class ModelConfig(Config):
     """A decoder; the names are HuggingFace's."""
 
-    architecture: Literal["llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3"] = "qwen3"
-    """Family: llama (no biases), qwen2 (biases on q, k, v), qwen3 (RMS norm on q and k heads), qwen3_moe, deepseek_v3 (MLA, mixture of experts)."""
+    architecture: Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3"] = "qwen3"
+    """Family: llama, mistral (no biases), qwen2 (biases on q, k, v), qwen3 (RMS norm on q and k heads), qwen3_moe,
+    deepseek_v3 (MLA, mixture of experts)."""
     vocab_size: int = Field(0, ge=0)
     """Vocabulary entries; 0 = taken from the tokenizer."""
     hidden_size: int = Field(96, gt=0)
@@ -45,6 +46,10 @@ class ModelConfig(Config):
     """Width of one head; 0 = hidden_size / num_attention_heads."""
     intermediate_size: int = Field(192, gt=0)
     """SwiGLU width F of dense layers."""
+    sliding_window: int = Field(0, ge=0)
+    """Tokens that a query sees in layers with a sliding window, its own and those before it; 0 = no layer has one.  Not llama and deepseek_v3."""
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] = ()
+    """qwen2, qwen3: which layers have the sliding window, one entry per layer; () = all alike."""
     num_experts: int = Field(0, ge=0)
     """Routed experts E of a sparse layer (DeepSeek: n_routed_experts)."""
     num_experts_per_tok: int = Field(0, ge=0)
@@ -80,7 +85,7 @@ class ModelConfig(Config):
     rope_interleave: bool = True
     """deepseek_v3: the rotated pairs are neighbours (x0, x1), (x2, x3), ... rather than halves."""
     num_nextn_predict_layers: int = Field(0, ge=0, le=1)
-    """deepseek_v3: 1 = a layer behind the last that predicts the token after the next one (multi-token prediction); no sampler uses it."""
+    """deepseek_v3: 1 = a layer behind the last that predicts the token after the next one (multi-token prediction): a loss, and drafts."""
     rope_theta: float = Field(10000.0, gt=0)
     """RoPE base."""
     rope_scaling: dict | None = None
@@ -108,6 +113,17 @@ class ModelConfig(Config):
             raise ValueError(f"rope_scaling is {self.rope_scaling}, wanted rope_type {scaled} or none")
         if absent := [key for key in ROPE_NUMBERS.get(self.rope_type, ()) if not isinstance(self.rope_scaling.get(key), (int, float))]:
             raise ValueError(f"rope_scaling of type {self.rope_type} has no {', '.join(absent)}")
+        return self
+
+    @model_validator(mode="after")
+    def _windows(self):
+        window, types = self.sliding_window, self.layer_types
+        if window and self.architecture not in WINDOWED:
+            raise ValueError(f"sliding_window is {window}, which the architecture {self.architecture} does not have")
+        if types and (self.architecture not in ("qwen2", "qwen3") or len(types) != self.num_hidden_layers):
+            raise ValueError(f"layer_types has {len(types)} entries, wanted one per layer of qwen2 or qwen3 ({self.num_hidden_layers}) or none")
+        if types and ("sliding_attention" in types) != (window > 0):
+            raise ValueError(f"sliding_window is {window} and layer_types has {sorted(set(types))}, wanted a window if and only if a layer slides")
         return self
 
     @model_validator(mode="after")
@@ -162,6 +178,11 @@ class ModelConfig(Config):
     def cache_width(self) -> int:
         """Numbers that the cache holds per head and token, as keys and again as values; of a latent, once on a GPU."""
         return self.kv_lora_rank + self.qk_rope_head_dim if self.latent else self.width_per_head
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a query of the layer sees; None = all before it."""
+        slides = self.sliding_window and (not self.layer_types or self.layer_types[layer] == "sliding_attention")
+        return self.sliding_window if slides else None
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer has a mixture of experts in place of its SwiGLU."""

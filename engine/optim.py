@@ -10,12 +10,13 @@ from functools import reduce
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from athanor.config import OptimizerConfig
 from athanor.errors import UserError
 from athanor.parallel import Ranks
-from athanor.sharding import split_parameters
+from athanor.sharding import assign_, split_parameters
+from athanor.tensor_parallel import Split, splits
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int, peak: float | None = None) -> float:
@@ -31,7 +32,14 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int, peak: floa
 
 
 class ShardedMuon(torch.optim.Muon):
-    """Muon of matrices that are split over ranks: the momentum is split, too; gradient and matrix are whole, on every rank, one pair at a time."""
+    """Muon of matrices that are split over ranks: the momentum is split, too; gradient and matrix are whole, on every rank, one pair at a time.
+
+    splits: of those that tensor parallelism has split.
+    """
+
+    def __init__(self, params, splits: dict[Tensor, Split], **options):
+        self.splits = splits
+        super().__init__(params, **options)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -42,10 +50,14 @@ class ShardedMuon(torch.optim.Muon):
                     continue
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
                 buffer.lerp_(p.grad, 1 - momentum)
-                full = nn.Parameter(p.full_tensor())
-                full.grad = p.grad.lerp(buffer, momentum).full_tensor()
+                full = nn.Parameter(self._whole(p, p))
+                full.grad = self._whole(p.grad.lerp(buffer, momentum), p)
                 torch.optim.Muon([full], momentum=0.0, nesterov=False, **options).step()
-                p.copy_(distribute_tensor(full.detach(), p.device_mesh, p.placements, src_data_rank=None))
+                assign_(p, full.detach(), self.splits.get(p))
+
+    def _whole(self, x: Tensor, of: Tensor) -> Tensor:
+        full = x.full_tensor() if isinstance(x, DTensor) else x.detach()
+        return self.splits[of].whole(full) if of in self.splits else full
 
 
 def _by_split(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -63,8 +75,10 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks):
-        self.config, self.ranks = config, ranks
+        self.config, self.ranks, self.tensor = config, ranks.copies, ranks.tensor
         self.names, self.parameters = zip(*[(name, p) for name, p in split_parameters(model).items() if p.requires_grad], strict=True)
+        found = splits(model)
+        self.splits = {p: found[name] for name, p in zip(self.names, self.parameters, strict=True) if name in found}
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         tables |= {id(p) for n, p in model.named_parameters() if n.startswith(("lm_head", "value_head"))}
         stacks = [n for n, p in model.named_parameters() if p.dim() > 2]  # of experts
@@ -74,9 +88,10 @@ class Optimizer:
         others = [p for p in self.parameters if all(p is not m for m in matrices)]
         adamw = dict(lr=config.lr, betas=config.betas, eps=config.eps)
         if config.name == "muon":
-            muon = ShardedMuon if any(isinstance(p, DTensor) for p in matrices) else torch.optim.Muon
+            parts = {"splits": self.splits} if self.splits or any(isinstance(p, DTensor) for p in matrices) else {}
+            muon = ShardedMuon if parts else torch.optim.Muon
             self.parts = [
-                muon(matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+                muon(matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw", **parts),
                 torch.optim.AdamW(others, weight_decay=0.0, fused=True, **adamw),
             ]
         else:
@@ -95,15 +110,21 @@ class Optimizer:
         for p in self.parameters:
             if isinstance(p, DTensor) and p.grad is not None and p.grad.placements != p.placements:  # copies of experts have an addend each
                 p.grad = p.grad.redistribute(placements=p.placements)
-        groups = _by_split(self.parameters)
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
-        norm = reduce(torch.hypot, [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
+        norm = self._norm([p for p in self.parameters if p not in self.splits])
+        if self.splits:
+            squares = self._norm(list(self.splits)).square()
+            self.tensor.sum_(squares)
+            norm = (norm.square() + squares).sqrt()
         if not math.isfinite(norm):
             return float(norm)
-        for group in groups:
+        for group in _by_split(self.parameters):
             torch.nn.utils.clip_grads_with_norm_(group, self.config.grad_clip or math.inf, norm)
         self._apply(lr)
         return float(norm)
+
+    def _norm(self, parameters: list[Tensor]) -> Tensor:
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in _by_split(parameters)]
+        return reduce(torch.hypot, [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
 
     def _apply(self, lr: float) -> None:
         for part in self.parts:

@@ -2,8 +2,12 @@
 
 Work is split by index (rank r takes items r, r + world, ...) or by size, gradients are summed, and losses divide by denominators counted over all
 ranks, so N ranks give the gradients of one.
+
+Where C neighbouring ranks train on the same micro-batches (`context_parallel`), samples of an update are split over `data`, the world / C ranks that
+have other ones; sampling is split over all ranks.  So it is with T neighbouring ranks that compute a forward together (`tensor_parallel`).
 """
 
+import copy
 import datetime
 import functools
 import heapq
@@ -17,6 +21,8 @@ from torch import Tensor
 
 from athanor import watchdog
 from athanor.errors import UserError
+
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name up to torch 2.12
 
 
 def collective(method):
@@ -57,10 +63,23 @@ def _attempt() -> str:
 
 
 class Ranks:
-    """The process group seen by the engine; `world == 1` needs no process group at all."""
+    """The process group seen by the engine; `world == 1` needs no process group at all.
 
-    def __init__(self, device: str = "auto", threads: int = 0, timeout_s: float = 600.0):
+    context, tensor: the ranks that train on the same micro-batches as this one, which are `context` neighbours with other tokens of them, or `tensor`
+    neighbours with other parts of the model.  data: one of each such group, those with this rank's place in it, or these ranks themselves.  copies:
+    those that have the same part of the model.  All are Ranks over a part of the processes.  Raises UserError for numbers that do not divide the
+    ranks.
+    """
+
+    group: dist.ProcessGroup | None = None  # None = of all ranks
+
+    def __init__(self, device: str = "auto", threads: int = 0, timeout_s: float = 600.0, context: int = 1, tensor: int = 1):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        assert context == 1 or tensor == 1  # a recipe has one of them
+        for name, peers in (("context", context), ("tensor", tensor)):
+            if self.world % peers:
+                raise UserError(f"parallel.{name} is {peers}, wanted a divisor of the {self.world} ranks")
+        self.timeout = datetime.timedelta(seconds=timeout_s)
         local = int(os.environ.get("LOCAL_RANK", 0))
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if device == "cuda" and not torch.cuda.is_available():
@@ -72,15 +91,38 @@ class Ranks:
         # Ranks that share cores and spin on each other's threads are 20-100 times slower: each gets its own share.
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
         if self.world > 1 and not dist.is_initialized():
-            timeout = datetime.timedelta(seconds=timeout_s)
-            store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+            store, rank, world = next(dist.rendezvous("env://", timeout=self.timeout))
             # gloo too: scalars, and state that is kept in CPU memory, are summed where they are.
             backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-            dist.init_process_group(backend, store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=world, timeout=timeout)
+            dist.init_process_group(backend, store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=world, timeout=self.timeout)
+        self.is_main = self.rank == 0
+        alone, size = self._of([[r] for r in range(self.world)]), context * tensor
+        groups = [list(range(first, first + size)) for first in range(0, self.world, size)]
+        peers = self._of(groups)
+        self.context, self.tensor = (peers if context > 1 else alone), (peers if tensor > 1 else alone)
+        self.data = self._of([list(others) for others in zip(*groups, strict=True)]) if size > 1 else self
+        self.copies = self.data if tensor > 1 else self
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
+    def twin(self) -> "Ranks":
+        """The same ranks in a process group of their own, over gloo: what a second thread exchanges does not meet what this one does."""
+        twin = copy.copy(self)
+        twin.device = torch.device("cpu")
+        if self.world > 1:
+            twin.group = dist.new_group(backend="gloo", timeout=self.timeout)
+        return twin
+
+    def _of(self, parts: list[list[int]]) -> "Ranks":
+        """These ranks as the part sees them that this one is in; every rank makes all of them."""
+        view = copy.copy(self)
+        for part in parts:
+            group = dist.new_group(part, self.timeout) if len(part) > 1 else None
+            if self.rank in part:
+                view.group, view.rank, view.world = group, part.index(self.rank), len(part)
+        view.data = view.context = view.tensor = view.copies = view
+        return view
+
+    def __deepcopy__(self, memo) -> "Ranks":  # a process group cannot be copied, and a copy of a model is split over the same ranks
+        return self
 
     def share(self, items: list, work: Sequence[float] | None = None) -> list:
         """This rank's items, in their order: every world-th, or, by the `work` of each, about as much as the others'."""
@@ -93,19 +135,19 @@ class Ranks:
         """Sum tensors over ranks in place."""
         if self.world > 1:
             for tensor in tensors:
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=self.group)
 
     @collective
     def max_(self, tensor: Tensor) -> None:
         if self.world > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
 
     @collective
     def sum_int(self, value: int) -> int:
         if self.world == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.group)
         return int(tensor)
 
     @collective
@@ -113,7 +155,7 @@ class Ranks:
         if self.world == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return int(tensor)
 
     @collective
@@ -122,7 +164,7 @@ class Ranks:
         if self.world == 1 or not parameters:
             return
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=self.group)
         for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = grad.view_as(parameter)
 
@@ -132,7 +174,7 @@ class Ranks:
         if self.world == 1:
             return items
         parts: list = [None] * self.world
-        dist.all_gather_object(parts, items)
+        dist.all_gather_object(parts, items, group=self.group)
         longest = max(len(part) for part in parts)
         return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
@@ -142,7 +184,7 @@ class Ranks:
         if self.world == 1:
             return items, 0
         parts: list = [None] * self.world
-        dist.all_gather_object(parts, items)
+        dist.all_gather_object(parts, items, group=self.group)
         return [item for part in parts for item in part], sum(len(part) for part in parts[: self.rank])
 
     @collective
@@ -153,10 +195,10 @@ class Ranks:
         data = [pickle.dumps(items) for items in outgoing]
         sizes = torch.tensor([len(d) for d in data])
         received = torch.empty_like(sizes)
-        dist.all_to_all_single(received, sizes)
+        dist.all_to_all_single(received, sizes, group=self.group)
         incoming = torch.empty(int(received.sum()), dtype=torch.uint8)
         payload = torch.frombuffer(bytearray(b"".join(data)), dtype=torch.uint8)
-        dist.all_to_all_single(incoming, payload, received.tolist(), sizes.tolist())
+        dist.all_to_all_single(incoming, payload, received.tolist(), sizes.tolist(), group=self.group)
         return [pickle.loads(part.numpy().tobytes()) for part in incoming.split(received.tolist())]
 
     @collective
@@ -165,13 +207,13 @@ class Ranks:
         if self.world == 1:
             return item
         box = [item]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
 
     @collective
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     @collective
     def close(self) -> None:

@@ -8,6 +8,7 @@ import importlib
 import json
 import platform
 import resource
+import shutil
 import time
 from collections.abc import Container
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from athanor import preemption, watchdog
 from athanor.atomic import write_file
+from athanor.checkpoint import StateWriter
 from athanor.config import GRPOConfig, RecipeConfig
 from athanor.console import Console
 from athanor.errors import UserError
@@ -35,8 +37,8 @@ from athanor.rewards import make_reward
 from athanor.rewards.verdicts import Comparison
 from athanor.run_folder import open_run_folder
 from athanor.samples import in_domain
-from athanor.sharding import will_split
-from athanor.stages import grpo, reward_model
+from athanor.sharding import for_sampling, will_split
+from athanor.stages import grpo, reward_model, validation
 from athanor.stages.context import StageContext, checkpoint_dir, data_source
 from athanor.stages.evaluate import evaluate
 from athanor.tasks import make_task, require_answers
@@ -45,7 +47,9 @@ from athanor.transcripts import write_page
 from athanor.weights import load_model
 
 LOCATION_KEYS = (
-    "name", "run_root", "reuse", "until", "threads", "max_rows", "report_notes", "parallel", "failed_save", "deadlines", "loggers", "downloads",
+    "name", "run_root", "reuse", "until", "threads", "max_rows", "speculation", "report_notes", "parallel", "failed_save", "background_save",
+    "deadlines", "loggers",
+    "downloads",
 )  # fmt: skip
 RESULT_KEYS = ("pass@1", "pass@1_t1", "mean_tokens", "reflection_rate", "format_rate", "language_consistency")
 
@@ -59,9 +63,10 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
     tasks = build_tasks(recipe)
     check(recipe, tasks)
     whole, recipe = recipe, up_to(recipe)
-    deadlines_s = {name.removesuffix("_s"): seconds for name, seconds in recipe.deadlines.model_dump().items()}
+    deadlines_s = recipe.deadlines.by_phase()
     # The process group's own timeout comes after the watchdog, which can say more.
-    ranks = Ranks(recipe.device, recipe.threads, timeout_s=deadlines_s["collective"] + watchdog.GRACE_S)
+    ranks = Ranks(recipe.device, recipe.threads, timeout_s=deadlines_s["collective"] + watchdog.GRACE_S,
+                  context=recipe.parallel.context, tensor=recipe.parallel.tensor)  # fmt: skip
     will_split(recipe.parallel, ranks)  # sizes that do not divide the ranks
     run_dir = Path(recipe.run_root) / recipe.name
     console = Console(len(recipe.stages) + len(recipe.evaluation.stages))
@@ -69,7 +74,11 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
     ranks.barrier()
     guard = watchdog.Watchdog(deadlines_s, ranks.rank, ranks.world)
     try:
-        with strict_mode(recipe.strict), MetricsWriter(run_dir, loggers=recipe.loggers, config=config_data(whole)) as metrics:
+        with (
+            strict_mode(recipe.strict),
+            MetricsWriter(run_dir, loggers=recipe.loggers, config=config_data(whole)) as metrics,
+            StateWriter(ranks, background=recipe.background_save) as states,
+        ):
             manifest = Manifest(run_dir, seed=recipe.seed)
             if ranks.is_main:
                 manifest.declare([*whole.stages, *(f"evaluate.{name}" for name in whole.evaluation.stages)])
@@ -77,7 +86,7 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
             tokenizer = build_tokenizer(recipe, tasks)
             for name in recipe.stages:
                 _leave_if_asked(ranks, name)
-                _run_stage(name, recipe, run_dir, ranks, tokenizer, tasks, metrics, console, manifest)
+                _run_stage(name, recipe, run_dir, ranks, tokenizer, tasks, metrics, console, manifest, states)
             for name in recipe.evaluation.stages:
                 _leave_if_asked(ranks, f"evaluate.{name}")
                 _evaluate_stage(name, recipe, run_dir, ranks, tokenizer, tasks, console, manifest)
@@ -206,6 +215,8 @@ def check(recipe: RecipeConfig, tasks: dict) -> None:
             if tasks[stage.task] is not None and not any(hasattr(tasks[stage.task], power) for power in powers):
                 wanted = f"objective {stage.objective!r} wants a task with {' or '.join(powers)}"
                 raise UserError(f"{where}.task: {stage.task!r} offers no verdicts of that kind, {wanted}")
+        if getattr(stage, "validation", None) and tasks[stage.validation.task] is not None:
+            validation.check(f"{where}.validation", stage.validation, tasks[stage.validation.task])
         _check_models(where, stage, recipe)
         earlier.append(name)
     _check_models("evaluation", recipe.evaluation, recipe)
@@ -267,10 +278,13 @@ def _tasks_of(stage) -> list[str]:
     mixes = [entry.task for field in ("corpus", "prompts", "written") for entry in getattr(stage, field, [])]
     gate = [stage.gate.task] if getattr(stage, "gate", None) else []
     references = [name for name in getattr(stage, "decontaminate", []) if not Path(name).is_file()]
-    return [*mixes, *gate, *references, *([stage.task] if hasattr(stage, "task") else [])]
+    looks = [stage.validation.task] if getattr(stage, "validation", None) else []
+    return [*mixes, *gate, *looks, *references, *([stage.task] if hasattr(stage, "task") else [])]
 
 
-def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenizer, tasks, metrics, console: Console, manifest: Manifest) -> None:
+def _run_stage(
+    name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenizer, tasks, metrics, console: Console, manifest: Manifest, states: StateWriter
+) -> None:
     stage = recipe.stages[name]
     used = {task: recipe.tasks[task].model_dump() for task in sorted(set(_tasks_of(stage)))}
     shape = recipe.models[stage.model].model_dump() if stage.kind == "pretrain" else None
@@ -291,7 +305,7 @@ def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenize
             resumes = manifest.begin(name, key, inputs)
             decision = "resume" if resumes else "run"
     decision = ranks.broadcast(decision)
-    context = StageContext(name, stage, recipe, run_dir, ranks, tokenizer, tasks, metrics, console)
+    context = StageContext(name, stage, recipe, run_dir, ranks, tokenizer, tasks, metrics, console, states=states)
     if decision not in ("run", "resume"):
         if ranks.is_main:
             context.discard_state()  # of a process that died between the last two lines of this function
@@ -301,10 +315,12 @@ def _run_stage(name, recipe: RecipeConfig, run_dir: Path, ranks: Ranks, tokenize
     context.on_save = lambda: manifest.record_wall(name, time.perf_counter() - start)
     if decision == "run" and ranks.is_main:
         context.discard_state()
+        shutil.rmtree(context.best_dir, ignore_errors=True)
         metrics.rewind(name, -1)
     ranks.barrier()
     torch.manual_seed(recipe.seed)
     result = importlib.import_module(f"athanor.stages.{stage.kind}").run(context, stage)
+    states.release()
     if ranks.is_main:
         metrics.flush()
         manifest.finish(name, result["outputs"], result["metrics"], time.perf_counter() - start, gates=result.get("gates"))
@@ -346,12 +362,14 @@ def _evaluate_stage(name: str, recipe: RecipeConfig, run_dir: Path, ranks: Ranks
         console.skip(entry, "done before")
         return
     start = time.perf_counter()
-    model = use_fp8_(load_model(inputs["checkpoint"], dtype=getattr(torch, recipe.dtype), device=str(ranks.device)), recipe.fp8)
+    device = "cpu" if recipe.parallel.rollout == "split" else str(ranks.device)
+    model = use_fp8_(load_model(inputs["checkpoint"], dtype=getattr(torch, recipe.dtype), device=device), recipe.fp8)
+    model = for_sampling(model, recipe.parallel, ranks)
     rewards = {reward: load_reward(reward, inputs[MODEL_FIELDS[reward]], tokenizer, ranks.device) for reward in models}
     with console.stage(entry, 1) as progress:
         result = evaluate(
             model, tokenizer, tasks, config, ranks, recipe.seed,
-            rewards=rewards, reflection_words=recipe.reflection_words, max_rows=recipe.max_rows,
+            rewards=rewards, reflection_words=recipe.reflection_words, max_rows=recipe.max_rows, speculation=recipe.speculation,
         )  # fmt: skip
         progress.step(1, {name: result.metrics[name] for name in ("pass@1", "pass@1_t1", "mean_tokens", "reflection_rate")})
     if ranks.is_main:

@@ -32,11 +32,13 @@ class Prefill:
 
     def __init__(
         self, model: Decoder, cache: PagedKVCache, prompts: list[Stretch], copies: np.ndarray, resumed: list[Stretch], ends: list[tuple[int, int]],
-        max_tokens: int, record_routes: bool = False,
+        max_tokens: int, record_routes: bool = False, look_ahead: bool = False,
     ):  # fmt: skip
         """copies: as in `PagedKVCache.copy_`, made between the prompts and what continues them.  ends: where each sample's tokens end, (0, i) for
-        prompt i and (1, i) for what is resumed.  max_tokens: of a step.  record_routes: keep which experts the tokens go to."""
-        self.model, self.cache, self.ends, self.max_tokens = model, cache, ends, max_tokens
+        prompt i and (1, i) for what is resumed.  max_tokens: of a step.  record_routes: keep which experts the tokens go to.  look_ahead: fill the
+        cache of the layer for multi-token prediction too; at the end of a sequence, whose next token is not drawn yet, as if that were token 0.
+        """
+        self.model, self.cache, self.ends, self.max_tokens, self.look_ahead = model, cache, ends, max_tokens, look_ahead
         self._last: dict[tuple[int, int], Tensor] = {}  # end -> (D,), the hidden state there
         self._routes: dict[tuple[int, int], list[Tensor]] | None = {} if record_routes else None  # (kind, i) -> (c, L, k) int16, piece by piece
         self._left: deque[tuple[int, Callable[[], None]]] = deque()  # (tokens, what runs them)
@@ -84,14 +86,18 @@ class Prefill:
         for table, (i, _, _) in zip(tables, piece, strict=True):
             table[: len(sequences[i].blocks)] = sequences[i].blocks
         if positions[bounds[:-1]].any():
-            attend = ContinuedAttention(self.cache, self.model.config.num_attention_heads, tables, place, positions)
+            attend = ContinuedAttention(self.cache, self.model.own_config.num_attention_heads, tables, place, positions)
         else:
             cu_seqlens = np.append(bounds, [bounds[-1] + filler] if filler else []).astype(np.int32)
             blocks, slots = tables[place, positions // size][:, None], np.where(positions < 0, -1, positions % size).astype(np.int32)
             cu_seqlens, blocks, slots = (to_device(x, device) for x in (cu_seqlens, blocks, slots))
             attend = PrefillAttention(self.cache, cu_seqlens, max(int(lengths.max()), filler), blocks, slots)
         routes = None if self._routes is None else Routes(num_tokens=int(bounds[-1]))
-        hidden = self.model(to_device(tokens, device), to_device(np.maximum(positions, 0), device), attend, routes)
+        at = to_device(np.maximum(positions, 0), device)
+        hidden = self.model(to_device(tokens, device), at, attend, routes)
+        if self.look_ahead:
+            following = [np.append(sequences[i].tokens, 0)[first + 1 : end + 1] for i, first, end in piece]
+            self.model.look_ahead(hidden, to_device(np.concatenate([*following, np.zeros(filler, np.int64)]), device), at, attend)
         last = hidden[to_device(bounds[1:] - 1, device)]
         self._last |= {(kind, i): state for state, (i, _, end) in zip(last, piece, strict=True) if end == len(sequences[i].tokens)}
         if routes is not None:

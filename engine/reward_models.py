@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from athanor.context_parallel import part_of
 from athanor.errors import UserError
-from athanor.model.transformer import Decoder, PackedAttention
+from athanor.model.transformer import Decoder, PackedAttention, fill_tokens
 from athanor.rewards import Reward
 from athanor.rewards.verdicts import final_reply
 from athanor.samples import Problem, Sample
@@ -43,8 +44,11 @@ class RewardModel(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """r (S,) fp32 of packed sequences, read at each one's last token."""
-        hidden = self.decoder(input_ids, positions, PackedAttention(cu_seqlens))
-        return self.value_head(hidden[cu_seqlens[1:].long() - 1])[:, 0].float()
+        part, last = part_of(self.decoder, len(input_ids)), cu_seqlens[1:].long() - 1
+        own, rows = part.own(last)
+        input_ids, positions, cu_seqlens = fill_tokens(input_ids, positions, cu_seqlens, part.step)
+        hidden = self.decoder(part.rows(input_ids), part.rows(positions), part.attend(PackedAttention(cu_seqlens)))
+        return part.joined(self.value_head(hidden[rows])[:, 0].float(), own, len(last))
 
     @torch.no_grad()
     def score(self, sequences: list[np.ndarray], batch_size: int = 256) -> np.ndarray:

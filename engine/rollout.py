@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from athanor import watchdog
-from athanor.config import MixEntry, SamplingConfig
+from athanor.config import MixEntry, SamplingConfig, SpeculationConfig
 from athanor.generator import Generator
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
@@ -57,9 +57,12 @@ class ProblemStream:
         return task.problem(self.split, int(self._orders[entry.task, epoch][at]))
 
 
-def rollout_generator(model: Decoder, tokenizer: Tokenizer, max_rows: int, group_size: int, **options) -> Generator:
+def rollout_generator(
+    model: Decoder, tokenizer: Tokenizer, max_rows: int, group_size: int, speculation: SpeculationConfig = SpeculationConfig(), **options
+) -> Generator:
     """The generator of a stage: made once, so that its KV pool and captured graphs outlive a step.  options: more of `Generator`'s."""
-    return Generator(model, tokenizer.eos_ids, tokenizer=tokenizer, max_rows=max(max_rows, group_size), **options)
+    options |= {"tokenizer": tokenizer, "max_rows": max(max_rows, group_size), "speculation": speculation}
+    return Generator(model, tokenizer.eos_ids, **options)
 
 
 def sample_groups(
@@ -78,8 +81,21 @@ def sample_groups(
     on_sample: called with each sample as it finishes, while the others decode (a reward service's `submit`).
     """
     mine = ranks.share(problems)
-    groups = dict(stream_groups(generator, tokenizer, mine, group_size, sampling, *key, progress=progress, on_sample=on_sample))
-    return [groups[i] for i in range(len(mine))]
+    asked, first = together(generator, mine)
+    own = range(first, first + len(mine))
+
+    def arrived(i: int, sample: Sample) -> None:
+        if on_sample and i in own:
+            on_sample(sample)
+
+    groups = dict(stream_groups(generator, tokenizer, asked, group_size, sampling, *key, progress=progress, on_sample=arrived))
+    return [groups[i] for i in own]
+
+
+def together(generator: Generator, mine: list) -> tuple[list, int]:
+    """What a generator must be asked for this rank to get `mine`, and where that begins: where ranks have a part of the model each, what they all
+    want."""
+    return generator.peers.concatenate(mine) if generator.peers else (mine, 0)
 
 
 def stream_groups(
@@ -90,9 +106,12 @@ def stream_groups(
     sampling: SamplingConfig,
     *key: int | str,
     progress: Callable[[int, int], None] | None = None,
-    on_sample: Callable[[Sample], None] | None = None,
+    on_sample: Callable[[int, Sample], None] | None = None,
 ) -> Iterator[tuple[int, list[Sample]]]:
-    """Yield (index into `problems`, its samples) as groups are complete; `progress(done, total)` counts samples.  Seeds as in `sample_groups`."""
+    """Yield (index into `problems`, its samples) as groups are complete; `progress(done, total)` counts samples.  Seeds as in `sample_groups`.
+
+    on_sample: called with (index into `problems`, sample).
+    """
     problems = [as_asked(problem, tokenizer) for problem in problems]
     prompts = [np.array(tokenizer.encode_prompt(problem.prompt), np.int64) for problem in problems]
     requests = [Request(ids, sample_seeds(group_size, *key, p.task, p.split, p.id)) for ids, p in zip(prompts, problems, strict=True)]
@@ -104,7 +123,7 @@ def stream_groups(
             text = tokenizer.decode([t for t in c.token_ids.tolist() if t not in tokenizer.eos_ids])
             groups[i][member] = Sample(problems[i], text, c.token_ids, c.logps, c.finish, prompts[i], c.support, c.routes)
             if on_sample:
-                on_sample(groups[i][member])
+                on_sample(i, groups[i][member])
             missing[i] -= 1
             done += 1
             if progress:

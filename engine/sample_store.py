@@ -18,7 +18,7 @@ from athanor.config import SamplingConfig
 from athanor.errors import UserError
 from athanor.generator import Generator
 from athanor.parallel import Ranks
-from athanor.rollout import as_asked, stream_groups
+from athanor.rollout import as_asked, stream_groups, together
 from athanor.samples import Problem, Sample
 from athanor.tokenizer import Tokenizer
 
@@ -47,20 +47,23 @@ def resumable_groups(
     mine = ranks.share([i for i in range(len(problems)) if i not in found])
     if ranks.sum_int(len(mine)):
         path = folder / (SAMPLES_NAME if ranks.is_main else f"samples.{ranks.rank}.jsonl")
-        if mine:
-            before = len(found) * group_size
+        generator = generator if isinstance(generator, Generator) else generator()
+        asked, first = together(generator, mine)
+        if asked:
+            before, per_sample = len(found) * group_size, ranks.world * len(mine) / len(asked)
             stream = stream_groups(
-                generator if isinstance(generator, Generator) else generator(), tokenizer, [problems[i] for i in mine], group_size, sampling, *key,
-                progress=lambda done, _: progress and progress(before + done * ranks.world),
+                generator, tokenizer, [problems[i] for i in asked], group_size, sampling, *key,
+                progress=lambda done, _: progress and progress(before + round(done * per_sample)),
             )  # fmt: skip
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 with open(path, "ab") as file:
                     for position, group in stream:
-                        groups[mine[position]] = group
-                        file.write(_line(mine[position], group))
-                        file.flush()
-                        if preemption.asked_here():
+                        if first <= position < first + len(mine):
+                            groups[asked[position]] = group
+                            file.write(_line(asked[position], group))
+                            file.flush()
+                        if preemption.asked(generator.peers) if generator.peers else preemption.asked_here():
                             break
             except OSError as error:
                 raise UserError(f"cannot write {path}: {error.strerror or error}; the groups before are kept") from error

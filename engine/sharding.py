@@ -5,8 +5,11 @@ and its gradients are summed and split again behind it.  Where a copy is split o
 as well.  A bf16 model keeps its split parameters in fp32, computes in bf16 and sums gradients in fp32.  A rank's loss has the global denominators,
 so gradients are summed, not averaged, as without sharding.
 
-The rollout needs whole weights: `FullWeights` has a plain model of its own, refreshed in place after an optimizer step.
-Left out: splitting a layer's products over ranks (tensor parallelism); a model must fit one device in its own type for rollout.
+With tensor parallelism (tensor_parallel.py) each rank first keeps its part of every matrix, and FSDP splits the parts over the ranks that have the
+same one: a mesh of replicate x shard x tensor.
+
+The rollout needs weights that FSDP has not split: `FullWeights` has a plain model of its own, refreshed in place after an optimizer step: the whole,
+which must fit one device in its own type, or one rank's part of tensor parallelism.
 """
 
 import contextvars
@@ -14,29 +17,29 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from athanor.config import ParallelConfig
+from athanor.context_parallel import context_parallel_
 from athanor.errors import UserError
 from athanor.expert_parallel import shard_experts_
 from athanor.model.moe import Routes, fp8_mode, mixtures, use_fp8_
 from athanor.model.transformer import Decoder, DecoderLayer
-from athanor.parallel import Ranks
+from athanor.parallel import Ranks, all_gather
+from athanor.tensor_parallel import Split, split_, splits
 
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name up to torch 2.12
 BUCKET_BYTES = 256 * 2**20  # of whole parameters in one all-gather
 
 
 def shard_size(config: ParallelConfig, ranks: Ranks) -> int:
     """Ranks that one copy of the parameters is split over.  UserError where the ranks cannot be divided so."""
-    size = config.shard or ranks.world
-    if ranks.world % size:
-        raise UserError(f"parallel.shard is {size}, wanted 0 (all) or a divisor of the {ranks.world} ranks")
+    size, world = config.shard or ranks.copies.world, ranks.copies.world
+    if world % size:
+        raise UserError(f"parallel.shard is {size}, wanted 0 (all) or a divisor of the {world} ranks{' / tensor' if world < ranks.world else ''}")
     return size
 
 
@@ -49,33 +52,39 @@ def expert_size(config: ParallelConfig, ranks: Ranks) -> int:
 
 def will_split(config: ParallelConfig, ranks: Ranks) -> bool:
     """Whether `parallelize_` leaves a rank with less than a whole model of experts."""
-    return shard_size(config, ranks) > 1 or expert_size(config, ranks) > 1
+    return shard_size(config, ranks) * expert_size(config, ranks) * ranks.tensor.world > 1
 
 
 def parallelize_(model: nn.Module, config: ParallelConfig, ranks: Ranks) -> nn.Module:
     """Apply what the configuration asks for to a model that every rank has whole, in place; without effect for the defaults.
 
     Frozen models keep their type; of others, parameters narrower than fp32 become fp32.  A model on the CPU goes to the ranks' device layer by layer.
-    Make the optimizer afterwards.  Raises UserError for sizes that do not divide the ranks, or the experts.
+    Make the optimizer afterwards.  Raises UserError for sizes that do not divide the ranks or the experts, or heads that context ranks do not divide.
     """
+    assert config.context == ranks.context.world, "the ranks were made for another recipe"
+    if config.context > 1:
+        context_parallel_(model, ranks)
     layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
-    size, experts, kind = shard_size(config, ranks), expert_size(config, ranks), ranks.device.type
+    size, experts, tensor, kind = shard_size(config, ranks), expert_size(config, ranks), ranks.tensor.world, ranks.device.type
     if config.activation_checkpointing:
         for layer in layers:
             layer.forward = _Recomputed(layer.forward)
+    if tensor > 1:
+        split_(model, ranks.tensor)
     if experts > 1 and mixtures(model):
         wide = torch.float32 if size > 1 and any(p.requires_grad for p in model.parameters()) else None
-        shard_experts_(model, mesh_of(kind, ranks.world, experts, "expert"), wide)
+        axes = _axes(replicate=ranks.world // experts, expert=experts)
+        shard_experts_(model, init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes)), wide)
     if size == 1:
         return model.to(ranks.device)
-    return fully_shard_(model, mesh_of(kind, ranks.world, size, "shard"), config)
+    axes = _axes(replicate=ranks.copies.world // size, shard=size, tensor=tensor)
+    mesh = init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    return fully_shard_(model, mesh[tuple(name for name in axes if name != "tensor")], config)
 
 
-def mesh_of(kind: str, world: int, size: int, name: str) -> DeviceMesh:
-    """All ranks, `size` in a row along the last axis, and where these are fewer than all, the copies along the first."""
-    if size == world:
-        return init_device_mesh(kind, (size,), mesh_dim_names=(name,))
-    return init_device_mesh(kind, (world // size, size), mesh_dim_names=("replicate", name))
+def _axes(**lengths: int) -> dict[str, int]:
+    """Of a mesh: those longer than 1, and the one that parameters are split along."""
+    return {name: length for name, length in lengths.items() if name in ("shard", "expert") or length > 1}
 
 
 def fully_shard_(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> nn.Module:
@@ -119,7 +128,12 @@ def fully_shard_(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> 
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some parameters are split, which makes a forward and a backward collective calls."""
+    """Whether a rank has no more than a part of some parameters."""
+    return _is_distributed(model) or bool(splits(model))
+
+
+def _is_distributed(model: nn.Module) -> bool:
+    """Whether some of them are DTensors, but for the time of a forward."""
     return any(isinstance(module, FSDPModule) for module in model.modules()) or any(moe.elsewhere is not None for moe in mixtures(model))
 
 
@@ -136,13 +150,41 @@ def split_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters())
 
 
-def whole(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """The parameter itself, or of a split one a whole copy in `dtype` on the ranks' device: then a collective call, which every rank makes."""
-    if not isinstance(parameter, DTensor):
-        return parameter.detach()
-    mesh, local = parameter.device_mesh, parameter.detach().to_local()
-    local = local.to(mesh.device_type, dtype)  # split parameters may lie on the CPU
-    return DTensor.from_local(local, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()).full_tensor()
+def whole(parameter: Tensor, dtype: torch.dtype, split: Split | None = None) -> Tensor:
+    """The parameter itself, or of a split one a whole copy in `dtype` on the ranks' device: then a collective call, which every rank makes.
+
+    split: how tensor parallelism has split it.
+    """
+    full = parameter.detach()
+    if isinstance(parameter, DTensor):
+        mesh, local = parameter.device_mesh, full.to_local()
+        local = local.to(mesh.device_type, dtype)  # split parameters may lie on the CPU
+        full = DTensor.from_local(local, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()).full_tensor()
+    return full if split is None else split.whole(full)
+
+
+@torch.no_grad()
+def assign_(parameter: Tensor, full: Tensor, split: Split | None = None) -> None:
+    """Make a parameter, or this rank's part of one, that of a whole tensor that every rank has."""
+    full = full if split is None else split.mine(full)
+    if isinstance(parameter, DTensor):
+        full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(full)
+
+
+def as_rows(value: Tensor, split: Split, ranks: Ranks) -> DTensor:
+    """A part of a parameter, or of the optimizer's state of one, as rows of the whole spread over all ranks: so a saved state has it, whatever the
+    layout."""
+    full = whole(value, value.dtype, split)
+    rows = -(-full.shape[0] // ranks.world) * ranks.rank
+    local = full[rows : rows + -(-full.shape[0] // ranks.world)].clone()
+    mesh = init_device_mesh(full.device.type, (ranks.world,))
+    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.stride())
+
+
+def for_sampling(model: Decoder, config: ParallelConfig, ranks: Ranks) -> Decoder:
+    """A model that every rank has whole, on its device and, if the configuration asks for it, split: what a generator reads outside of training."""
+    return (split_(model, ranks.tensor) if config.rollout == "split" else model).to(ranks.device)
 
 
 class WholeParameters:
@@ -152,14 +194,14 @@ class WholeParameters:
     """
 
     def __init__(self, model: nn.Module):
-        self.parameters, self.dtype = split_parameters(model), compute_dtype(model)
+        self.parameters, self.dtype, self.splits = split_parameters(model), compute_dtype(model), splits(model)
         self.names, self._kept = list(self.parameters), {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._kept:
             if len(self._kept) == 2:
                 del self._kept[next(iter(self._kept))]
-            self._kept[name] = whole(self.parameters[name], self.dtype)
+            self._kept[name] = whole(self.parameters[name], self.dtype, self.splits.get(name))
         return self._kept[name]
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -177,15 +219,18 @@ def copy_weights_(source: nn.Module, target: nn.Module) -> None:
 class FullWeights:
     """What the rollout reads: `model` is the trained model itself, or, where that is split, a plain one with the same weights.
 
+    parts: a rank's part of tensor parallelism is enough; the ranks sample together.
     Its tensors are made once and keep their addresses, which captured steps depend on; `refresh` writes them in place, so that PyTorch's version
     counters tell a generator.  Every rank calls both.
     """
 
-    def __init__(self, trained: Decoder):
-        self.trained, self.model = trained, trained
-        if is_sharded(trained):
+    def __init__(self, trained: Decoder, *, parts: bool = False):
+        self.trained, self.model, self.parts = trained, trained, splits(trained) if not parts else {}
+        if self.parts or _is_distributed(trained):
             with torch.device("meta"):
                 model = Decoder(trained.config)
+                if parts:
+                    split_(model, trained.ranks)
             parameter = next(iter(split_parameters(trained).values()))
             model = model.to(compute_dtype(trained)).to_empty(device=_device(parameter)).requires_grad_(False)
             self.model = use_fp8_(model, fp8_mode(trained))
@@ -199,7 +244,9 @@ class FullWeights:
         target = dict(self.model.named_parameters())
         split = {}
         for name, parameter in split_parameters(self.trained).items():
-            if isinstance(parameter, DTensor):
+            if name in self.parts:
+                target[name].copy_(whole(parameter, target[name].dtype, self.parts[name]))
+            elif isinstance(parameter, DTensor):
                 split[name] = parameter
             else:
                 target[name].copy_(parameter)

@@ -21,6 +21,7 @@ from athanor.decode import ERROR, HELD, LENGTH, NEUTRAL, PARAMETERS, REPETITION,
 from athanor.model.moe import refresh_fp8_
 from athanor.prefill import Prefill, Stretch
 from athanor.samples import Completion, Finished, Request
+from athanor.speculation import SIBLING_TOKENS, MtpDraft, NgramDraft, lay_out
 from athanor.stops import StopStrings
 
 FINISH = {STOP: "stop", REPETITION: "repetition", LENGTH: "length", ERROR: "error", RUNNING: "abort", HELD: "abort"}
@@ -52,14 +53,16 @@ class Stream(Iterator[Finished]):
         longest = max(len(requests[i].prompt_ids) + all_sampling[i].max_tokens for i in active)
         num_rows = min(g.max_rows, len(self._request_of))
         num_blocks = g.pool_blocks(self._blocks_wanted(active, num_rows))
-        lookahead = g.window * (1 + g.ahead)
+        lookahead = g.window * (1 + g.ahead) * (1 + g.speculation.tokens)
         self.scheduler = Scheduler(
             num_rows, longest, num_blocks, g.block_size, policy=g.policy, lookahead=lookahead, refill_rows=max(1, num_rows // 4)
         )
         records = (("full_logps",) if full_logps else ()) + (("thresholds", "last_kept") if any(s.truncated for s in all_sampling) else ())
         records += ("routes",) if g.record_routes else ()
         eos = [sorted(request.eos_ids or g.eos_ids) for request in requests]
-        self.rows = g.reserve(num_blocks, num_rows, self.scheduler.max_blocks, max(map(len, eos)), records)
+        siblings = max((len(requests[i].seeds) - 1) * (all_sampling[i].max_tokens + 1) for i in active)
+        texts = longest, min(siblings, SIBLING_TOKENS)
+        self.rows = g.reserve(num_blocks, num_rows, self.scheduler.max_blocks, max(map(len, eos)), records, texts)
         # A filter that is on is always given per row: a number and a tensor of it could round differently.
         common = {name: values.pop() for name in PARAMETERS if len(values := {getattr(s, name) for s in all_sampling}) == 1}
         uniform = {name: value for name, value in common.items() if name == "temperature" or value == NEUTRAL[name]}
@@ -90,6 +93,7 @@ class Stream(Iterator[Finished]):
         self._held: list[int] = []  # slots of its samples, by row
         self._prompt_routes: dict[int, Callable[[], np.ndarray] | np.ndarray] = {}  # of samples whose prompt was run; as of the last time
         self._carried: dict[int, dict[str, np.ndarray]] = {}  # columns of waiting samples that were under way before
+        self._told: dict[int, list[np.ndarray]] = {}  # request -> tokens of its samples that have finished, for drafts
         # The scheduler's (request, member) is sample _flat[_offset[request] + member].
         self._flat, self._offset = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self._version = g.version
@@ -203,7 +207,7 @@ class Stream(Iterator[Finished]):
         self._admit()
         n = self.scheduler.num_active
         if n > len(self._held):
-            under_way = sum(launched.steps for launched, _, _ in self._unread)
+            under_way = sum(launched.most for launched, _, _ in self._unread)
             self._launch(self.rows.decode(n, int(self.scheduler.lengths[:n].max()) + under_way))
 
     def _samples(self, requests: np.ndarray, members: np.ndarray) -> np.ndarray:
@@ -248,7 +252,8 @@ class Stream(Iterator[Finished]):
                 ends.append((1, len(resumed)) if generated else (0, j))
                 if generated:
                     resumed.append(Stretch(self._columns["tokens"][slot, :generated], len(prompt), s.block_table[row].copy()))
-        self._prefill = Prefill(g.model, g.cache, prompts, admission.copies, resumed, ends, g.max_prefill_tokens, g.record_routes)
+        options = {"record_routes": g.record_routes, "look_ahead": isinstance(self.rows.draft, MtpDraft)}
+        self._prefill = Prefill(g.model, g.cache, prompts, admission.copies, resumed, ends, g.max_prefill_tokens, **options)
         return True
 
     def _launch(self, launched: Launched) -> None:
@@ -272,13 +277,16 @@ class Stream(Iterator[Finished]):
                 return
         before = s.lengths[rows] - s.prompt_lengths[rows]
         gained = drawn.generated - before
-        for step in range(int(gained.max())):
-            counted = np.flatnonzero(gained > step)
-            to = slots[counted], before[counted] + step
-            for name, values in drawn.columns.items():
-                self._columns[name][to] = values[step, counted]
-            self._columns["versions"][to] = self._version
+        row = np.repeat(np.arange(len(slots)), gained)
+        step = np.arange(len(row)) - np.repeat(np.cumsum(gained) - gained, gained)
+        to = slots[row], before[row] + step
+        for name, values in drawn.columns.items():
+            self._columns[name][to] = values[step, row]
+        self._columns["versions"][to] = self._version
         self._status[slots] = drawn.status
+        if drawn.forwards is not None:
+            self.generator.drafting["forwards"] += int(drawn.forwards.sum())
+            self.generator.drafting["tokens"] += int(gained.sum())
         if drawn.streak is not None:
             self._streak[self._active[rows]] = drawn.streak
         ended = drawn.status >= STOP
@@ -325,6 +333,8 @@ class Stream(Iterator[Finished]):
             columns = values["tokens"], values["logps"], FINISH[status], values["versions"], values.get("full_logps")
             done = Completion(*columns, support, routes, streak)
             self._ready.append(Finished(i, sample - int(self._base[i]), done))
+            if isinstance(self.rows.draft, NgramDraft):
+                self._told.setdefault(i, []).append(done.token_ids)
 
     def _free(self, slot: int) -> None:
         self._free_slots.append(slot)
@@ -338,9 +348,9 @@ class Stream(Iterator[Finished]):
         self._active = self._samples(s.requests[:n], s.members[:n])
         self._slots, self._requests = self._slot_of[self._active], self._request_of[self._active]
         self._num_loads += 1
-        source = None
+        moved, source = self._row_of[self._slots], None
         if self._unread:
-            source = self._row_of[self._slots]
+            source = moved
             self._loaded[self._slots[source < 0]] = self._num_loads
         self._row_of.fill(NOWHERE)
         self._row_of[self._slots] = np.arange(n)
@@ -354,6 +364,15 @@ class Stream(Iterator[Finished]):
             state["status"] = np.where(self._row_of[self._slots] < 0, HELD, RUNNING)
         self.rows.load(state, source)
         self.rows.share(*s.groups())
+        if self.rows.draft is not None:
+            self.rows.draft.load(n, moved, lambda: self._texts(generated))
+
+    def _texts(self, generated: np.ndarray) -> np.ndarray:
+        """What n-gram drafts are looked up in: each row's own text and those of its siblings, the finished ones last."""
+        own = [self._columns["tokens"][slot, :length] for slot, length in zip(self._slots, generated, strict=True)]
+        others = [[own[k] for k in np.flatnonzero(self._requests == i) if k != row] + self._told.get(i, []) for row, i in enumerate(self._requests)]
+        prompts = [np.asarray(self.requests[i].prompt_ids) for i in self._requests]
+        return lay_out(self.rows.draft, list(zip(prompts, own, strict=True)), others)
 
     def _notice_new_weights(self) -> None:
         """Where the weights have changed, drop the keys and values of the old ones and let every sample go on from its tokens."""

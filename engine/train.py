@@ -49,7 +49,8 @@ def main(argv: list[str]) -> int:
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, file=sys.stderr)
-        return 0
+        # Not 0 where one node of many may be told to leave while the others wait for its successor (launch/kubernetes.yaml).
+        return int(os.environ.get("ATHANOR_STOPPED_STATUS", "0"))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last saved step", file=sys.stderr)
         return 130

@@ -1,8 +1,26 @@
-"""How a stage of reinforcement learning is watched: when it warns, and which samples are written down to be read.  It changes no result."""
+"""How a run is watched: when it counts as hung, when a stage of RL warns, and which samples are written down to be read.  It changes no result."""
 
 from pydantic import Field
 
 from athanor.model_config import Config
+
+
+class DeadlineConfig(Config):
+    """Seconds after which a phase counts as hung: the process says where it is and ends with status 3; `torchrun --max-restarts` starts it again."""
+
+    rollout_s: float = Field(7200, gt=0)
+    """Sampling without one more finished sample."""
+    reward_s: float = Field(3600, gt=0)
+    """Judging the samples of a rollout, or as many at a time, and in an evaluation comparing their answers."""
+    update_s: float = Field(3600, gt=0)
+    """One optimizer step."""
+    checkpoint_s: float = Field(3600, gt=0)
+    """Writing a state or a finished model."""
+    collective_s: float = Field(7200, gt=0)
+    """Waiting for other ranks: at least as long as they may differ in the phases above."""
+
+    def by_phase(self) -> dict[str, float]:
+        return {name.removesuffix("_s"): seconds for name, seconds in self.model_dump().items()}
 
 
 class DetectorConfig(Config):

@@ -8,6 +8,8 @@ from ._dispatch import is_strict, strict_mode, use_backend
 from ._philox import philox_uniform
 from .attention import attention
 from .fp8_grouped_gemm import fp8_grouped_gemm, fp8_grouped_matmul, fp8_grouped_wgrad
+from .fp8_mixture import fp8_mixture
+from .fp8_producers import Produced, fp8_permute, fp8_rmsnorm, fp8_swiglu, fp8_swiglu_backward
 from .fp8_quantize import Quantized, fp8_quantize, fp8_quantize_dual
 from .group_advantage import group_advantage
 from .grouped_gemm import grouped_gemm, grouped_wgrad
@@ -16,11 +18,12 @@ from .kv_append import kv_append, qkv_append
 from .linear import linear
 from .linear_grpo import linear_grpo
 from .linear_logprob import linear_logprob
+from .linear_logprob_parallel import linear_logprob_parallel
 from .linear_sample import linear_sample
 from .logits_grpo import logits_grpo
 from .logprob import LogProbs, Support, logprob
 from .mla_decode import mla_decode
-from .moe_permute import Places, moe_permute, moe_places, moe_unpermute
+from .moe_permute import Places, moe_dots, moe_permute, moe_places, moe_unpermute
 from .moe_route import Routing, moe_route
 from .paged_attention import empty_kv_cache, paged_attention
 from .policy_loss import LossVariant, policy_loss
@@ -30,9 +33,10 @@ from .sample import Sampled, sample
 from .swiglu import swiglu
 
 __all__ = [
-    "LogProbs", "LossVariant", "Places", "Quantized", "Routing", "Sampled", "Support", "attention", "empty_kv_cache", "fp8_grouped_gemm",
-    "fp8_grouped_matmul", "fp8_grouped_wgrad", "fp8_quantize", "fp8_quantize_dual", "group_advantage", "grouped_gemm", "grouped_wgrad", "grpo_loss",
-    "is_strict", "kv_append", "linear", "linear_grpo", "linear_logprob", "linear_sample", "logits_grpo", "logprob", "mla_decode", "moe_permute",
+    "LogProbs", "LossVariant", "Places", "Produced", "Quantized", "Routing", "Sampled", "Support", "attention", "empty_kv_cache",
+    "fp8_grouped_gemm", "fp8_grouped_matmul", "fp8_grouped_wgrad", "fp8_mixture", "fp8_permute", "fp8_quantize", "fp8_quantize_dual", "fp8_rmsnorm",
+    "fp8_swiglu", "fp8_swiglu_backward", "group_advantage", "grouped_gemm", "grouped_wgrad", "grpo_loss", "is_strict", "kv_append", "linear",
+    "linear_grpo", "linear_logprob", "linear_logprob_parallel", "linear_sample", "logits_grpo", "logprob", "mla_decode", "moe_dots", "moe_permute",
     "moe_places", "moe_route", "moe_unpermute", "paged_attention", "philox_uniform", "policy_loss", "qkv_append", "rmsnorm", "rope", "sample",
     "strict_mode", "swiglu", "use_backend",
 ]  # fmt: skip

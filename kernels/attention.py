@@ -25,13 +25,14 @@ from ._triton import why_not_triton
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, cu_seqlens_k: Tensor | None = None, scale: float | None = None,
-              max_seqlen: int | None = None, backend: str | None = None) -> Tensor:  # fmt: skip
+              max_seqlen: int | None = None, window: int | None = None, backend: str | None = None) -> Tensor:  # fmt: skip
     """Attend causally within each sequence of a packed batch.
 
     q: (T, H, d).  k, v: (U, Hkv, d), query head h reads head h // (H / Hkv).  cu_seqlens: (S+1,) int32, from 0 to T, zero-length allowed.
     cu_seqlens_k: (S+1,) int32, from 0 to U, where sequences have more keys than queries, which are then those of their last keys; without it U = T.
     scale: default 1/sqrt(d).  max_seqlen: at least the most keys of a sequence, which flash attention must know; without it each call waits for the
-    device.  Returns (T, H, d) in q's dtype, differentiable in q, k, v.  Raises ValueError on a shape mismatch and, where the reference or the cpu
+    device.  window: a token sees itself and the window - 1 tokens before it (sliding window, arXiv 2310.06825, section 2); None = all before it.
+    Returns (T, H, d) in q's dtype, differentiable in q, k, v.  Raises ValueError on a shape mismatch and, where the reference or the cpu
     backend serves, on cu_seqlens that break these rules.
     """
     T, H, d = q.shape
@@ -42,8 +43,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, cu_seqlens
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     check(cu_seqlens_k.shape == cu_seqlens.shape,
           lambda: f"attention: cu_seqlens_k is {tuple(cu_seqlens_k.shape)}; wanted that of cu_seqlens, {tuple(cu_seqlens.shape)}")  # fmt: skip
+    check(window is None or window >= 1, lambda: f"attention: window is {window}; wanted at least 1 token, or None")
     return op(backend, q=q, k=k, v=v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, scale=d**-0.5 if scale is None else float(scale),
-              max_seqlen=max_seqlen)  # fmt: skip
+              max_seqlen=max_seqlen, window=window)  # fmt: skip
 
 
 def longest_of(cu_seqlens: Tensor) -> int:
@@ -139,7 +141,7 @@ def _offsets(name: str, cu_seqlens: Tensor, what: str, end: int) -> tuple[int, .
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float,
-                        max_seqlen: int | None = None) -> Tensor:  # fmt: skip
+                        max_seqlen: int | None = None, window: int | None = None) -> Tensor:  # fmt: skip
     queries, offsets = known_offsets(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0])
     if q.shape[0] == 0:
         return q * 1
@@ -147,7 +149,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_
         ends = [torch.arange(end - (b - a), end, device=q.device) for (a, b), end in zip(pairwise(queries), offsets[1:], strict=True)]
         rows = torch.cat(ends)
         q = q.new_zeros(k.shape[0], *q.shape[1:]).index_copy(0, rows, q)
-        return attention_reference(q, k, v, cu_seqlens_k, cu_seqlens_k, scale)[rows]
+        return attention_reference(q, k, v, cu_seqlens_k, cu_seqlens_k, scale, window=window)[rows]
     index, inverse, buckets = bucket_plan(offsets)
     index, inverse = index.to(q.device), inverse.to(q.device)
     q, k, v = (GatherRows.apply(x, index, inverse) for x in (q, k, v))
@@ -155,7 +157,8 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_
     outputs = []
     for (count, length), bq, bk, bv in zip(buckets, q.split(rows), k.split(rows), v.split(rows), strict=True):
         bq, bk, bv = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (bq, bk, bv))
-        out = F.scaled_dot_product_attention(bq, bk, bv, is_causal=True, scale=scale, enable_gqa=bq.shape[1] != bk.shape[1])
+        seen = None if window is None or window >= length else torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        out = F.scaled_dot_product_attention(bq, bk, bv, seen, is_causal=seen is None, scale=scale, enable_gqa=bq.shape[1] != bk.shape[1])
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return ScatterRows.apply(torch.cat(outputs), inverse)
 
@@ -181,20 +184,22 @@ def _flash_attn_there() -> bool:
 
 
 def attention_cuda(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float,
-                   max_seqlen: int | None = None) -> Tensor:  # fmt: skip
+                   max_seqlen: int | None = None, window: int | None = None) -> Tensor:  # fmt: skip
     longest = longest_of(cu_seqlens_k) if max_seqlen is None else max_seqlen
     if longest == 0 or q.shape[0] == 0:
         return q * 1
     # Both libraries let the last query see the last key.
     cu_seqlens, cu_seqlens_k = cu_seqlens.to(torch.int32), cu_seqlens_k.to(torch.int32)
+    seen = (-1 if window is None else window - 1, 0)  # tokens before and behind the query's own
     if _flash_attn_there():
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest, softmax_scale=scale, causal=True)
+        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest, softmax_scale=scale, causal=True,
+                                      window_size=seen)  # fmt: skip
     from torch.nn.attention.varlen import varlen_attn
 
     groups = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest, scale=scale, window_size=(-1, 0), **groups)
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest, scale=scale, window_size=seen, **groups)
 
 
 @lru_cache(maxsize=1)
@@ -213,11 +218,12 @@ def why_not_attention(call: dict) -> str | None:
     return why_not_triton(call)
 
 
-def _cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, max_seqlen: int | None = None) -> Tensor:
+def _cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, max_seqlen: int | None = None,
+         window: int | None = None) -> Tensor:  # fmt: skip
     from .attention_cpu import attention_cpu
 
     known_offsets(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0])
-    return attention_cpu(q, k, v, cu_seqlens, cu_seqlens_k, scale)
+    return attention_cpu(q, k, v, cu_seqlens, cu_seqlens_k, scale, window)
 
 
 op = register("attention", cuda=Backend(attention_cuda, _why_not_cuda),

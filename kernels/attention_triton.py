@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ._triton import AheadOfTime, entry_for, on_device_of
 from .paged_attention import CHUNK
-from .paged_attention_triton import LN2, TILES, TILES_FP32, Tiles, finished, joined, step, tiles_of
+from .paged_attention_triton import LN2, TILES, TILES_FP32, Tiles, finished, joined, step, tiles_of, visible
 
 # Tiles of the backward: BM query rows x BN keys.  Those of sm_90 are the fastest of ten on an H200: dk and dv spill some registers and are faster
 # all the same.  The others are not measured; nothing spills in them.
@@ -44,22 +44,22 @@ def backward_tiles(q: Tensor, repeat: int, table: dict[int, Tiles]) -> Tiles:
 
 
 def attention_triton(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float,
-                     max_seqlen: int | None = None) -> Tensor:  # fmt: skip
+                     max_seqlen: int | None = None, window: int | None = None) -> Tensor:  # fmt: skip
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    return AttentionFunction.apply(q, k, v, *(cu.to(torch.int32).contiguous() for cu in (cu_seqlens, cu_seqlens_k)), scale)
+    return AttentionFunction.apply(q, k, v, *(cu.to(torch.int32).contiguous() for cu in (cu_seqlens, cu_seqlens_k)), scale, window or 0)
 
 
 class AttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, cu_seqlens_k, scale):
+    def forward(ctx, q, k, v, cu_seqlens, cu_seqlens_k, scale, window):
         T, H, _ = q.shape
         out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(T, H, dtype=torch.float32, device=q.device)
         if T:
-            call, tiles = shared_arguments(q, k, v, cu_seqlens, cu_seqlens_k, scale, tiles_of(q, H // k.shape[1], TILES))
+            call, tiles = shared_arguments(q, k, v, cu_seqlens, cu_seqlens_k, scale, window, tiles_of(q, H // k.shape[1], TILES))
             with on_device_of(q):
                 attention_fwd_kernel[(tiles * k.shape[1],)](out_ptr=out, lse_ptr=lse, tiles=tiles, CHUNK=CHUNK, enable_fp_fusion=False, **call)
         ctx.save_for_backward(q, k, v, cu_seqlens, cu_seqlens_k, out, lse)
-        ctx.scale = scale
+        ctx.scale, ctx.window = scale, window
         return out
 
     @staticmethod
@@ -69,21 +69,22 @@ class AttentionFunction(torch.autograd.Function):
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         if k.shape[0]:
             dout, delta = dout.contiguous(), torch.empty_like(lse)
-            call, tiles = shared_arguments(q, k, v, cu_seqlens, cu_seqlens_k, ctx.scale, backward_tiles(q, H // Hkv, TILES_DQ))
+            call, tiles = shared_arguments(q, k, v, cu_seqlens, cu_seqlens_k, ctx.scale, ctx.window, backward_tiles(q, H // Hkv, TILES_DQ))
             with on_device_of(q):
                 attention_dq_kernel[(tiles * Hkv,)](out_ptr=out, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta, dq_ptr=dq, tiles=tiles, **call)
-                call, _ = shared_arguments(q, k, v, cu_seqlens, cu_seqlens_k, ctx.scale, backward_tiles(q, H // Hkv, TILES_DKV))
+                call, _ = shared_arguments(q, k, v, cu_seqlens, cu_seqlens_k, ctx.scale, ctx.window, backward_tiles(q, H // Hkv, TILES_DKV))
                 key_tiles = k.shape[0] // call["BN"] + len(cu_seqlens) - 1
                 attention_dkv_kernel[(key_tiles * Hkv,)](dout_ptr=dout, lse_ptr=lse, delta_ptr=delta, dk_ptr=dk, dv_ptr=dv, **call)
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None, None, None
 
 
-def shared_arguments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, tiles: Tiles) -> tuple[dict, int]:
+def shared_arguments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, window: int,
+                     tiles: Tiles) -> tuple[dict, int]:  # fmt: skip
     """What all three kernels take, and the number of query tiles."""
     (T, H, d), Hkv, S = q.shape, k.shape[1], len(cu_seqlens) - 1
     places = triton.next_power_of_2(H // Hkv)
     call = dict(q_ptr=q, k_ptr=k, v_ptr=v, cu_ptr=cu_seqlens, cu_k_ptr=cu_seqlens_k, S=S)
-    call |= dict(factor=scale * 1.4426950408889634, HKV=Hkv, REPEAT=H // Hkv, PLACES=places, D=d,
+    call |= dict(factor=scale * 1.4426950408889634, HKV=Hkv, REPEAT=H // Hkv, PLACES=places, D=d, WINDOW=window,
                 BM=tiles.BM, BN=tiles.BN, BD=max(16, triton.next_power_of_2(d)), num_warps=tiles.num_warps, num_stages=tiles.num_stages)  # fmt: skip
     call |= {f"{name}_{axis}_stride": x.stride(i) for name, x in (("q", q), ("k", k), ("v", v)) for i, axis in enumerate(("row", "head"))}
     return call, T // (tiles.BM // places) + S
@@ -117,6 +118,15 @@ def query_rows(first, length, BM: tl.constexpr, PLACES: tl.constexpr, REPEAT: tl
 
 
 @triton.jit
+def first_step(first, WINDOW: tl.constexpr, BN: tl.constexpr):
+    """Where a tile of queries from position `first` on begins to see keys, in whole steps."""
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(first + 1 - WINDOW, 0) // BN * BN
+    return begin
+
+
+@triton.jit
 def rows_of(x_ptr, at, there, D: tl.constexpr, BD: tl.constexpr):
     """(rows, BD) from the addresses `at`; 0 where there is nothing."""
     dims = tl.arange(0, BD)
@@ -140,8 +150,8 @@ def with_chunk(M, L, out, m, l, acc):
 @triton.jit(do_not_specialize=["S", "tiles"], do_not_specialize_on_alignment=["cu_ptr", "cu_k_ptr"])
 def attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, cu_ptr, cu_k_ptr, out_ptr, lse_ptr, S, tiles, q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride,
-    v_head_stride, factor, HKV: tl.constexpr, REPEAT: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr,
+    v_head_stride, factor, HKV: tl.constexpr, REPEAT: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     head = (tl.program_id(0) % HKV).to(tl.int64)
     s, base, length, first = tile_of(cu_ptr, tiles - 1 - tl.program_id(0) // HKV, S, BM // PLACES)
@@ -158,14 +168,14 @@ def attention_fwd_kernel(
     L = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, BD], tl.float32)
     m, l, acc = M, L, out
-    for start in range(0, longest, BN):
+    for start in range(first_step(num_keys - length + first, WINDOW, BN), longest, BN):
         if start % CHUNK == 0:  # within the one loop, so that the next step's loads do not wait for a chunk to end
             M, L, out = with_chunk(M, L, out, m, l, acc)
             m, l, acc = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM, BD], tl.float32)
         keys = start + tl.arange(0, BN)
         k = rows_of(k_ptr, keys.to(tl.int64) * k_row_stride, keys < longest, D, BD)
         v = rows_of(v_ptr, keys.to(tl.int64) * v_row_stride, keys < longest, D, BD)
-        m, l, acc = step(q, k, v, m, l, acc, keys, lens, factor)
+        m, l, acc = step(q, k, v, m, l, acc, keys, lens, factor, WINDOW)
     M, L, out = with_chunk(M, L, out, m, l, acc)
     total, lse = finished(M, L)
     at = (base + position) * (HKV * REPEAT) + head * REPEAT + query_head
@@ -177,7 +187,7 @@ def attention_fwd_kernel(
 def attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, cu_ptr, cu_k_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, S, tiles, q_row_stride, q_head_stride, k_row_stride,
     k_head_stride, v_row_stride, v_head_stride, factor, HKV: tl.constexpr, REPEAT: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     head = (tl.program_id(0) % HKV).to(tl.int64)
     s, base, length, first = tile_of(cu_ptr, tiles - 1 - tl.program_id(0) // HKV, S, BM // PLACES)
@@ -196,12 +206,12 @@ def attention_dq_kernel(
     k_ptr += key_base.to(tl.int64) * k_row_stride + head * k_head_stride
     v_ptr += key_base.to(tl.int64) * v_row_stride + head * v_head_stride
     dq = tl.zeros([BM, BD], tl.float32)
-    for start in range(0, longest, BN):
+    for start in range(first_step(num_keys - length + first, WINDOW, BN), longest, BN):
         keys = start + tl.arange(0, BN)
         k = rows_of(k_ptr, keys.to(tl.int64) * k_row_stride, keys < longest, D, BD)
         v = rows_of(v_ptr, keys.to(tl.int64) * v_row_stride, keys < longest, D, BD)
         scores = tl.dot(q, k.T, input_precision="ieee") * factor
-        p = tl.where(keys[None, :] < lens[:, None], tl.exp2(scores - lse[:, None]), 0.0)
+        p = tl.where(visible(keys[None, :], lens[:, None], WINDOW), tl.exp2(scores - lse[:, None]), 0.0)
         ds = p * (tl.dot(dout, v.T, input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     put_rows(dq_ptr, at * D, there, dq * (factor * LN2), D, BD)
@@ -211,7 +221,7 @@ def attention_dq_kernel(
 def attention_dkv_kernel(
     q_ptr, k_ptr, v_ptr, cu_ptr, cu_k_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, S, q_row_stride, q_head_stride, k_row_stride,
     k_head_stride, v_row_stride, v_head_stride, factor, HKV: tl.constexpr, REPEAT: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     head = (tl.program_id(0) % HKV).to(tl.int64)
     s, key_base, num_keys, first = tile_of(cu_k_ptr, tl.program_id(0) // HKV, S, BN)
@@ -223,14 +233,17 @@ def attention_dkv_kernel(
     k = rows_of(k_ptr, (key_base + keys) * k_row_stride + head * k_head_stride, keys < num_keys, D, BD)
     v = rows_of(v_ptr, (key_base + keys) * v_row_stride + head * v_head_stride, keys < num_keys, D, BD)
     dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
-    # queries before the tile's first key see none of its keys
-    for start in range(tl.maximum(first - (num_keys - length), 0), length, BM // PLACES):
+    # queries before the tile's first key see none of its keys, nor do those a window behind its last
+    before, end = num_keys - length, length
+    if WINDOW:
+        end = tl.minimum(length, first + BN - 1 + WINDOW - before)
+    for start in range(tl.maximum(first - before, 0), end, BM // PLACES):
         position, query_head, there = query_rows(start, length, BM, PLACES, REPEAT)
         at = (base + position) * (HKV * REPEAT) + head * REPEAT + query_head
         q = rows_of(q_ptr, (base + position) * q_row_stride + (head * REPEAT + query_head) * q_head_stride, there, D, BD)
         dout = rows_of(dout_ptr, at * D, there, D, BD)
         lse, delta = tl.load(lse_ptr + at, mask=there, other=0.0), tl.load(delta_ptr + at, mask=there, other=0.0)
-        seen = there[None, :] & (keys[:, None] <= num_keys - length + position[None, :])
+        seen = there[None, :] & visible(keys[:, None], before + position[None, :] + 1, WINDOW)
         scores = tl.dot(k, q.T, input_precision="ieee") * factor
         p = tl.where(seen, tl.exp2(scores - lse[None, :]), 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
@@ -246,17 +259,18 @@ def ahead_of_time() -> list[AheadOfTime]:
     strides = {f"{name}_{axis}_stride": "i32:16" for name in "qkv" for axis in ("row", "head")}
     names = {attention_fwd_kernel: ("out",), attention_dq_kernel: ("out", "dout", "dq"), attention_dkv_kernel: ("dout", "dk", "dv")}
 
-    def add(kernel, dtype, D, repeat, tiles, capabilities):
+    def add(kernel, dtype, D, repeat, tiles, capabilities, window=0):
         tensors = dict.fromkeys((f"{name}_ptr" for name in ("q", "k", "v", *names[kernel])), f"*{dtype}:16")
         rows = dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32:16") | dict.fromkeys(("cu_ptr", "cu_k_ptr"), "*i32")
         rows |= {"S": "i32", "tiles": "i32", "factor": "fp32"}
         signature = {name: kind for name, kind in (tensors | rows | strides).items() if name in kernel.arg_names}
         forward = kernel is attention_fwd_kernel
-        constants = dict(HKV=8, REPEAT=repeat, PLACES=triton.next_power_of_2(repeat), D=D, BM=tiles.BM, BN=tiles.BN, BD=D)
+        constants = dict(HKV=8, REPEAT=repeat, PLACES=triton.next_power_of_2(repeat), D=D, WINDOW=window, BM=tiles.BM, BN=tiles.BN, BD=D)
         constants |= {"CHUNK": CHUNK} if forward else {}
-        cases.append(AheadOfTime(f"{kernel.__name__} {dtype} {D} {repeat} {capabilities}", kernel, signature, constants, tiles.num_warps,
-                                 tiles.num_stages, registers=255, stack=128 if kernel is attention_dkv_kernel else 16, matrix=dtype != "fp32",
-                                 capabilities=capabilities,
+        # a window's second bound spills in the forward's tiles of sm_90; what that costs is not measured
+        stack = 192 if window else 128 if kernel is attention_dkv_kernel else 16
+        cases.append(AheadOfTime(f"{kernel.__name__} {dtype} {D} {repeat} {window} {capabilities}", kernel, signature, constants, tiles.num_warps,
+                                 tiles.num_stages, registers=255, stack=stack, matrix=dtype != "fp32", capabilities=capabilities,
                                  contract=not forward))  # fmt: skip
 
     tables = {attention_fwd_kernel: TILES, attention_dq_kernel: TILES_DQ, attention_dkv_kernel: TILES_DKV}
@@ -265,5 +279,6 @@ def ahead_of_time() -> list[AheadOfTime]:
             add(kernel, "bf16", 128, 4, tiles, (capability,))
             add(kernel, "bf16", 128, 7, tiles, (capability,))
             add(kernel, "fp16", 64, 8, tiles, (capability,))
+        add(kernel, "bf16", 128, 4, tables[kernel][90], (90,), window=4096)
         add(kernel, "fp32", 128, 4, TILES_FP32, tuple(TILES))
     return cases

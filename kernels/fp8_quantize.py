@@ -67,19 +67,19 @@ def _check_input(x: Tensor, block: tuple[int, int], where: str) -> None:
     check(x.dtype in (torch.float32, torch.bfloat16, torch.float16), lambda: f"{where}: x is {x.dtype}; wanted bf16, fp16 or fp32")
 
 
-def empty_layout(x: Tensor, layout) -> Quantized:
+def empty_layout(shape: tuple[int, ...], layout, device: torch.device) -> Quantized:
     """Memory for one layout, as `fp8_quantize` describes it."""
-    *outer, R, C = x.shape
+    *outer, R, C = shape
     br, bc = (128, 128) if layout == "columns" else layout
     row_blocks, column_blocks = -(-R // br), -(-C // bc)
     if layout in ("columns", (128, 1)):
-        q = torch.empty(*outer, C, -(-R // 16) * 16, dtype=torch.float8_e4m3fn, device=x.device)[..., :R].mT
+        q = torch.empty(*outer, C, -(-R // 16) * 16, dtype=torch.float8_e4m3fn, device=device)[..., :R].mT
     else:
-        q = torch.empty(*outer, R, C, dtype=torch.float8_e4m3fn, device=x.device)
+        q = torch.empty(*outer, R, C, dtype=torch.float8_e4m3fn, device=device)
     if layout == (1, 128):
-        scales = torch.empty(column_blocks, -(-R // 4) * 4, dtype=torch.float32, device=x.device)[:, :R].T
+        scales = torch.empty(column_blocks, -(-R // 4) * 4, dtype=torch.float32, device=device)[:, :R].T
     else:
-        scales = torch.empty(*outer, row_blocks, column_blocks, dtype=torch.float32, device=x.device)
+        scales = torch.empty(*outer, row_blocks, column_blocks, dtype=torch.float32, device=device)
     return Quantized(q, scales)
 
 
@@ -104,7 +104,7 @@ def fp8_quantize_reference(x: Tensor, layouts: tuple, power_of_two: bool) -> tup
         blocks = wide.unflatten(-1, (-1, bc)).unflatten(-3, (-1, br))  # (..., row blocks, br, column blocks, bc)
         scale, factor = scales_of(blocks.abs().amax((-3, -1)) if x.numel() else blocks.new_zeros(*blocks.shape[:-3], blocks.shape[-2]), power_of_two)
         y = (blocks * factor[..., :, None, :, None]).clamp(-LARGEST, LARGEST).flatten(-4, -3).flatten(-2, -1)[..., :R, :C]
-        result = empty_layout(x, layout)
+        result = empty_layout(x.shape, layout, x.device)
         result.q.copy_(y.to(torch.float8_e4m3fn))
         result.scales.copy_(scale)
         results.append(result)

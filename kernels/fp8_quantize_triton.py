@@ -7,8 +7,8 @@ The cast to e4m3 is cvt.rn.satfinite from sm_89 on.  Where there is none (sm_80,
 the same bits.
 
 On an H200 (4.25 TB/s), 32768 x 7168 bf16: rows alone move 712 MB, 168 us, and take 169.  Both layouts move 954 MB, 224 us, and take 453 (688 when
-columns went through shared memory byte by byte): 1,070 instructions per thread and tile are 265 us of issue slots; a tile's place in the order and
-prefetching do not matter.  To try first: columns from a copy of the tile in which a thread holds them, as it holds rows: 680 instructions.
+columns went through shared memory byte by byte): 1,080 instructions per thread and tile are 265 us of issue slots; a tile's place in the order and
+prefetching do not matter.  From bf16 fp8_quantize_dual_hopper_triton.py makes both layouts, with half the instructions.
 Blocks of 128 x 128 with their transpose, 8 x 2048 x 7168: 83 us at least, 133.
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from ._cuda import limits
 from ._triton import AheadOfTime, interpreting, on_device_of
 from .fp8_quantize import LEAST_AMAX, Quantized, empty_layout
+from .fp8_quantize_dual_hopper_triton import fp8_quantize_dual_words, why_not_words
 
 ROWS, WARPS = 32, 4  # rows of a program that scales rows alone: 32 numbers per thread
 AMAX_FLOOR = tl.constexpr(LEAST_AMAX)
@@ -30,7 +31,7 @@ AMAX_FLOOR = tl.constexpr(LEAST_AMAX)
 class Tall(NamedTuple):
     """How tiles of 128 x 128 are done."""
 
-    num_warps: int  # 16: 32 numbers per thread; the order of rows in fp8_quantize_kernel is made for it
+    num_warps: int  # 16: 32 numbers per thread; tile_rows is made for it
     programs: int  # per processor, if they take tile after tile
     group: int  # tiles above each other before the next ones to the right: DRAM pages are longer than a tile's side
     stages: int  # tiles on their way to a program; 0: each program does one tile
@@ -42,7 +43,9 @@ TALL = Tall(16, 2, 8, 0, 64)
 
 def fp8_quantize_triton(x: Tensor, layouts: tuple, power_of_two: bool) -> tuple[Quantized, ...]:
     x = x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-    results = [empty_layout(x, layout) for layout in layouts]
+    if layouts == ((1, 128), (128, 1)) and x.is_cuda and x.numel() and why_not_words(x) is None:
+        return fp8_quantize_dual_words(x, power_of_two)
+    results = [empty_layout(x.shape, layout, x.device) for layout in layouts]
     if not x.numel():
         return tuple(results)
     batch, R, C = (1, *x.shape)[-3:]
@@ -116,7 +119,7 @@ def e4m3_bits(y, EMULATE: tl.constexpr):
 
 @triton.jit
 def store_transposed(code, qt_at, qt_stride, R, C):
-    """Store a tile of codes (128, 128), its rows in the order of fp8_quantize_kernel, by columns, as words of four rows.
+    """Store a tile of codes (128, 128), its rows in the order of tile_rows, by columns, as words of four rows.
 
     Through shared memory, where the layouts are exchanged, go 4,096 words instead of 16,384 bytes.  R, C: what is left of x.  The padding of a
     column's storage, up to a multiple of 16 bytes, is written too, with 0.
@@ -131,24 +134,55 @@ def store_transposed(code, qt_at, qt_stride, R, C):
 
 
 @triton.jit
+def tile_place(tile, R, C, HEIGHT: tl.constexpr, GROUP: tl.constexpr):
+    """Which batch, row and column of tiles a program has: GROUP above each other before the next ones to the right."""
+    tiles_c, tiles_r = tl.cdiv(C, 128), tl.cdiv(R, HEIGHT)
+    batch, within = (tile // (tiles_c * tiles_r)).to(tl.int64), tile % (tiles_c * tiles_r)
+    first = within // (GROUP * tiles_c) * GROUP
+    high = tl.minimum(GROUP, tiles_r - first)
+    within = within % (GROUP * tiles_c)
+    return batch, (first + within % high).to(tl.int64), within // high
+
+
+@triton.jit
+def tile_rows(HEIGHT: tl.constexpr):
+    """The rows of a tile in the order in which its programs hold them.
+
+    With 16 warps a thread holds rows i and i + 64 of the tile, and its neighbour in a column i + 1: in this order they are four rows that follow
+    each other in x, which store_transposed makes a word of.
+    """
+    row = tl.arange(0, HEIGHT)
+    if HEIGHT == 128:
+        row = row % 64 // 2 * 4 + row % 2 * 2 + row // 64
+    return row
+
+
+@triton.jit
+def store_rows(x, size, q_at, mask, POWER_OF_TWO: tl.constexpr, EMULATE: tl.constexpr):
+    """Quantise a tile of x (rows, 128) by 1 x 128 and return the scales.  size: the bits of its magnitudes."""
+    scale, factor = scales_of(tl.max(size, 1), POWER_OF_TWO)
+    tl.store(q_at, e4m3_bits(x * factor[:, None], EMULATE), mask=mask)
+    return scale
+
+
+@triton.jit
+def store_columns(x, size, qt_at, qt_stride, R, C, POWER_OF_TWO: tl.constexpr, EMULATE: tl.constexpr):
+    """Quantise a tile of x (128, 128), its rows in the order of tile_rows, by 128 x 1 and return the scales.  R, C: what is left of x."""
+    scale, factor = scales_of(tl.max(size, 0), POWER_OF_TWO)
+    store_transposed(e4m3_bits(x * factor[None, :], EMULATE), qt_at, qt_stride, R, C)
+    return scale
+
+
+@triton.jit
 def quantize_tile(
     tile, x_ptr, q_ptr, scales_ptr, qt_ptr, column_scales_ptr, R, C, x_stride, x_batch_stride, qt_stride, qt_batch_stride, scales_stride,
     column_scales_stride,
     SQUARE: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr, POWER_OF_TWO: tl.constexpr, EMULATE: tl.constexpr, HEIGHT: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    tiles_c, tiles_r = tl.cdiv(C, 128), tl.cdiv(R, HEIGHT)
-    batch, within = (tile // (tiles_c * tiles_r)).to(tl.int64), tile % (tiles_c * tiles_r)
-    first = within // (GROUP * tiles_c) * GROUP
-    high = tl.minimum(GROUP, tiles_r - first)
-    within = within % (GROUP * tiles_c)
-    tile_r, tile_c = (first + within % high).to(tl.int64), within // high
+    batch, tile_r, tile_c = tile_place(tile, R, C, HEIGHT, GROUP)
     row0, column0 = tile_r * HEIGHT, tile_c * 128
-    # With 16 warps a thread holds rows i and i + 64 of the tile, and its neighbour in a column i + 1: in this order they are four rows that follow
-    # each other in x, which store_transposed makes a word of.
-    row, column = tl.arange(0, HEIGHT), tl.arange(0, 128)
-    if HEIGHT == 128:
-        row = row % 64 // 2 * 4 + row % 2 * 2 + row // 64
+    row, column = tile_rows(HEIGHT), tl.arange(0, 128)
     rows, columns = (row0 + row).to(tl.int32), column0 + column
     mask = (rows < R)[:, None] & (columns < C)[None, :]
     # 64 bits for where the tile begins, 32 within it: in 64 each of a thread's addresses would take two registers more
@@ -161,19 +195,17 @@ def quantize_tile(
         scale, factor = scales_of(tl.max(tl.max(size, 1), 0), POWER_OF_TWO)
         code = e4m3_bits(x * factor, EMULATE)
         tl.store(q_at, code, mask=mask)
-        at = (batch * tiles_r + tile_r) * tiles_c + tile_c
+        at = (batch * tl.cdiv(R, HEIGHT) + tile_r) * tl.cdiv(C, 128) + tile_c
         tl.store(scales_ptr + at, scale)
         if BY_COLUMN:
             store_transposed(code, qt_at, qt_stride, R - row0, C - column0)
             tl.store(column_scales_ptr + at, scale)
     else:
         if BY_ROW:
-            scale, factor = scales_of(tl.max(size, 1), POWER_OF_TWO)
-            tl.store(q_at, e4m3_bits(x * factor[:, None], EMULATE), mask=mask)
+            scale = store_rows(x, size, q_at, mask, POWER_OF_TWO, EMULATE)
             tl.store(scales_ptr + tile_c.to(tl.int64) * scales_stride + rows, scale, mask=rows < R)
         if BY_COLUMN:
-            scale, factor = scales_of(tl.max(size, 0), POWER_OF_TWO)
-            store_transposed(e4m3_bits(x * factor[None, :], EMULATE), qt_at, qt_stride, R - row0, C - column0)
+            scale = store_columns(x, size, qt_at, qt_stride, R - row0, C - column0, POWER_OF_TWO, EMULATE)
             tl.store(column_scales_ptr + tile_r * column_scales_stride + columns, scale, mask=columns < C)
 
 

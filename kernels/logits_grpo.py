@@ -273,7 +273,8 @@ def dlogits_reference(logits, targets, m, S, coefs, temperature, out, rows=None)
         if temperature != 1:
             d.mul_(1 / temperature)
         d.exp_().mul_((-c / S[some]).unsqueeze(1))
-        d.scatter_add_(1, targets[some].clamp(0, V - 1).unsqueeze(1), c.unsqueeze(1))
+        here = (targets[some] >= 0) & (targets[some] < V)  # another rank may hold the target's column
+        d.scatter_add_(1, targets[some].clamp(0, V - 1).unsqueeze(1), torch.where(here, c, 0.0).unsqueeze(1))
         if (c == 0).any():  # 0 * NaN in a row that has no gradient
             d.masked_fill_((c == 0).unsqueeze(1), 0.0)
         if d is not part:

@@ -3,7 +3,8 @@
     o_h = sum over tokens j of  softmax_j(scale q_h . [c_j; k_j]) c_j
 
 The cache holds one row [c; k] per token: the latent of `rank` numbers, which is the value too, and the rotated key.  All H heads read the same row.
-The kernel works in chunks from token 0, merged in ascending order, as `paged_attention` does: a row's bits are its own.
+The kernel works in chunks of CHUNK tokens from token 0, merged in ascending order, as `paged_attention` does: a row's bits are its own.  Rows of a
+group, whose first blocks are the same, read the chunks that lie wholly in their common prefix together, with the bits that they get alone.
 
 On CPU tensors in fp32 it is the C++ kernel of `paged_attention` with one key head: a token has the bits that `attention` gives it in a packed batch.
 
@@ -15,19 +16,23 @@ from torch import Tensor
 
 from ._dispatch import Backend, accumulation_dtype, check, late, register
 from ._triton import why_not_triton
-from .paged_attention import _why_not_cpu, check_cache, check_lengths, keys_in_rows
+from .paged_attention import _why_not_cpu, check_cache, check_lengths, check_prefixes, keys_in_rows
 from .paged_attention_cpu import paged_attention_cpu
+
+# Tokens, from token 0.  Longer than paged_attention's 256: a partial is rank x H floats, 262 KB at 128 heads, and 256 rows of the cache are 295 KB
+CHUNK = 2048
 
 
 def mla_decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, *, rank: int, scale: float,
-               max_seq_len: int | None = None, backend: str | None = None) -> Tensor:  # fmt: skip
+               group_offsets: Tensor | None = None, prefix_lens: Tensor | None = None, max_seq_len: int | None = None,
+               backend: str | None = None) -> Tensor:  # fmt: skip
     """Attend from one token per row to the first seq_lens[row] tokens of its blocks; forward only.
 
     q: (R, H, d), d = rank + the width of the rotated key, absorbed: in the space of the latent.  key_cache, value_cache: (num_blocks, 1, block_size,
     d) in q's dtype, block_size a divisor of 256, with the same numbers in both: one tensor, or on a CPU the two layouts of `empty_kv_cache`.
-    block_table: (R, max_blocks) int32, seq_lens: (R,) int32, max_seq_len: as in `paged_attention`.
+    block_table: (R, max_blocks) int32, seq_lens: (R,) int32, group_offsets, prefix_lens, max_seq_len: as in `paged_attention`.
     Returns (R, H, rank) in q's dtype; 0 for a row without tokens.
-    Raises ValueError on a mismatch of shapes or dtypes and, on CPU, on lengths that the table cannot hold.
+    Raises ValueError on a mismatch of shapes or dtypes and, on CPU, on lengths or prefixes that break the rules.
     """
     R = q.shape[0] if q.ndim else 0
     check_cache("mla_decode", key_cache, value_cache, block_table, R)
@@ -37,20 +42,22 @@ def mla_decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: T
                   f"(R, H, d) and (num_blocks, 1, block_size, d) alike, rank in [1, d]")  # fmt: skip
     check(seq_lens.shape == (R,) and seq_lens.dtype == torch.int32,
           lambda: f"mla_decode: seq_lens is {tuple(seq_lens.shape)} {seq_lens.dtype}; wanted ({R},) int32")  # fmt: skip
+    check_prefixes("mla_decode", group_offsets, prefix_lens)
     limit = block_table.shape[1] * block_size
     if max_seq_len is not None:
         check(max_seq_len >= 0, lambda: f"mla_decode: max_seq_len is {max_seq_len}; wanted >= 0")
         limit = min(int(max_seq_len), limit)
     call = {"q": q.detach(), "key_cache": key_cache, "value_cache": value_cache, "block_table": block_table, "seq_lens": seq_lens, "rank": rank,
-            "scale": float(scale), "limit": limit}  # fmt: skip
+            "scale": float(scale), "group_offsets": group_offsets, "prefix_lens": prefix_lens, "limit": limit}  # fmt: skip
     name, run = op.resolve(call, backend)
     if name != "cpu" and q.is_cpu:
-        check_lengths(block_table, seq_lens, None, None, limit, block_size)
+        check_lengths(block_table, seq_lens, group_offsets, prefix_lens, limit, block_size)
     return run(**call)
 
 
 def mla_decode_reference(q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, rank: int, scale: float,
-                         limit: int) -> Tensor:  # fmt: skip
+                         group_offsets: Tensor | None, prefix_lens: Tensor | None, limit: int) -> Tensor:  # fmt: skip
+    """Every row by itself: what groups share changes no number."""
     R, H, d = q.shape
     block_size, wide = key_cache.shape[2], accumulation_dtype(q.dtype)
     lens = seq_lens.long().clamp(0, limit)
@@ -69,8 +76,8 @@ def mla_decode_reference(q: Tensor, key_cache: Tensor, value_cache: Tensor, bloc
 
 
 def mla_decode_cpu(q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, rank: int, scale: float,
-                   limit: int) -> Tensor:  # fmt: skip
-    return paged_attention_cpu(q, key_cache, value_cache, block_table, seq_lens, scale, None, None, limit)[0][..., :rank]
+                   group_offsets: Tensor | None, prefix_lens: Tensor | None, limit: int) -> Tensor:  # fmt: skip
+    return paged_attention_cpu(q, key_cache, value_cache, block_table, seq_lens, scale, group_offsets, prefix_lens, limit)[0][..., :rank]
 
 
 def _why_not_triton(call: dict) -> str | None:

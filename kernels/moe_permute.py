@@ -65,6 +65,17 @@ def moe_unpermute(y: Tensor, weights: Tensor, places: Places, *, backend: str | 
     return unpermute_op(backend, y=y, weights=weights, source=places.source[: y.shape[0]], inverse=places.inverse)
 
 
+def moe_dots(y: Tensor, dout: Tensor, places: Places, dtype: torch.dtype, *, backend: str | None = None) -> Tensor:
+    """Gradient of `moe_unpermute`'s weights alone, (T, k) in `dtype`: the product of each choice's row of y and its token's row of dout.
+
+    y: (P, D), cut as there.  dout: (T, D) alike in dtype.  Not differentiable.  Raises ValueError on a mismatch.
+    """
+    check(y.ndim == 2 and dout.shape == (places.inverse.shape[0], y.shape[1]) and y.dtype == dout.dtype,
+          lambda: f"moe_dots: y is {tuple(y.shape)} {y.dtype}, dout is {tuple(dout.shape)} {dout.dtype}; wanted (P, D) and "
+                  f"({places.inverse.shape[0]}, D) alike")  # fmt: skip
+    return dots_op(backend, y=y.detach(), dout=dout.detach(), inverse=places.inverse, dtype=dtype)
+
+
 def moe_places_reference(ids: Tensor, num_experts: int, align: int) -> tuple[Tensor, Tensor, Tensor]:
     T, k = ids.shape
     flat = torch.where(ids < 0, num_experts, ids).flatten().long()
@@ -122,15 +133,24 @@ class UnpermuteFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         y, weights, source, inverse = ctx.saved_tensors
-        wide, k = accumulation_dtype(y.dtype), inverse.shape[1]
-        dy = dweights = None
-        if ctx.needs_input_grad[0]:
-            scale = rows_or_zeros(weights.to(wide).reshape(-1, 1), source)
-            dy = (rows_or_zeros(dout, torch.where(source < 0, -1, source // k)).to(wide) * scale).to(y.dtype)
-        if ctx.needs_input_grad[1]:
-            dots = [(rows_or_zeros(y, inverse[:, j]).to(wide) * dout.to(wide)).sum(1) for j in range(k)]
-            dweights = torch.stack(dots, 1).to(weights.dtype)
+        dy = gather_scaled(dout, source, weights, inverse.shape[1]).to(y.dtype) if ctx.needs_input_grad[0] else None
+        dweights = moe_dots_reference(y, dout, inverse, weights.dtype) if ctx.needs_input_grad[1] else None
         return dy, dweights, None, None
+
+
+def gather_scaled(x: Tensor, source: Tensor, weights: Tensor | None, k: int) -> Tensor:
+    """(P, D): row source[p] // k of x, times weights[source[p]] where there are any; zeros for -1."""
+    rows = rows_or_zeros(x, torch.where(source < 0, -1, source // k))
+    if weights is None:
+        return rows
+    wide = accumulation_dtype(x.dtype)
+    return (rows.to(wide) * rows_or_zeros(weights.to(wide).reshape(-1, 1), source)).to(x.dtype)
+
+
+def moe_dots_reference(y: Tensor, dout: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = accumulation_dtype(y.dtype)
+    dots = [(rows_or_zeros(y, inverse[:, j]).to(wide) * dout.to(wide)).sum(1) for j in range(inverse.shape[1])]
+    return torch.stack(dots, 1).to(dtype)
 
 
 def moe_permute_reference(x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
@@ -147,3 +167,5 @@ permute_op = register("moe_permute", triton=Backend(late("moe_permute_triton.moe
                       reference=Backend(moe_permute_reference))  # fmt: skip
 unpermute_op = register("moe_unpermute", triton=Backend(late("moe_permute_triton.moe_unpermute_triton"), why_not_triton),
                         reference=Backend(moe_unpermute_reference))  # fmt: skip
+dots_op = register("moe_dots", triton=Backend(late("moe_permute_triton.moe_dots_triton"), why_not_triton),
+                   reference=Backend(moe_dots_reference))  # fmt: skip

@@ -101,16 +101,19 @@ class MoeUnpermuteFunction(torch.autograd.Function):
     def backward(ctx, dout):
         y, weights, source, inverse = ctx.saved_tensors
         dy = gathered(dout, source, inverse.shape[1], weights, y.dtype) if ctx.needs_input_grad[0] else None
-        dweights = None
-        if ctx.needs_input_grad[1]:
-            (y, y_stride), (dout, dout_stride) = neighbours(y), neighbours(dout)
-            dweights = torch.empty_like(weights)
-            if weights.numel():
-                with on_device_of(y):
-                    moe_dot_kernel[(triton.cdiv(weights.numel(), DOT_ROWS),)](y, dout, inverse, dweights, weights.numel(), y.shape[1],
-                                                                              inverse.shape[1], y_stride, dout_stride, ROWS=DOT_ROWS,
-                                                                              COLUMNS=DOT_COLUMNS, num_warps=WARPS)  # fmt: skip
+        dweights = moe_dots_triton(y, dout, inverse, weights.dtype) if ctx.needs_input_grad[1] else None
         return dy, dweights, None, None
+
+
+def moe_dots_triton(y: Tensor, dout: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
+    """(T, k): row inverse[t, j] of y times row t of dout; 0 for -1."""
+    (y, y_stride), (dout, dout_stride) = neighbours(y), neighbours(dout)
+    out = torch.empty(inverse.shape, dtype=dtype, device=y.device)
+    if out.numel():
+        with on_device_of(y):
+            moe_dot_kernel[(triton.cdiv(out.numel(), DOT_ROWS),)](y, dout, inverse, out, out.numel(), y.shape[1], inverse.shape[1], y_stride,
+                                                                  dout_stride, ROWS=DOT_ROWS, COLUMNS=DOT_COLUMNS, num_warps=WARPS)  # fmt: skip
+    return out
 
 
 SMALL = ["ids_ptr", "before_ptr", "offsets_ptr", "source_ptr", "inverse_ptr", "weights_ptr", "totals_ptr"]

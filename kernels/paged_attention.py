@@ -38,8 +38,8 @@ CHUNK = 256  # tokens.  Longer: fewer partials, but less of a prefix is shared a
 
 def paged_attention(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, *, scale: float | None = None,
-    group_offsets: Tensor | None = None, prefix_lens: Tensor | None = None, max_seq_len: int | None = None, return_lse: bool = False,
-    backend: str | None = None,
+    group_offsets: Tensor | None = None, prefix_lens: Tensor | None = None, max_seq_len: int | None = None, window: int | None = None,
+    return_lse: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attend from one token per row to the first seq_lens[row] tokens of its blocks; forward only.
 
@@ -49,6 +49,7 @@ def paged_attention(
     slot there.  seq_lens: (R,) int32, the new token included; 0 = an empty row, whose output is 0 and lse -inf.  scale: default 1/sqrt(d).
     group_offsets: (P+1,) int32, rows group_offsets[p] to group_offsets[p+1] are group p; rows outside of all groups share nothing.  prefix_lens: (P,)
     int32: the group's rows have the same blocks for the whole blocks of their first prefix_lens[p] tokens, and seq_lens of 0 or >= prefix_lens[p].
+    window: a row sees the last so many of its tokens, as in `attention`; None = all.
     max_seq_len: no row is longer; default what the table can hold.  It sizes the launch and the partials, R H (d + 2) max_seq_len / CHUNK floats.
 
     Returns (R, H, d) in q's dtype, or with return_lse also (R, H) fp32 (fp64 for fp64): log sum exp of the scaled scores.  Raises ValueError on a
@@ -65,19 +66,15 @@ def paged_attention(
         raise ValueError(f"paged_attention: {q.shape[1]} query heads are not a multiple of {Hkv} key heads")
     if not (seq_lens.shape == (R,) and seq_lens.dtype == torch.int32):
         raise ValueError(f"paged_attention: seq_lens is {tuple(seq_lens.shape)} {seq_lens.dtype}; wanted ({R},) int32")
-    check((group_offsets is None) == (prefix_lens is None), "paged_attention: group_offsets and prefix_lens are given together or not at all")
-    if group_offsets is not None:
-        P = prefix_lens.numel()
-        if not (prefix_lens.shape == (P,) and group_offsets.shape == (P + 1,) and prefix_lens.dtype == group_offsets.dtype == torch.int32):
-            raise ValueError(f"paged_attention: group_offsets is {tuple(group_offsets.shape)} {group_offsets.dtype}, prefix_lens "
-                             f"{tuple(prefix_lens.shape)} {prefix_lens.dtype}; wanted (P+1,) and (P,) int32")  # fmt: skip
+    check_prefixes("paged_attention", group_offsets, prefix_lens)
+    check(window is None or window >= 1, lambda: f"paged_attention: window is {window}; wanted at least 1 token, or None")
     limit = block_table.shape[1] * block_size
     if max_seq_len is not None:
         check(max_seq_len >= 0, lambda: f"paged_attention: max_seq_len is {max_seq_len}; wanted >= 0")
         limit = min(int(max_seq_len), limit)
     call = {"q": q.detach(), "key_cache": key_cache, "value_cache": value_cache, "block_table": block_table, "seq_lens": seq_lens,
             "scale": d**-0.5 if scale is None else float(scale), "group_offsets": group_offsets, "prefix_lens": prefix_lens,
-            "limit": limit}  # fmt: skip
+            "limit": limit, "window": window}  # fmt: skip
     name, run = op.resolve(call, backend)
     if name != "cpu" and q.device.type == "cpu":  # the cpu backend looks for itself, in its one call
         check_lengths(block_table, seq_lens, group_offsets, prefix_lens, limit, block_size)
@@ -111,6 +108,17 @@ def check_cache(where: str, key_cache: Tensor, value_cache: Tensor, block_table:
                          f"(strides {key_cache.stride()}, {value_cache.stride()})")  # fmt: skip
     if not (block_table.ndim == 2 and block_table.shape[0] == rows and block_table.dtype == torch.int32):
         raise ValueError(f"{where}: block_table is {tuple(block_table.shape)} {block_table.dtype}; wanted ({rows}, max_blocks) int32")
+
+
+def check_prefixes(where: str, group_offsets: Tensor | None, prefix_lens: Tensor | None) -> None:
+    if (group_offsets is None) != (prefix_lens is None):
+        raise ValueError(f"{where}: group_offsets and prefix_lens are given together or not at all")
+    if group_offsets is None:
+        return
+    P = prefix_lens.numel()
+    if not (prefix_lens.shape == (P,) and group_offsets.shape == (P + 1,) and prefix_lens.dtype == group_offsets.dtype == torch.int32):
+        raise ValueError(f"{where}: group_offsets is {tuple(group_offsets.shape)} {group_offsets.dtype}, prefix_lens {tuple(prefix_lens.shape)} "
+                         f"{prefix_lens.dtype}; wanted (P+1,) and (P,) int32")  # fmt: skip
 
 
 def keys_in_rows(call: dict) -> str | None:
@@ -164,11 +172,13 @@ WIDTHS = (32, 64, 128, CHUNK)  # tokens of a row's last chunk that are read.  Th
 
 
 def paged_attention_reference(q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float,
-                              group_offsets: Tensor | None, prefix_lens: Tensor | None, limit: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+                              group_offsets: Tensor | None, prefix_lens: Tensor | None, limit: int,
+                              window: int | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     R, H, d = q.shape
     Hkv, block_size, device = key_cache.shape[1], key_cache.shape[2], q.device
     repeat, wide = H // Hkv, accumulation_dtype(q.dtype)
     lens = seq_lens.long().clamp_max(limit)
+    unseen = torch.zeros_like(lens) if window is None else (lens - window).clamp_min(0)  # first tokens that a row does not see
     C = -(-int(lens.max()) // CHUNK) if R else 0
     m = torch.full((R, C, H), -torch.inf, dtype=wide, device=device)
     l, o = torch.zeros((R, C, H), dtype=wide, device=device), torch.zeros((R, C, H, d), dtype=wide, device=device)
@@ -201,6 +211,9 @@ def paged_attention_reference(q: Tensor, key_cache: Tensor, value_cache: Tensor,
             behind = (torch.arange(short, width, device=device) >= own[:, None])[:, None]
             s[..., short:].masked_fill_(behind[:, :, None], -torch.inf)
             values[:, :, short:].masked_fill_(behind[..., None], 0)
+        if window is not None:
+            hidden = torch.arange(width, device=device) + CHUNK * chunk[:, None, None] < unseen[rows.clamp_min(0)][..., None]  # (n, k, width)
+            s.unflatten(2, (k, repeat)).masked_fill_(hidden[:, None, :, None], -torch.inf)
         top = s.amax(-1, keepdim=True)
         weights = torch.exp(s.sub_(top.masked_fill(top == -torch.inf, 0)), out=p[:, :, :used])
         there = rows >= 0
@@ -228,8 +241,9 @@ def paged_attention_reference(q: Tensor, key_cache: Tensor, value_cache: Tensor,
                 kept = (keys, values) if len(more) == len(p_slab) else (keys[more], values[more])
                 store(torch.where(live, rows, -1), c_slab[more], grouped[rows], *kept, full[more])
     rest = lens[:, None] - chunks * CHUNK
+    wanted = (chunks >= own_from[:, None]) & ((chunks + 1) * CHUNK > unseen[:, None])
     for low, width in zip((0, *WIDTHS), WIDTHS, strict=False):
-        rows, c = ((rest.clamp_max(CHUNK) > low) & (rest.clamp_max(CHUNK) <= width) & (chunks >= own_from[:, None])).nonzero(as_tuple=True)
+        rows, c = ((rest.clamp_max(CHUNK) > low) & (rest.clamp_max(CHUNK) <= width) & wanted).nonzero(as_tuple=True)
         for r_slab, c_slab in zip(rows.split(_items(Hkv, width, d)), c.split(_items(Hkv, width, d)), strict=True):
             if len(r_slab):
                 own = rest[r_slab, c_slab].clamp_max(CHUNK)

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from ._cpu import dense_rows, native
+from .attention_cpu import EVERYTHING
 
 
 def paged_attention_cpu(q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float,
-                        group_offsets: Tensor | None, prefix_lens: Tensor | None, limit: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+                        group_offsets: Tensor | None, prefix_lens: Tensor | None, limit: int,
+                        window: int | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, block_table, seq_lens = dense_rows(q), dense_rows(block_table), seq_lens.contiguous()
     R, H, d = q.shape
     out, lse = torch.empty(R, H, d), torch.empty(R, H)
@@ -16,7 +18,7 @@ def paged_attention_cpu(q: Tensor, key_cache: Tensor, value_cache: Tensor, block
         group_offsets, prefix_lens = group_offsets.contiguous(), prefix_lens.contiguous()
         groups = group_offsets.data_ptr(), prefix_lens.data_ptr(), prefix_lens.numel()
     served = native().paged_attention(paged_cache(key_cache, value_cache, block_table), q.data_ptr(), q.stride(), H, seq_lens.data_ptr(), *groups,
-                                      limit, scale, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())  # fmt: skip
+                                      limit, scale, window or EVERYTHING, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())  # fmt: skip
     if not served:
         from .paged_attention import check_lengths  # which imports this file
 

@@ -59,7 +59,8 @@ def tiles_of(q: Tensor, repeat: int, table: dict[int, Tiles]) -> Tiles:
 
 
 def paged_attention_triton(q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float,
-                           group_offsets: Tensor | None, prefix_lens: Tensor | None, limit: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+                           group_offsets: Tensor | None, prefix_lens: Tensor | None, limit: int,
+                           window: int | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     R, H, d = q.shape
     Hkv, block_size = key_cache.shape[1:3]
     device, C = q.device, triton.cdiv(limit, CHUNK)
@@ -78,10 +79,10 @@ def paged_attention_triton(q: Tensor, key_cache: Tensor, value_cache: Tensor, bl
             paged_attention_split_kernel[(C * R * Hkv,)](
                 q, key_cache, value_cache, block_table, seq_lens, offsets, prefixes, m, l, o, R, prefixes.numel(), C, limit, block_table.stride(0),
                 q.stride(0), q.stride(1), *key_cache.stride()[:3], *value_cache.stride()[:3], scale * 1.4426950408889634,
-                HKV=Hkv, REPEAT=H // Hkv, D=d, BLOCK=block_size, CHUNK=CHUNK, GROUPS=grouped, BM=tiles.BM, BN=tiles.BN, BD=BD,
-                num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=False)  # fmt: skip
-        paged_attention_merge_kernel[(R * H,)](m, l, o, seq_lens, out, lse, C, limit, H=H, D=d, CHUNK=CHUNK, BD=BD, num_warps=1,
-                                               enable_fp_fusion=False)  # fmt: skip
+                HKV=Hkv, REPEAT=H // Hkv, D=d, BLOCK=block_size, CHUNK=CHUNK, GROUPS=grouped, WINDOW=window or 0, BM=tiles.BM, BN=tiles.BN,
+                BD=BD, num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=False)  # fmt: skip
+        paged_attention_merge_kernel[(R * H,)](m, l, o, seq_lens, out, lse, C, limit, H=H, D=d, CHUNK=CHUNK, WINDOW=window or 0, BD=BD,
+                                               num_warps=1, enable_fp_fusion=False)  # fmt: skip
     return out, lse
 
 
@@ -95,7 +96,7 @@ def paged_attention_split_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, offsets_ptr, prefixes_ptr, m_ptr, l_ptr, o_ptr, R, P, C, limit, table_stride,
     q_row_stride, q_head_stride, k_block_stride, k_head_stride, k_token_stride, v_block_stride, v_head_stride, v_token_stride, factor,
     HKV: tl.constexpr, REPEAT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head, row, chunk = (pid % HKV).to(tl.int64), pid // HKV % R, pid // HKV // R
@@ -112,9 +113,14 @@ def paged_attention_split_kernel(
     longest = tl.max(lens, 0)
     if longest <= begin:
         return
+    if WINDOW:
+        # what no row of the tile sees is left out; whole steps of keys, so that a product has the same keys in it whatever the rows
+        begin = tl.maximum(begin, tl.min(tl.where(lens > begin, tl.maximum(lens - WINDOW, 0), 2147483647), 0) // BN * BN)
+        if begin >= chunk * CHUNK + CHUNK:
+            return
     # the table of the first row that has this chunk: an empty row's table is not read
     table_ptr += (row + tl.min(tl.where(lens > begin, place, BM), 0)).to(tl.int64) * table_stride
-    stop = tl.minimum(longest, begin + CHUNK)
+    stop = tl.minimum(longest, chunk * CHUNK + CHUNK)
     dims = tl.arange(0, BD)
     query_row, query_head = (row + place).to(tl.int64), head * REPEAT + lanes % REPEAT
     q_at = query_row * q_row_stride + query_head * q_head_stride
@@ -135,24 +141,35 @@ def paged_attention_split_kernel(
         k_at, v_at = block * k_block_stride + keys % BLOCK * k_token_stride, block * v_block_stride + keys % BLOCK * v_token_stride
         k = tl.load(k_ptr + k_at[:, None] + dims[None, :], mask=inside[:, None] & (dims < D)[None, :], other=0.0)
         v = tl.load(v_ptr + v_at[:, None] + dims[None, :], mask=inside[:, None] & (dims < D)[None, :], other=0.0)
-        m, l, acc = step(q, k, v, m, l, acc, keys, lens, factor)
+        m, l, acc = step(q, k, v, m, l, acc, keys, lens, factor, WINDOW)
     at = (query_row * (HKV * REPEAT) + query_head) * C + chunk
-    there = lens > begin
+    there = lens > chunk * CHUNK
     tl.store(m_ptr + at, m, mask=there)
     tl.store(l_ptr + at, l, mask=there)
     tl.store(o_ptr + (at * D)[:, None] + dims[None, :], acc, mask=there[:, None] & (dims < D)[None, :])
 
 
 @triton.jit
-def step(q, k, v, m, l, acc, keys, lens, factor):
-    """Take some keys and values into the partial (m, l, acc) of a tile of query rows; row i sees the keys below lens[i]."""
+def step(q, k, v, m, l, acc, keys, lens, factor, WINDOW: tl.constexpr):
+    """Take some keys and values into the partial (m, l, acc) of a tile of query rows; row i sees the keys below lens[i], the last WINDOW of them
+    unless WINDOW is 0."""
     s = tl.dot(q, k.T, input_precision="ieee") * factor
-    s = tl.where(keys[None, :] < lens[:, None], s, float("-inf"))
+    s = tl.where(visible(keys[None, :], lens[:, None], WINDOW), s, float("-inf"))
     new = tl.maximum(m, tl.max(s, 1))
     shift = tl.where(new == float("-inf"), 0.0, new)  # a query row without keys: -inf - -inf would be NaN
     p, alpha = tl.exp2(s - shift[:, None]), tl.exp2(m - shift)
     l = l * alpha + tl.sum(p, 1)
     return new, l, tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+
+
+@triton.jit
+def visible(keys, lens, WINDOW: tl.constexpr):
+    """Which keys a row of that length sees."""
+    if WINDOW:  # both bounds in one comparison: a negative distance is a large number without sign
+        seen = (lens - 1 - keys).to(tl.uint32) < WINDOW
+    else:
+        seen = keys < lens
+    return seen
 
 
 @triton.jit
@@ -187,16 +204,19 @@ def group_of(offsets_ptr, prefixes_ptr, row, P):
 
 @triton.jit(do_not_specialize=["C", "limit"], do_not_specialize_on_alignment=["lens_ptr"])
 def paged_attention_merge_kernel(m_ptr, l_ptr, o_ptr, lens_ptr, out_ptr, lse_ptr, C, limit, H: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
-                                 BD: tl.constexpr):  # fmt: skip
+                                 WINDOW: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    chunks = tl.cdiv(tl.minimum(tl.load(lens_ptr + pid // H), limit), CHUNK)
+    length = tl.minimum(tl.load(lens_ptr + pid // H), limit)
+    chunks, first = tl.cdiv(length, CHUNK), 0
+    if WINDOW:  # chunks that the row sees nothing of may not have been written
+        first = tl.maximum(length - WINDOW, 0) // CHUNK
     m_ptr += pid * C
     l_ptr += pid * C
     o_ptr += pid * C * D
     dims = tl.arange(0, BD)
     M, L, out = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([BD], tl.float32)
     # one chunk after the other, the loads of the next ones under way
-    for c in tl.range(0, chunks, num_stages=4):
+    for c in tl.range(first, chunks, num_stages=4):
         M, old, new = joined(M, tl.load(m_ptr + c))
         L = L * old + tl.load(l_ptr + c) * new
         out = out * old + tl.load(o_ptr + c * D + dims, mask=dims < D, other=0.0) * new
@@ -208,12 +228,12 @@ def paged_attention_merge_kernel(m_ptr, l_ptr, o_ptr, lens_ptr, out_ptr, lse_ptr
 def ahead_of_time() -> list[AheadOfTime]:
     cases = []
 
-    def add(dtype, D, repeat, block, tiles, capabilities, groups=True, matrix=True):
+    def add(dtype, D, repeat, block, tiles, capabilities, groups=True, matrix=True, window=0):
         pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}:16") | dict.fromkeys(("m_ptr", "l_ptr", "o_ptr"), "*fp32:16")
         strides = [f"{x}_{axis}_stride" for x in "kv" for axis in ("block", "head", "token")] + ["q_row_stride", "q_head_stride"]
         numbers = dict.fromkeys(("R", "P", "C", "limit", "table_stride"), "i32") | dict.fromkeys(strides, "i32:16")
-        constants = dict(HKV=8, REPEAT=repeat, D=D, BLOCK=block, CHUNK=CHUNK, GROUPS=groups, BM=tiles.BM, BN=tiles.BN, BD=D)
-        cases.append(AheadOfTime(f"paged_attention_split {dtype} {D} {repeat} {block} {capabilities}", paged_attention_split_kernel,
+        constants = dict(HKV=8, REPEAT=repeat, D=D, BLOCK=block, CHUNK=CHUNK, GROUPS=groups, WINDOW=window, BM=tiles.BM, BN=tiles.BN, BD=D)
+        cases.append(AheadOfTime(f"paged_attention_split {dtype} {D} {repeat} {block} {window} {capabilities}", paged_attention_split_kernel,
                                  pointers | dict.fromkeys(SMALL, "*i32") | numbers | {"factor": "fp32"}, constants, tiles.num_warps, tiles.num_stages,
                                  registers=255, matrix=matrix, capabilities=capabilities, contract=False))  # fmt: skip
 
@@ -224,8 +244,12 @@ def ahead_of_time() -> list[AheadOfTime]:
     add("bf16", 128, 4, 64, TILES_DECODE[90], (90,), matrix=False)  # too low for wgmma
     add("bf16", 128, 7, 16, TILES_DECODE[90], (90,), matrix=False)
     add("bf16", 256, 2, 64, TILES_WIDE, tuple(TILES))
+    add("bf16", 128, 4, 64, TILES[90], (90,), window=4096)
     add("fp32", 128, 4, 16, TILES_FP32, tuple(TILES), matrix=False)
     merge = dict.fromkeys(("m_ptr", "l_ptr", "o_ptr", "lse_ptr"), "*fp32:16")
     merge |= {"lens_ptr": "*i32", "out_ptr": "*bf16:16", "C": "i32", "limit": "i32"}
-    constants = dict(H=32, D=128, CHUNK=CHUNK, BD=128)
-    return [*cases, AheadOfTime("paged_attention_merge", paged_attention_merge_kernel, merge, constants, num_warps=1, contract=False)]
+    constants = dict(H=32, D=128, CHUNK=CHUNK, WINDOW=0, BD=128)
+    for window in (0, 4096):
+        cases.append(AheadOfTime(f"paged_attention_merge {window}", paged_attention_merge_kernel, merge, constants | {"WINDOW": window}, num_warps=1,
+                                 contract=False))  # fmt: skip
+    return cases

@@ -56,17 +56,20 @@ class SwigluFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        (gate_up,) = ctx.saved_tensors
-        wide = gate_up.to(accumulation_dtype(gate_up.dtype))
-        dy = dy.to(wide.dtype)
-        gate, up = wide.chunk(2, dim=-1)
-        out = torch.empty_like(wide, memory_format=torch.contiguous_format)
-        dgate, dup = out.chunk(2, dim=-1)
-        torch.ops.aten.silu.out(gate, out=dup)
-        dup.mul_(dy)
-        torch.mul(dy, up, out=dgate)
-        torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
-        return out.to(gate_up.dtype)
+        return swiglu_gradient(*ctx.saved_tensors, dy)
+
+
+def swiglu_gradient(gate_up: Tensor, dy: Tensor) -> Tensor:
+    wide = gate_up.to(accumulation_dtype(gate_up.dtype))
+    dy = dy.to(wide.dtype)
+    gate, up = wide.chunk(2, dim=-1)
+    out = torch.empty_like(wide, memory_format=torch.contiguous_format)
+    dgate, dup = out.chunk(2, dim=-1)
+    torch.ops.aten.silu.out(gate, out=dup)
+    dup.mul_(dy)
+    torch.mul(dy, up, out=dgate)
+    torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+    return out.to(gate_up.dtype)
 
 
 op = register("swiglu", triton=Backend(late("swiglu_triton.swiglu_triton"), why_not_triton),

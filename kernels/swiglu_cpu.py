@@ -22,8 +22,12 @@ class SwigluCpuFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        (gate_up,) = ctx.saved_tensors
-        dy, out = dense(dy), torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-        T, F = dy.shape
-        native().swiglu_bwd(gate_up.data_ptr(), dy.data_ptr(), out.data_ptr(), T, F, gate_up.stride(0), torch.get_num_threads())
-        return out
+        return swiglu_gradient_cpu(*ctx.saved_tensors, dy)
+
+
+def swiglu_gradient_cpu(gate_up: Tensor, dy: Tensor) -> Tensor:
+    gate_up, dy = dense_rows(gate_up), dense(dy)
+    out = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+    T, F = dy.shape
+    native().swiglu_bwd(gate_up.data_ptr(), dy.data_ptr(), out.data_ptr(), T, F, gate_up.stride(0), torch.get_num_threads())
+    return out

@@ -1,9 +1,10 @@
-"""The kill matrix:  python tests/chaos.py [--ranks 1 2] [--chains 1 2 3]
+"""The kill matrix:  python tests/chaos.py [--ranks 1 2] [--chains 1 2 3] [--background]
 
 A micro recipe with all kinds of stages is killed (SIGKILL) at every point of POINTS, resumed by the same command, and compared with a run that
 nothing interrupted: tokens and log-probs of all samples, weights and optimizer state after every update, metrics lines without times, data, exported
 models, evaluations and the last line of stdout, bit for bit.  The points are spread over three runs, each of which is killed at a third of them; what
-a process did is compared as soon as it is dead.  Prints a table and ends with 1 when anything differs.
+a process did is compared as soon as it is dead.  --background: the killed runs write their states in the background.  Prints a table and ends with 1
+when anything differs.
 """
 
 import argparse
@@ -41,7 +42,7 @@ class Point:
         return facts | ({"inside": self.inside} if self.inside else {})
 
 
-STEP, SAVE, SCORE = "athanor.optim:Optimizer.step", "athanor.stages.training:save_state", "athanor.rewards.service:RewardService.score"
+STEP, SAVE, SCORE = "athanor.optim:Optimizer.step", "athanor.checkpoint:write_state", "athanor.rewards.service:RewardService.score"
 EXPORT, SAMPLE, WRITE = "athanor.stages.context:export_model", "athanor.rollout:Sample", "athanor.metrics:MetricsWriter.write"
 BEGIN, FINISH, DISCARD = ("athanor.manifest:Manifest.begin", "athanor.manifest:Manifest.finish", "athanor.stages.context:StageContext.discard_state")
 POINTS = [
@@ -145,20 +146,20 @@ def differences(found: dict, wanted: dict) -> list[str]:
     return [name for name, value in found.items() if wanted.get(name) != value]
 
 
-def chain(root: Path, world: int, points: list[Point], wanted: dict) -> list[tuple[Point, str]]:
-    """Kill one run at each of the points in turn, let it end, and say of each point "equal" or what was not."""
-    folder = root / f"chain-{world}-{POINTS.index(points[0])}"
+def chain(root: Path, world: int, points: list[Point], wanted: dict, *words: str) -> list[tuple[Point, str]]:
+    """Kill one run at each of the points in turn, let it end, and say of each point "equal" or what was not.  words: more of its command line."""
+    folder = root / f"chain-{world}-{POINTS.index(points[0])}-{len(words)}"
     verdicts = []
     for point in points:
         begun = time.time()
-        result = start(folder, world, faults=[point.fault(world)])
+        result = start(folder, world, *words, faults=[point.fault(world)])
         if result.returncode == 0 or "fault: kill" not in result.stderr:
             verdict = f"not reached, status {result.returncode}"
         else:
             verdict = "; ".join(differences(outcome(folder), wanted)[:3]) or "equal"
         verdicts.append((point, verdict))
         print(f"{world} ranks, {point.stage}, {point.what}: {verdict} ({time.time() - begun:.0f} s)", file=sys.stderr, flush=True)
-    result = start(folder, world)
+    result = start(folder, world, *words)
     if result.returncode:
         return [(point, f"no end: {result.stderr[-300:]}") for point in points]
     found = outcome(folder, result)
@@ -177,13 +178,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--chains", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--background", action="store_true")
     options = parser.parse_args()
+    words = ["--background_save", "true"] if options.background else []
     table: dict[Point, dict[int, str]] = {}
     with tempfile.TemporaryDirectory() as root:
         for world in options.ranks:
             wanted = reference(Path(root), world)
             for number in options.chains:
-                for point, verdict in chain(Path(root), world, POINTS[number - 1 :: 3], wanted):
+                for point, verdict in chain(Path(root), world, POINTS[number - 1 :: 3], wanted, *words):
                     table.setdefault(point, {})[world] = verdict
     print("| stage | killed | " + " | ".join(f"{world} rank{'s' if world > 1 else ''}" for world in options.ranks) + " |")
     print("|---|---|" + "---|" * len(options.ranks))

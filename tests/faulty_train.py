@@ -7,6 +7,7 @@ function, in which alone calls are counted; rank; after, strike when the call ha
   kill   SIGKILL to this process            exit   leave at once with status 13
   hang   wait forever                       term   SIGTERM to this process
   full   OSError, no space left on device   nan    NaN in place of the log-probs that the call returns
+  slow   a second later
 Processes that torchrun started anew have no faults.
 
 A trace: FOLDER/trace.RANK.jsonl, [key, SHA-256] of every group of samples (tokens and log-probs) and, after every update, of weights and
@@ -21,6 +22,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -32,7 +34,7 @@ where = {"stage": "", "step": 0}
 def plant(fault: dict) -> None:
     """Wrap the function that the fault names."""
     owner, name = find(fault["at"])
-    real, calls, depth = getattr(owner, name), 0, 0
+    real, calls, here = getattr(owner, name), 0, threading.local()
     wanted = fault["call"] if isinstance(fault["call"], list) else [fault["call"]]
     if "inside" in fault:
         place = find(fault["inside"])
@@ -40,21 +42,20 @@ def plant(fault: dict) -> None:
 
         @functools.wraps(outer)
         def entered(*args, **kwargs):
-            nonlocal depth
-            depth += 1
+            here.depth = getattr(here, "depth", 0) + 1
             try:
                 return outer(*args, **kwargs)
             finally:
-                depth -= 1
+                here.depth -= 1
 
         setattr(*place, entered)
 
     @functools.wraps(real)
     def faulty(*args, **kwargs):
         nonlocal calls
-        here = fault.get("stage", where["stage"]) == where["stage"] and ("inside" not in fault or depth > 0)
-        calls += here
-        strikes = here and calls in wanted and fault.get("rank", RANK) == RANK
+        counts = fault.get("stage", where["stage"]) == where["stage"] and ("inside" not in fault or getattr(here, "depth", 0) > 0)
+        calls += counts
+        strikes = counts and calls in wanted and fault.get("rank", RANK) == RANK
         if strikes and not fault.get("after") and fault["do"] != "nan":
             strike(fault["do"])
         result = real(*args, **kwargs)
@@ -85,6 +86,8 @@ def strike(action: str) -> None:
         os._exit(13)
     elif action == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    elif action == "slow":
+        time.sleep(1)
     while action == "hang":
         time.sleep(1)
 

@@ -12,7 +12,7 @@ import torch
 from sparse_models import FAMILIES
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from athanor.checkpoint import load_latest_state, save_state
+from athanor.checkpoint import StateWriter, load_latest_state
 from athanor.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from athanor.kernels.fp8_quantize import fp8_quantize_dual
 from athanor.model.moe import fp8_mode, mixtures, use_fp8_
@@ -22,9 +22,12 @@ from athanor.parallel import Ranks
 from athanor.sharding import FullWeights, WholeParameters, parallelize_, split_parameters, whole
 from athanor.stages.routing import RouterBalance
 from athanor.stages.training import cross_entropy_step, packed_batches
+from athanor.tensor_parallel import splits
 from athanor.weights import hand_over, weights_hash, write_model
 
-Fp8GroupedGemmFunction = sys.modules["athanor.kernels.fp8_grouped_gemm"].Fp8GroupedGemmFunction  # the package has a function of that name
+# By sys.modules: the package has functions of these names.
+Fp8GroupedGemmFunction = sys.modules["athanor.kernels.fp8_grouped_gemm"].Fp8GroupedGemmFunction
+Fp8MixtureFunction = sys.modules["athanor.kernels.fp8_mixture"].Fp8MixtureFunction
 
 # Widths that two and four ranks do not divide: the last rank of a parameter holds fewer rows, or none.
 SHAPE = dict(vocab_size=67, hidden_size=20, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=10, intermediate_size=27)
@@ -32,6 +35,9 @@ MODELS = {
     "qwen3": ModelConfig(**SHAPE, initializer_range=0.2),
     "qwen2, untied": ModelConfig(**SHAPE, architecture="qwen2", tie_word_embeddings=False, initializer_range=0.2),
     "deepseek_v3": FAMILIES["deepseek_v3"],
+    "qwen3_moe": FAMILIES["qwen3_moe"],
+    "qwen3, four heads": ModelConfig(**SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}, initializer_range=0.2),
+    "qwen2, six heads": ModelConfig(**SHAPE | {"num_attention_heads": 6, "num_key_value_heads": 3}, architecture="qwen2", initializer_range=0.2),
 }
 MODELS["deepseek_v3, fp8, mtp"] = MODELS["deepseek_v3"].model_copy(update={"num_nextn_predict_layers": 1})
 # Adam divides by |g|, which turns the last bits of a small gradient into the first of an update; a large eps does not.
@@ -63,10 +69,10 @@ def train(ranks: Ranks, model, optimizer, steps, tokens: int) -> list[tuple[floa
     config, figures = TrainConfig(balance_loss=0.01), []
     for step in steps:
         prompts, completions = sequences(step, tokens)
-        mine = ranks.share(list(range(9)))
+        mine = ranks.data.share(list(range(9)))
         batches = packed_batches(model, ranks, [prompts[i] for i in mine], [completions[i] for i in mine], tokens)
-        num_targets = ranks.sum_int(sum(b.num_targets for b in batches))
-        balance = RouterBalance(model, config, ranks)
+        num_targets = ranks.data.sum_int(sum(b.num_targets for b in batches))
+        balance = RouterBalance(model, config, ranks.data)
         metrics = cross_entropy_step(model, optimizer, batches, num_targets, 1e-2, balance, 0.3 if model.mtp is not None else 0.0)
         figures.append((metrics["loss"] + metrics.get("mtp_loss", 0.0), metrics["grad_norm"]))
         balance.finish()
@@ -95,21 +101,29 @@ def result(ranks: Ranks, *case, tokens: int, **options) -> dict:
 
 
 def quantised_stacks(model, ranks: Ranks) -> list[tuple[str, ...]]:
-    """A hash of the FP8 bytes and scales that each product of a forward and backward multiplies by, of this rank's experts (all, where whole)."""
-    found, function = [], Fp8GroupedGemmFunction
-    kept = function.apply
+    """A hash of the FP8 bytes and scales of each stack that a forward multiplies by; of shared experts those of all ranks."""
+    found, product, mixture = [], Fp8GroupedGemmFunction.apply, Fp8MixtureFunction.apply
 
-    def watched(x, w, offsets, weight, *rest):
-        parts = fp8_quantize_dual(w, block=(128, 128)) if weight is None else weight
+    def seen(stack, copy):
+        parts = fp8_quantize_dual(stack, block=(128, 128)) if copy is None else copy
         found.append([t.contiguous().view(torch.uint8).numpy().copy() for part in parts for t in part])
-        return kept(x, w, offsets, weight, *rest)
 
-    function.apply = watched
+    def of_product(x, w, offsets, weight, *rest):
+        seen(w, weight)
+        return product(x, w, offsets, weight, *rest)
+
+    def of_mixture(x, weights, gate_up, down, offsets, source, inverse, copies, *rest):
+        seen(gate_up, copies[0])
+        seen(down, copies[1])
+        return mixture(x, weights, gate_up, down, offsets, source, inverse, copies, *rest)
+
+    Fp8GroupedGemmFunction.apply, Fp8MixtureFunction.apply = of_product, of_mixture
     try:
         ids = torch.arange(16)
         model(ids, ids, PackedAttention(torch.tensor([0, 16], dtype=torch.int32)))
     finally:
-        function.apply = kept
+        Fp8GroupedGemmFunction.apply, Fp8MixtureFunction.apply = product, mixture
+    assert len(found) == 2 * sum(layer.moe is not None for layer in model.layers)
     if any(moe.elsewhere is not None for moe in mixtures(model)):
         every = [ranks.concatenate([stack])[0] for stack in found]
         found = [[np.concatenate(parts) for parts in zip(*stacks, strict=True)] for stacks in every]
@@ -145,19 +159,25 @@ def results(ranks: Ranks) -> dict[str, dict]:
 
 
 def whole_state(model, optimizer) -> dict[str, torch.Tensor]:
-    parameters = WholeParameters(model)
+    parameters, of = WholeParameters(model), splits(model)
     state = {f"model.{n}": parameters[n].clone() for n in parameters.names}
-    return state | {f"optimizer.{n}": whole(value, value.dtype).clone() for n, value in optimizer.state_tensors().items()}
+    moments = {n: (value, of.get(n.rpartition(".")[0]) if value.dim() else None) for n, value in optimizer.state_tensors().items()}
+    return state | {f"optimizer.{n}": whole(value, value.dtype, split).clone() for n, (value, split) in moments.items()}
 
 
-def save(ranks: Ranks, folder: Path, case: tuple, parallel: dict, dies: bool = False) -> dict[str, dict]:
-    """States after one and two steps, of which two are kept; the weights as a HuggingFace folder; and two steps more for comparison."""
+def save(ranks: Ranks, folder: Path, case: tuple, parallel: dict, *how: str) -> dict[str, dict]:
+    """States after one and two steps, of which two are kept; the weights as a HuggingFace folder; and two steps more for comparison.
+
+    how: "dies", the second rank in the second save; "background".
+    """
     model, optimizer = build(ranks, *case, **parallel)
+    states = StateWriter(ranks, background="background" in how)
     for step in range(2):
         train(ranks, model, optimizer, [step], 48)
-        if dies and step == 1 and ranks.rank == 1:
+        states.wait()
+        if "dies" in how and step == 1 and ranks.rank == 1:
             HuggingFaceStorageWriter.write_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        save_state(folder, step + 1, model, optimizer, {"step": step + 1}, ranks)
+        states.save(folder, step + 1, model, optimizer, {"step": step + 1})
     saved = whole_state(model, optimizer)
     if ranks.is_main:
         (folder / "hf").mkdir()
@@ -166,6 +186,7 @@ def save(ranks: Ranks, folder: Path, case: tuple, parallel: dict, dies: bool = F
         hand_over(model)
     ranks.barrier()
     train(ranks, model, optimizer, [2, 3], 48)
+    states.wait()
     return {"saved": saved, "later": whole_state(model, optimizer)}
 
 

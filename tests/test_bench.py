@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -275,9 +276,17 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments, message, modules,
     assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_listing():
-    listed = bench("--list").stdout
-    assert "linear_logprob" in listed and "grpo_step" in listed
+def in_process(monkeypatch, capsys, *arguments):
+    """Status and standard output of bench/run.py, without a process that imports PyTorch again."""
+    import run
+
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", *arguments])
+    return run.main(), capsys.readouterr().out
+
+
+def test_listing(modules, monkeypatch, capsys):
+    status, listed = in_process(monkeypatch, capsys, "--list")
+    assert status == 0 and "linear_logprob" in listed and "grpo_step" in listed and "trl_step" in listed
 
 
 def test_a_workload_is_measured_beside_its_peers_behind_its_gate(rollout):
@@ -373,14 +382,42 @@ def test_a_peer_of_another_model_is_not_timed(rollout, monkeypatch):
     assert rows[2]["wrong"].startswith("greedy: ") and "median_us" not in rows[2] and rows[0]["median_us"] > 0
 
 
-@pytest.mark.parametrize("maker", ["TRLStep", "TRLStepOnAthanor"])
-def test_trl_takes_a_whole_step(maker, rollout):
+@pytest.fixture
+def trl(rollout):
     for name in ("trl", "datasets", "accelerate", "transformers"):
         pytest.importorskip(name)
-    peer = rollout.workloads.Contender(f"rollout_peers:{maker}", lambda: rollout.cases.step_arguments("cpu", TINY)).make("cpu")
-    assert peer.check().wrong is None
-    figures = peer.run()
-    assert figures["seconds"] == figures["rollout_s"] + figures["update_s"] and figures["update_s"] > 0
+    return importlib.import_module("cases.trl")
+
+
+def test_trls_step_on_our_parts_is_measured_beside_trl_alone(rollout, trl):
+    ours, alone = rollout.workloads.rows_of(trl.trl_step("cpu", TINY), CEILING, 1, lambda text: None)
+    assert ours["correct"] and ours["errors"][0][0] <= 1e-4 and alone["correct"] and alone["kind"] == "peer"
+    for row in (ours, alone):
+        assert row["tokens_per_s"] == pytest.approx(2 * 3 * 4 / row["median_us"] * 1e6) and row["peak_bytes"] > 0
+        assert row["rollout_s"] > 0 and row["update_s"] > 0
+    assert ours["times_rival"] == pytest.approx(alone["median_us"] / ours["median_us"])
+
+
+def test_a_step_of_trl_with_other_log_probs_is_not_timed(rollout, trl, monkeypatch):
+    trainer = importlib.import_module("athanor.adapters.trl").AthanorGRPOTrainer
+    honest = trainer._get_per_token_logps_and_entropies
+
+    def spoiled(self, *args, **kwargs):
+        logps, *rest = honest(self, *args, **kwargs)
+        return logps + 2e-4, *rest
+
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", spoiled)
+    (row,) = rollout.workloads.rows_of(trl.trl_step("cpu", TINY), CEILING, 1, lambda text: None)
+    assert row["wrong"].startswith("log-probs differ from plain transformers' by 2.0") and "median_us" not in row
+
+
+def test_the_size_for_a_gpu_is_that_of_qwen(rollout, trl):
+    """494 million parameters, as published."""
+    (workload,) = trl.workloads("cuda")
+    assert workload.dtype == torch.bfloat16 and workload.tokens == 64 * 256
+    with torch.device("meta"):
+        model = rollout.engine.Decoder(rollout.engine.ModelConfig(**rollout.cases.MODELS[workload.sizes["model"]]))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(494e6, rel=1e-3)
 
 
 def test_a_shared_prompt_is_prefilled_once(rollout):
@@ -401,8 +438,8 @@ def test_the_decode_bound_is_bandwidth_over_weights_and_keys(name, rows, tokens_
     assert rows / step_s == pytest.approx(tokens_per_s, rel=0.04)
 
 
-def test_the_bench_checks_a_workload_from_the_command_line(tmp_path):
-    done = bench("--op", "group_prefill", "--check", "--json", str(tmp_path / "rows.jsonl"))
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_bench_checks_a_workload_from_the_command_line(modules, monkeypatch, capsys, tmp_path):
+    status, said = in_process(monkeypatch, capsys, "--op", "group_prefill", "--check", "--json", str(tmp_path / "rows.jsonl"))
+    assert status == 0, said
     (row,) = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert row["family"] == "rollout" and row["correct"] and row["commit"] and json.loads(done.stdout.splitlines()[-1])["rows"] == [row]
+    assert row["family"] == "rollout" and row["correct"] and row["commit"] and json.loads(said.splitlines()[-1])["rows"] == [row]

@@ -113,6 +113,21 @@ def test_the_last_two_are_kept(tmp_path):
     assert_is(restored(tmp_path), 100_000_001)
 
 
+def test_the_best_state_outlives_the_last_ones(tmp_path):
+    """best: of the state of step 20 first, then of 40; a state that is kept keeps what it calls the best."""
+    for step, best in ((10, 10), (20, 20), (30, 20), (40, 40), (50, 40), (60, 40)):
+        model, optimizer, extra = state_of(step)
+        save_state(tmp_path, step, model, optimizer, extra | {"best": {"step": best, "metric": "pass@1", "value": best / 100}}, keep=1 + (step == 40))
+        wanted = {10: [10], 20: [20], 30: [20, 30], 40: [20, 30, 40], 50: [40, 50], 60: [40, 60]}[step]
+        assert folders(tmp_path) == ["best.json", *(f"step-{number:08d}" for number in wanted)]
+        assert json.loads((tmp_path / "best.json").read_text()) == {
+            "step": best, "metric": "pass@1", "value": best / 100, "state": f"step-{best:08d}",
+        }  # fmt: skip
+    model, optimizer, _ = state_of(-1)
+    assert load_latest_state(tmp_path, model, optimizer, RANKS, step=40).step == 40 and (model.weight == 40).all()
+    assert load_latest_state(tmp_path, model, optimizer, RANKS, step=50) is None and (model.weight == 40).all()
+
+
 def test_saving_a_step_again_replaces_it_and_drops_the_steps_beyond(tmp_path):
     for step in (10, 20, 30, 20):
         save_state(tmp_path, step, *state_of(step))
@@ -301,6 +316,7 @@ sys.path.insert(0, sys.argv[2])
 from test_checkpoint import assert_is, restored, save_state, state_of
 torch.set_num_threads(1)
 folder, last, delays = sys.argv[1], 0, random.Random(0)
+save_state(folder, 0, *state_of(0))  # what the first one imports, once for all children
 for _ in range(20):
     read, write = os.pipe()
     child = os.fork()

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from athanor.stages.distribution import shares
 
 
 class ThreadRanks:
-    """`concatenate` and `exchange` among threads."""
+    """`concatenate` and `exchange` among threads, `peers` neighbours of which train on the same samples."""
 
-    def __init__(self, rank: int, world: int, board: dict, barrier: threading.Barrier):
+    def __init__(self, rank: int, world: int, peers: int, board: dict, barrier: threading.Barrier):
         self.rank, self.world, self.board, self.barrier = rank, world, board, barrier
+        self.data = SimpleNamespace(world=world // peers)
 
     def _all(self, name: str, value) -> list:
         self.board[name, self.rank] = value
@@ -44,14 +46,15 @@ def rollout(num_groups: int, G: int) -> tuple[list[list[Sample]], torch.Tensor]:
     return groups, advantages
 
 
-def spread_over(world: int, groups, advantages, updates: int, all_live: bool, **options):
+def spread_over(world: int, groups, advantages, updates: int, all_live: bool, context: int = 1, **options):
     """Per rank its shares."""
     G, board, barrier = len(groups[0]), {}, threading.Barrier(world)
 
     def one(rank: int):
         mine = list(range(len(groups)))[rank::world]
         own = torch.cat([advantages[g * G : (g + 1) * G] for g in mine]) if mine else advantages[:0]
-        return shares([groups[g] for g in mine], own, updates, ThreadRanks(rank, world, board, barrier), hidden_size=64, all_live=all_live, **options)
+        ranks = ThreadRanks(rank, world, context, board, barrier)
+        return shares([groups[g] for g in mine], own, updates, ranks, hidden_size=64, all_live=all_live, **options)
 
     with ThreadPoolExecutor(world) as pool:
         return list(pool.map(one, range(world)))
@@ -85,6 +88,17 @@ def test_samples_that_share_a_prompt_stay_together_as_far_as_the_ranks_stay_even
         assert max(map(len, holders)) <= most
         loads = [sum(s.num_tokens for s in samples) for samples in ranks]
         assert max(loads) <= 1.5 * sum(loads) / world, loads
+
+
+@pytest.mark.parametrize("world, context", [(2, 2), (6, 3)])
+def test_ranks_of_a_context_have_the_samples_of_one_rank(world, context):
+    groups, advantages = rollout(5, 4)
+    alone = spread_over(world // context, groups, advantages, 2, False, shared_prompts=True)
+    for rank, found in enumerate(spread_over(world, groups, advantages, 2, False, context, shared_prompts=True)):
+        for part, wanted in zip(found, alone[rank // context], strict=True):
+            assert [int(s.token_ids[0]) for s in part.samples] == [int(s.token_ids[0]) for s in wanted.samples]
+            assert torch.equal(part.advantages, wanted.advantages)
+            assert (part.num_tokens, part.num_sequences) == (wanted.num_tokens, wanted.num_sequences)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 7, 64])

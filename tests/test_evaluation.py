@@ -89,6 +89,37 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
+def test_a_reward_that_hangs_ends_the_evaluation(folder, tmp_path):
+    code = """
+import sys, time
+from athanor import judging
+from athanor.evaluation import command
+class Hangs:
+    def build(self): return lambda *_: time.sleep(60)
+judging.judge_of = lambda *_, **__: Hangs()
+command(sys.argv[1:])
+"""
+    more = ["--deadline", "rollout=100", "--deadline", "reward=2"]
+    words = [sys.executable, "-c", code, *arguments(folder, tmp_path, *more)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 3, done.stderr[-2000:]
+    assert "in phase reward, deadlines.reward_s is 2; rank 0 of 1, stage eval " in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_ranks_with_a_part_of_the_model_each_draw_what_one_process_draws(folder, tmp_path):
+    alone = command(arguments(folder, tmp_path / "one"))["results"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    split = [str(ROOT / "engine" / "train.py"), "eval", *arguments(folder, tmp_path / "two", "--tensor", "2", "--device", "cpu")]
+    result = subprocess.run([*launcher, *split], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["results"] == alone
+    one, two = (tmp_path / name / TASK / "samples.jsonl" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_finished_problems_are_not_sampled_again(folder, tmp_path, monkeypatch):
     whole = command(arguments(folder, tmp_path / "whole"))["results"]
     original, drawn = sample_store.stream_groups, []
@@ -172,6 +203,8 @@ def test_two_ranks_give_the_samples_of_one(folder, tmp_path):
         (["--k", 0], "--k is 0, wanted at least 1"),
         (["--top-p", 0], "--top-p is 0.0: Input should be greater than 0"),
         (["--task", "gsm8k"], "--data: got 1 files for 2 tasks"),
+        (["--deadline", "update=3"], "--deadline update=3: wanted PHASE=SECONDS above 0 with a phase of rollout, reward, collective"),
+        (["--deadline", "reward=0"], "--deadline reward=0: wanted PHASE=SECONDS above 0"),
         (["--set", "template"], "--set template: wanted KEY=VALUE"),
         (["--set", "tempate=raw"], "unknown setting 'tempate': did you mean template"),
         (["--model", "/nowhere"], "--model: /nowhere is no folder"),

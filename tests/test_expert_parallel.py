@@ -152,6 +152,8 @@ def test_ranks_and_models_that_experts_cannot_be_divided_by_are_refused(monkeypa
         shard_experts_(random_decoder(FAMILIES["qwen3_moe_unnormalised_some_dense_untied"]), one_rank)
     with pytest.raises(ValueError, match="offload is true and expert is 2; shared experts stay on their device"):
         ParallelConfig(offload=True, shard=0, expert=2)
+    with pytest.raises(ValueError, match="expert is 2, tensor is 1, context is 2; wanted 1 for expert or for both others"):
+        ParallelConfig(expert=2, context=2)
     dense, sparse = ModelConfig().model_dump(), FAMILIES["qwen3_moe"].model_dump()
     with pytest.raises(ValueError, match="parallel.expert is 2, wanted 1: no model of the run has experts"):
         RecipeConfig(parallel={"expert": 2}, models={"main": dense})

@@ -23,7 +23,7 @@ from athanor.stages.training import completion_logprobs
 sys.path.append(str(Path(__file__).parent))  # tests/ is no package
 from sparse_models import FAMILIES, random_decoder  # noqa: E402
 
-PRODUCTS = sys.modules["athanor.kernels.fp8_grouped_gemm"]  # `athanor.kernels.fp8_grouped_gemm` is the function
+PRODUCTS = sys.modules["athanor.kernels.fp8_mixture"]  # `athanor.kernels.fp8_mixture` is the function
 RANKS = Ranks(threads=1)
 EOS = 1
 # Widths above, at and below a block of 128, none a multiple of it but one.

@@ -37,7 +37,7 @@ def test_json_lines_hold_every_sample_and_repeat_with_the_seed(capsys, folder):
         assert row["text"] == TOKENIZER.decode(row["token_ids"]) and len(row["logps"]) == len(row["token_ids"]) <= 12
         assert row["finish"] in ("stop", "length")
     assert "tokens of 6 samples" in err
-    again = sample(capsys, folder, "--prompt", "one plus", "--prompt", "two", "-n", "3", "--json")[1]
+    again = sample(capsys, folder, "--prompt", "one plus", "--prompt", "two", "-n", "3", "--json", "--speculate", "3")[1]  # drafts change nothing
     other = sample(capsys, folder, "--prompt", "one plus", "--prompt", "two", "-n", "3", "--json", "--seed", "1")[1]
     assert sorted(out.splitlines()) == sorted(again.splitlines()) != sorted(other.splitlines())
 
@@ -66,6 +66,8 @@ def test_a_stop_string_ends_the_sample(capsys, folder):
         (["--prompt", "one", "-n", "0"], "-n 0, wanted at least 1"),
         (["--prompt", "one", "--top-p", "0"], "--top-p: Input should be greater than 0"),
         (["--prompt", "one", "--stop", ""], "--stop: Value error, stop has an empty text"),
+        (["--prompt", "one", "--speculate", "16"], "--speculate: Input should be less than or equal to 15"),
+        (["--prompt", "one", "--speculate", "2", "--draft", "mtp"], "no layer for multi-token prediction; wanted ngram"),
         (["--prompt", "nine"], "unknown symbol 'nine'"),
         (["--prompt", "one", "--chat"], "no chat template"),
         (["--prompt", "one", "--max-tokens", "5000"], "more than max_position_embeddings = 4096"),

@@ -40,7 +40,7 @@ def test_captured_steps_draw_what_eager_steps_draw(fused, monkeypatch):
     model, sampling = make_model(torch.float32), SamplingConfig(max_tokens=60)
     captured = Generator(model, {EOS}, max_rows=32, fused_sampling=fused).generate(requests(), sampling)
 
-    monkeypatch.setattr(DecodeRows, "_graph", lambda rows, n, limit: SimpleNamespace(replay=lambda: rows._step(n, limit)))
+    monkeypatch.setattr(DecodeRows, "_graph", lambda rows, *key: SimpleNamespace(replay=lambda: rows._step(*key)))
     eager = Generator(model, {EOS}, max_rows=32, fused_sampling=fused).generate(requests(), sampling)
     assert tokens_of(captured) == tokens_of(eager)
 

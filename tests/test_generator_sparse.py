@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from athanor import kv_cache
 from athanor.batch import pack
 from athanor.config import SamplingConfig
 from athanor.generator import Generator
@@ -57,6 +58,21 @@ def test_a_layer_as_wide_as_a_small_models_keeps_the_bits_too(name):
     config = FAMILIES[name].model_copy(update={"hidden_size": 192, "moe_intermediate_size": 72, "num_experts": 16, "vocab_size": 67})
     model, asked = random_decoder(config), requests(num=6, samples=4)
     groups = Generator(model, {EOS}, max_rows=24).generate(asked, SamplingConfig(max_tokens=20))
+    assert not gaps(model, asked, groups, 10**6).any()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_a_long_prompt_is_read_by_its_samples_together_and_changes_no_bit(name, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("bit equality on CUDA needs strict mode")
+    attention, prefixes = ("mla_decode" if FAMILIES[name].latent else "paged_attention"), []
+    original = getattr(kv_cache, attention)
+    monkeypatch.setattr(kv_cache, attention, lambda *args, **options: prefixes.append(options.get("prefix_lens")) or original(*args, **options))
+    model = random_decoder(FAMILIES[name].model_copy(update={"max_position_embeddings": 300}))
+    prompt = np.random.default_rng(0).integers(2, 67, size=262)
+    asked = [Request(prompt, np.arange(3)), Request(prompt[:9], np.arange(2))]
+    groups = Generator(model, {EOS}, max_rows=8).generate(asked, SamplingConfig(max_tokens=5))
+    assert prefixes and all(shared is not None and shared.max() >= 256 for shared in prefixes)
     assert not gaps(model, asked, groups, 10**6).any()
 
 

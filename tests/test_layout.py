@@ -18,12 +18,12 @@ FLOORS = {
     1: "atomic batch config config_fields console errors hf_config hf_tensors manifest metrics model_config parallel preemption recipe_draft "
     "recipe_inputs recipe_io registry run_folder samples seeds watch_config watchdog",
     2: "advantages contamination detectors judging losses metrics_eval rewards sandbox tasks",
-    3: "checkpoint expert_parallel mla model moe optim sharding tokenizer weights",
-    4: "chat cpu_graph decode generate generative_judge generator kv_cache prefill reward_models stops stream",
+    3: "checkpoint context_parallel expert_parallel mla model moe optim sharding tensor_parallel tokenizer weights",
+    4: "chat cpu_graph decode generate generative_judge generator kv_cache prefill reward_models speculation stops stream",
     5: "rollout sample_store transcript_log",
     6: "stages",
-    7: "__main__ adapters catalogue doctor dry_run evaluation evaluation_report pipeline planner published recipes report report_charts shapes "
-    "transcripts",
+    7: "__main__ adapters catalogue doctor dry_run evaluation evaluation_report launch pipeline planner published recipes report report_charts "
+    "shapes transcripts",
     8: "train",
 }
 FLOOR_OF = {unit: floor for floor, units in FLOORS.items() for unit in units.split()}

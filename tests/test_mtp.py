@@ -162,7 +162,7 @@ def test_a_step_adds_the_loss_and_balances_the_layers_router():
 
 
 def test_a_stage_trains_the_layer_only_if_asked_and_refuses_a_model_without(tmp_path):
-    context = SimpleNamespace(name="base", ranks=RANKS, recipe=RecipeConfig(), state_dir=tmp_path / "none",
+    context = SimpleNamespace(name="base", ranks=RANKS, recipe=RecipeConfig(), state_dir=tmp_path / "none", states=None,
                               metrics=SimpleNamespace(rewind=lambda *_: None))  # fmt: skip
     for weight in (0.0, 0.3):
         model = random_decoder(WITH["deepseek_v3"])

@@ -15,7 +15,8 @@ RECIPE = Path(__file__).with_name("micro_recipe.toml")
 
 
 def train(folder, world):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "0", "--standalone"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "0", "--standalone"]
+    launcher = [sys.executable, *(torchrun if world > 1 else [])]
     # AdamW with a large eps: Muon works in bf16 and Adam divides by |g|, both of which blow up the last bits of a sum over ranks.
     changes = ["--until", "zero", "--stages.zero.steps", "2", "--stages.base.steps", "20", "--stages.base.optimizer.name", "adamw",
                "--stages.base.optimizer.eps", "1e-3", "--device", "cpu", "--run_root", str(folder)]

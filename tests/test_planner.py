@@ -105,6 +105,17 @@ def test_all_to_all_by_counting_every_message():
         assert c.all_to_all_s(sent, size) == pytest.approx(max(inside / 160e9, outside / 50e9))
 
 
+@pytest.mark.parametrize("context, keys", [(2, 8), (8, 8), (16, 16)])  # the last has more ranks than key heads, which are then copied
+def test_context_ranks_divide_a_forward_and_trade_its_heads(context, keys):
+    m, model, tokens = machine(gpu="h100", gpus_per_node=16), describe(shape("llama-3-8b")), 4096
+    layout, whole = Layout(shard=16, context=context), Layout(shard=16)
+    work = tokens, tokens**2 / 2, tokens
+    assert m.forward_s(model, *work, layout) * context == pytest.approx(m.forward_s(model, *work, whole))
+    sent = tokens / context * (32 + 2 * keys + 32) * 128 * 2  # queries, keys, values and results of its tokens, in bf16
+    assert m.exchange_s(model, tokens, layout) == pytest.approx(32 * sent * (context - 1) / context / 450e9)
+    assert m.exchange_s(model, tokens, whole) == 0
+
+
 def test_figures_can_be_overridden_and_unknown_gpus_are_named():
     c = cluster(gpu="h100", gpus_per_node=4, nodes=2, memory_gb=40, tflops=100, memory_gbs=1000, intra_gbs=10, inter_gbs=5)
     assert (c.world, c.memory, c.flops, c.memory_bandwidth, c.intra, c.inter) == (8, 40e9, 1e14, 1e12, 1e10, 5e9)
@@ -195,6 +206,8 @@ def test_a_fixed_part_of_the_layout_is_kept_and_one_that_cannot_be_is_refused():
     layout = dict(replicate=2, tensor=2, activation_checkpointing=True)
     chosen = make_plan(config, PlanConfig(cluster=where, layout=layout, workload=dict(max_tokens=4096))).training.layout
     assert chosen == Layout(shard=4, replicate=2, tensor=2, activation_checkpointing=True)
+    chosen = make_plan(config, PlanConfig(cluster=where, layout=dict(context=4), workload=dict(max_tokens=4096))).training.layout
+    assert (chosen.context, chosen.tensor, chosen.shard * chosen.replicate) == (4, 1, 16)
     with pytest.raises(UserError, match="plan.layout: .*tensor=3.* cannot be made of 16 ranks"):
         make_plan(config, PlanConfig(cluster=where, layout=dict(tensor=3), workload=dict(max_tokens=4096)))
     with pytest.raises(UserError, match="more than the model's max_position_embeddings = 8192"):
@@ -241,7 +254,8 @@ def test_a_model_folder_and_wrong_names(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # as torchrun sets them
     monkeypatch.setenv("WORLD_SIZE", "16")
     data = command([str(tmp_path), *given])
-    assert data["ranks"] == 16 and data["parallel"].keys() == {"shard", "replicate", "tensor", "expert", "activation_checkpointing"}
+    keys = {"shard", "replicate", "context", "tensor", "expert", "rollout", "activation_checkpointing"}
+    assert data["ranks"] == 16 and data["parallel"].keys() == keys
     assert capsys.readouterr().out
     monkeypatch.setenv("RANK", "3")
     assert command([str(tmp_path), *given]) == {} and not capsys.readouterr().out

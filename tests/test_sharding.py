@@ -113,17 +113,23 @@ def test_a_shard_that_does_not_divide_the_ranks_is_an_error():
 def run_recipe(folder: Path, world: int, *changes: str) -> tuple[list[dict], Path]:
     """Metrics and run folder of base model, RL with a KL term, SFT and a reward model of the micro recipe."""
     options = ["--until", "judge", "--stages.zero.steps", "3", "--stages.base.steps", "20", "--stages.base.optimizer.name", "adamw",
-               "--stages.base.optimizer.eps", "1e-3", "--device", "cpu", "--run_root", str(folder), "--verify_weights", "true", *changes]  # fmt: skip
+               "--stages.base.optimizer.eps", "1e-3", "--device", "cpu", "--run_root", str(folder), "--verify_weights", "true",
+               "--models.main.num_attention_heads", "4", "--models.main.num_key_value_heads", "2", *changes]  # fmt: skip
     launch(world, HERE.parent / "engine" / "train.py", HERE / "micro_recipe.toml", *options)
     return [json.loads(line) for line in (folder / "micro" / "metrics.jsonl").read_text().splitlines()], folder / "micro"
 
 
+TENSOR = ("--parallel.tensor", "2")
 SPLIT = ("--parallel.shard", "0", "--parallel.activation_checkpointing", "true", "--stages.zero.micro_batch_tokens", "64")
 
 
 @pytest.mark.slow
 @pytest.mark.multiproc
-@pytest.mark.parametrize("world, changes", [(2, SPLIT), (4, ("--parallel.shard", "2", *SPLIT[2:]))], ids=["fsdp", "hsdp"])
+@pytest.mark.parametrize(
+    "world, changes",
+    [(2, SPLIT), (4, ("--parallel.shard", "2", *SPLIT[2:])), (2, TENSOR), (4, (*TENSOR, *SPLIT, "--parallel.rollout", "split"))],
+    ids=["fsdp", "hsdp", "tensor", "tensor and fsdp"],
+)
 def test_a_sharded_run_draws_the_samples_of_one_process(tmp_path, world, changes):
     alone, _ = run_recipe(tmp_path / "one", 1)
     split, _ = run_recipe(tmp_path / "split", world, *changes)

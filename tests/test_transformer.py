@@ -25,6 +25,10 @@ FAMILIES = {
     ),
     "llama_multi_query_wide_heads": ModelConfig(architecture="llama", **{**SHAPE, "num_key_value_heads": 1, "head_dim": 16}),
     "qwen2_biases_untied": ModelConfig(architecture="qwen2", tie_word_embeddings=False, rope_theta=1e6, **SHAPE),
+    "qwen2_windows_in_some_layers": ModelConfig(
+        architecture="qwen2", sliding_window=9, layer_types=("full_attention", "sliding_attention", "full_attention"), **SHAPE
+    ),
+    "mistral_windows": ModelConfig(architecture="mistral", sliding_window=9, tie_word_embeddings=False, **SHAPE),
     "qwen2_biases_multi_head_tied": ModelConfig(architecture="qwen2", **{**SHAPE, "num_key_value_heads": 4}),
     "qwen3_qk_norm_tied": ModelConfig(architecture="qwen3", **SHAPE),
     "qwen3_head_dim_is_not_D_over_H": ModelConfig(architecture="qwen3", head_dim=20, tie_word_embeddings=False, rope_theta=1e6, **SHAPE),

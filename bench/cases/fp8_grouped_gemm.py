@@ -13,9 +13,11 @@ from athanor.kernels.fp8_quantize import Quantized, dequantize, fp8_quantize
 
 from .grouped_gemm import group_ends, library, on, rn
 
-# T, E, N, K: forward of the goal, its dx, an expert layer of Qwen3-30B-A3B, a decode step of 256 sequences with 8 experts each
+# T, E, N, K: forward of the goal, its dx, an expert layer of Qwen3-30B-A3B, and both matrices of its layer in a decode step of 256 sequences with 8
+# experts each, on an H200 95 + 47 us by bytes and 160 by the goal
 SIZES = {
-    "cuda": [(32768, 8, 2048, 7168), (32768, 8, 7168, 2048), (131072, 128, 1536, 2048), (2048, 128, 1536, 2048)],
+    "cuda": [(32768, 8, 2048, 7168), (32768, 8, 7168, 2048), (131072, 128, 1536, 2048), (2048, 128, 1536, 2048),
+             (2048, 128, 2048, 768)],
     "cpu": [(512, 4, 96, 256), (512, 4, 256, 96)],
 }
 WGRADS = {"cuda": [(32768, 8, 2048, 7168)], "cpu": [(512, 4, 96, 64)]}

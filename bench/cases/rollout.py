@@ -1,4 +1,4 @@
-"""rollout: sampling, one whole GRPO step, and the prefill and the update of a group, as whole workloads beside their peers.
+"""rollout: sampling, its last samples, one whole GRPO step, and the prefill and the update of a group, as whole workloads beside their peers.
 
 Goals: group_prefill, G = 16 on a prompt of 1,000 tokens, 8 x one request per sample; group_update, the same with completions of 250 tokens, 3 x
 sequences by themselves (a quarter of their tokens is left).  On a GPU, decoding near `bound_tokens_per_s`: rows x bandwidth
@@ -18,12 +18,15 @@ MODELS = {
                  intermediate_size=344, initializer_range=0.1),
     "Qwen3-0.6B": dict(architecture="qwen3", vocab_size=151936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
                        num_key_value_heads=8, head_dim=128, intermediate_size=3072, rope_theta=1e6, max_position_embeddings=40960),
+    "Qwen2.5-0.5B": dict(architecture="qwen2", vocab_size=151936, hidden_size=896, num_hidden_layers=24, num_attention_heads=14,
+                         num_key_value_heads=2, intermediate_size=4864, rope_theta=1e6, max_position_embeddings=32768),
     "Qwen2.5-7B": dict(architecture="qwen2", vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
                        num_key_value_heads=4, intermediate_size=18944, rope_theta=1e6, max_position_embeddings=32768, tie_word_embeddings=False),
 }  # fmt: skip
 SMALL = {"model": "0.8M", "prompts": 8, "G": 8, "prompt": 32, "new": 128}
 PREFILL = {"model": "0.8M", "prompts": 1, "G": 16, "prompt": 1000, "new": 1}
 UPDATE = PREFILL | {"new": 250}
+STRAGGLERS = {"model": "0.8M", "prompts": 2, "G": 1, "prompt": 32, "new": 256}
 LARGE = [{"model": name, "prompts": prompts, "G": 8, "prompt": 1024, "new": 128} for name, prompts in (("Qwen3-0.6B", 8), ("Qwen2.5-7B", 32))]
 HUGGINGFACE = {"transformers": "transformers"}
 TRL = HUGGINGFACE | {"trl": "trl==1.16.0", "datasets": "datasets", "accelerate": "accelerate"}
@@ -31,7 +34,8 @@ TRL = HUGGINGFACE | {"trl": "trl==1.16.0", "datasets": "datasets", "accelerate":
 
 def workloads(device: str) -> list[Workload]:
     if device == "cpu":
-        return [generate(device, SMALL), grpo_step(device, SMALL), group_prefill(device, PREFILL), group_update(device, UPDATE)]
+        groups = [group_prefill(device, PREFILL), group_update(device, UPDATE)]
+        return [generate(device, SMALL), stragglers(device, STRAGGLERS), grpo_step(device, SMALL), *groups]
     large = {"model": "Qwen3-0.6B"}
     groups = [group_prefill(device, PREFILL | large), group_update(device, UPDATE | large)]
     return [*(generate(device, sizes) for sizes in LARGE), grpo_step(device, SMALL), *groups]
@@ -118,6 +122,17 @@ def generate(device: str, sizes: dict) -> Workload:
         rival="eager", gate=scope(sizes, "log-probs = training forward, greedy = eager loop, shared prompt = single requests"),
         work="reads matrices and each row's keys and values once per step, a shared prompt's for each row; computes each prompt once",
         **sampling_cost(sizes),
+    )  # fmt: skip
+
+
+def stragglers(device: str, sizes: dict) -> Workload:
+    """A few rows, greedy: random weights soon go round in circles, which is the best that drafts can meet."""
+    return Workload(
+        "rollout", "stragglers", device, sizes, dtype_of(sizes),
+        {"athanor": Contender("rollout_engine:EngineStragglers", lambda: arguments(device, sizes) | {"drafts": 5}, ours=True),
+         "without drafts": Contender("rollout_engine:EngineStragglers", lambda: arguments(device, sizes) | {"drafts": 0})},
+        rival="without drafts", gate="samples = those without drafts, to the bit", work="as generate, in as many steps as there are tokens",
+        **{name: value for name, value in sampling_cost(sizes).items() if name != "bound_bytes"},
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ struct PackedAttention {
     const std::int32_t *cu_seqlens, *cu_seqlens_k;
     std::int64_t S, H, Hkv, d;
     float scale;
+    std::int64_t window;  // a token sees so many: itself and those before it
     int threads;
 };
 
@@ -38,6 +39,7 @@ struct PagedAttention {
     const std::int32_t *seq_lens, *group_offsets, *prefix_lens;  // (R,), (P + 1,), (P,)
     std::int64_t P, limit;
     float scale;
+    std::int64_t window;  // last tokens that a row sees
     int threads;
 };
 

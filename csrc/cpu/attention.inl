@@ -29,8 +29,8 @@ inline void to_panels(const float* x, std::int64_t stride, std::int64_t n, std::
 struct AttentionItem {
     std::int64_t query, key;  // where the query of position 0 would be, and the first key
     std::int64_t from, to;    // positions whose rows are wanted
-    std::int64_t head;      // key head
-    std::int64_t cost() const { return (to - from) * (from + to); }
+    std::int64_t head;        // key head
+    std::int64_t cost;        // twice the keys that its rows see
 };
 
 // Items of at most `span` positions, the most expensive first.
@@ -40,11 +40,12 @@ inline std::vector<AttentionItem> attention_items(const PackedAttention& a, std:
         const std::int64_t begin = a.cu_seqlens[s], key = a.cu_seqlens_k[s], n = a.cu_seqlens_k[s + 1] - key, before = n - (a.cu_seqlens[s + 1] - begin);
         for (std::int64_t from = before; from < n; from += span) {
             for (std::int64_t head = 0; head < a.Hkv; ++head) {
-                items.push_back({begin - before, key, from, std::min(n, from + span), head});
+                const std::int64_t to = std::min(n, from + span);
+                items.push_back({begin - before, key, from, to, head, (to - from) * std::min(from + to, 2 * a.window)});
             }
         }
     }
-    std::stable_sort(items.begin(), items.end(), [](const AttentionItem& x, const AttentionItem& y) { return x.cost() > y.cost(); });
+    std::stable_sort(items.begin(), items.end(), [](const AttentionItem& x, const AttentionItem& y) { return x.cost > y.cost; });
     return items;
 }
 
@@ -53,7 +54,7 @@ template <typename Work>
 void over_items(const std::vector<AttentionItem>& items, const PackedAttention& a, const Work& work) {
     double cost = 0;
     for (const AttentionItem& item : items) {
-        cost += static_cast<double>(item.cost() * (a.H / a.Hkv) * a.d);
+        cost += static_cast<double>(item.cost * (a.H / a.Hkv) * a.d);
     }
     constexpr double kGrain = 1 << 20;  // multiply-adds, some 10 us, for which another thread is worth waking
     const std::int64_t shares = std::min(std::min<std::int64_t>(a.threads, static_cast<std::int64_t>(items.size())), 1 + static_cast<std::int64_t>(cost / kGrain));
@@ -87,7 +88,8 @@ inline void attention_fwd(const PackedAttention& a, float* out, float* stats) {
     over_items(attention_items(a, kSpan), a, [&](const AttentionItem& item, Workspace& workspace) {
         const std::int64_t floats = whole_tiles(item.to) * kLanes * d;
         float *panels = workspace.take(floats + kBlockRows * d + attend_scratch(item.to)), *q = panels + floats;
-        to_panels(a.k + item.key * a.k_token + item.head * a.k_head, a.k_token, item.to, d, panels);
+        const std::int64_t first = first_seen(item.from, a.window) / kLanes * kLanes;
+        to_panels(a.k + (item.key + first) * a.k_token + item.head * a.k_head, a.k_token, item.to - first, d, panels + first * d);
         const PanelKeys keys{panels, d};
         const RowValues values{a.v + item.key * a.v_token + item.head * a.v_head, a.v_token};
         for (std::int64_t row = item.from * repeat; row < item.to * repeat; row += kBlockRows) {
@@ -100,7 +102,7 @@ inline void attention_fwd(const PackedAttention& a, float* out, float* stats) {
                 const auto [token, head, position] = rows[r];
                 copy_row(a.q + token * a.q_token + head * a.q_head, d, a.scale, q + r * d);
                 prefetch(a.q + (token + ahead) * a.q_token + head * a.q_head, d);
-                queries[r] = {position + 1, out + (token * a.H + head) * d};
+                queries[r] = {position + 1, out + (token * a.H + head) * d, first_seen(position, a.window)};
             }
             attend_all(q, queries, count, d, keys, values, q + kBlockRows * d, m, l);
             for (std::int64_t r = 0; r < count; ++r) {

@@ -4,10 +4,10 @@ constexpr std::int64_t kBlockKeys = 128;
 constexpr int kPairs = kRows / 2;  // vectors in a tile of two products at once
 constexpr std::int64_t kWeightsStride = kBlockKeys + kLanes;  // not a power of two: a column of p does not fall on few sets of the cache
 
-// p and ds of R rows and keys 16 tile .. 16 (tile + C) - 1, 0 where row r sees fewer than n[r] keys: q, dout (R x d each); m, 1 / l and delta of each.
+// p and ds of R rows and keys 16 tile .. 16 (tile + C) - 1, 0 but for keys first[r] .. n[r] - 1 of row r: q, dout (R x d each); m, 1 / l and delta of each.
 template <int R, int C>
 ATHANOR_INLINE void weigh(const float* q, const float* dout, std::int64_t width, std::int64_t d, const PanelKeys& keys, const PanelKeys& values,
-                          std::int64_t tile, const std::int64_t* n, const float* m, const float* share,
+                          std::int64_t tile, const std::int64_t* first, const std::int64_t* n, const float* m, const float* share,
                           const float* delta, float* p, float* ds) {
     v16 s[R][C] = {}, dp[R][C] = {};
     const float *k[C], *v[C];
@@ -31,8 +31,12 @@ ATHANOR_INLINE void weigh(const float* q, const float* dout, std::int64_t width,
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-            const std::int64_t seen = n[r] - (tile + c) * kLanes;
-            const v16 weight = exponential_below_one(s[r][c] - splat(m[r])) * splat(share[r]), slope = weight * (dp[r][c] - splat(delta[r]));
+            const std::int64_t seen = n[r] - (tile + c) * kLanes, unseen = first[r] - (tile + c) * kLanes;
+            v16 weight = exponential_below_one(s[r][c] - splat(m[r])) * splat(share[r]), slope = weight * (dp[r][c] - splat(delta[r]));
+            if (unseen > 0) {
+                weight = keep_from(weight, unseen, 0);
+                slope = keep_from(slope, unseen, 0);
+            }
             store(p + r * kWeightsStride + c * kLanes, seen < kLanes ? keep_below(weight, seen, 0) : weight);
             store(ds + r * kWeightsStride + c * kLanes, seen < kLanes ? keep_below(slope, seen, 0) : slope);
         }
@@ -116,7 +120,7 @@ inline void attention_bwd_item(const PackedAttention& a, const AttentionItem& it
         AttentionRow at[kBlockRows];
         attention_rows(item, repeat, first, count, at);
         float m[kBlockRows] = {}, share[kBlockRows] = {}, delta[kBlockRows] = {};
-        std::int64_t sees[kBlockRows] = {};  // keys; 0 for the rows that fill up the last tile
+        std::int64_t begins[kBlockRows] = {}, sees[kBlockRows] = {};  // keys; none for the rows that fill up the last tile
         for (std::int64_t r = 0; r < count; ++r) {
             const auto [token, head, position] = at[r];
             const float *grad = dout + (token * a.H + head) * d, *o = out + (token * a.H + head) * d;
@@ -130,18 +134,19 @@ inline void attention_bwd_item(const PackedAttention& a, const AttentionItem& it
             delta[r] = sum(product);
             m[r] = stats[2 * (token * a.H + head)];
             share[r] = 1 / stats[2 * (token * a.H + head) + 1];
+            begins[r] = first_seen(position, a.window);
             sees[r] = position + 1;
         }
         std::memset(dq_rows, 0, sizeof(float) * static_cast<std::size_t>(block));
         const std::int64_t seen = sees[count - 1];
-        for (std::int64_t from = 0; from < seen; from += kBlockKeys) {
+        for (std::int64_t from = begins[0] / kBlockKeys * kBlockKeys; from < seen; from += kBlockKeys) {
             const std::int64_t to = std::min(seen, from + kBlockKeys);
             for (std::int64_t r = 0; r < count; r += kRows) {
                 const std::int64_t end = std::min(to, sees[std::min(r + kRows, count) - 1]), last_tile = whole_tiles(end);
                 float *p_tile = p + r * kWeightsStride - from, *ds_tile = ds + r * kWeightsStride - from;
                 for (std::int64_t tile = from / kLanes; tile < last_tile; tile += kPairs) {
                     with_count<kPairs>(std::min<std::int64_t>(kPairs, last_tile - tile), [&](auto C) {
-                        weigh<kRows, C.value>(q + r * width, g + r * width, width, d, keys, values, tile, sees + r, m + r, share + r, delta + r,
+                        weigh<kRows, C.value>(q + r * width, g + r * width, width, d, keys, values, tile, begins + r, sees + r, m + r, share + r, delta + r,
                                               p_tile + tile * kLanes, ds_tile + tile * kLanes);
                     });
                 }

@@ -1,8 +1,8 @@
-// The attention of one token, for the packed forward and for decoding over a paged cache: same function, same bits.  For keys 0..n-1 of head size d
+// The attention of one token, for the packed forward and for decoding over a paged cache: same function, same bits.  For keys first..n-1 of head size d
 //     s_j = sum_i (scale q_i) k_ji,  m = max_j s_j,  p_j = e^(s_j - m),  l = sum_j p_j,  o = (1 / l) sum_j p_j v_j,  lse = m + log l.
-// s_j is one chain of multiply-adds over ascending i, 16 keys at a time.  p_j is 0 to the bit beyond n, l adds key j to lane j % 16 and then the lanes;
-// o is two chains, over ascending even and odd j, added at the end.  Nothing of it depends on how many queries (R) or keys (C) a register tile holds,
-// on where the keys lie, or on what follows key n-1, which is not even read as a value: it may be NaN.
+// s_j is one chain of multiply-adds over ascending i, 16 keys at a time.  p_j is 0 to the bit outside of them, l adds key j to lane j % 16 and then the
+// lanes; o is two chains, over ascending even and odd j, added at the end.  Nothing of it depends on how many queries (R) or keys (C) a register tile
+// holds, on where the keys lie, or on what is before key `first` and behind key n-1, which is not even read as a value: it may be NaN.
 
 #ifdef ATHANOR_AVX512
 constexpr int kRows = 4, kTiles = 4;  // queries, and vectors of 16 keys, to a tile of registers
@@ -11,8 +11,14 @@ constexpr int kRows = 2, kTiles = 2;  // a vector of 16 takes two registers or m
 #endif
 
 struct Query {
-    std::int64_t n;  // keys 0..n-1, n > 0
+    std::int64_t n;  // keys first..n-1, n > 0
     float* out;
+    std::int64_t first;  // of a sliding window, else 0
+};
+
+// Of some queries together: the first and the last key that any of them begins with, and where the first and the last of them end.
+struct Span {
+    std::int64_t earliest, latest, shortest, longest;
 };
 
 constexpr std::int64_t kBlockRows = 32;  // queries that are prepared at a time
@@ -63,6 +69,12 @@ ATHANOR_INLINE v16 keep_below(v16 x, std::int64_t n, float fill) {
     return lane < static_cast<std::int32_t>(n) - i16{} ? x : splat(fill);
 }
 
+// The lanes from n on.
+ATHANOR_INLINE v16 keep_from(v16 x, std::int64_t n, float fill) {
+    const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return lane < static_cast<std::int32_t>(n) - i16{} ? splat(fill) : x;
+}
+
 // e^x for x <= 0, rounding errors above it included: the polynomial of `exponential`, 2^n added to the exponent.  0 below -87.3, NaN for NaN.
 ATHANOR_INLINE v16 exponential_below_one(v16 x) {
     const v16 magic = splat(12582912.0f);
@@ -83,7 +95,7 @@ ATHANOR_INLINE v16 exponential_below_one(v16 x) {
 
 // Scores of R queries (R x d, scaled) and keys 16 tile .. 16 (tile + C) - 1, and the largest so far in each lane.
 template <int R, int C, typename Keys>
-ATHANOR_INLINE void score(const float* q, std::int64_t d, const Keys& keys, std::int64_t tile, const Query* queries, std::int64_t shortest, float* s,
+ATHANOR_INLINE void score(const float* q, std::int64_t d, const Keys& keys, std::int64_t tile, const Query* queries, const Span& span, float* s,
                           std::int64_t ld, v16* top) {
     const float* k[C];
     v16 sum[R][C] = {};
@@ -106,12 +118,13 @@ ATHANOR_INLINE void score(const float* q, std::int64_t d, const Keys& keys, std:
             }
         }
     }
-    const bool cut = (tile + C) * kLanes > shortest;
+    const bool cut = (tile + C) * kLanes > span.shortest, late = tile * kLanes < span.latest;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-            const v16 x = cut ? keep_below(sum[r][c], queries[r].n - (tile + c) * kLanes, -__builtin_inff()) : sum[r][c];
+            v16 x = cut ? keep_below(sum[r][c], queries[r].n - (tile + c) * kLanes, -__builtin_inff()) : sum[r][c];
+            x = late ? keep_from(x, queries[r].first - (tile + c) * kLanes, -__builtin_inff()) : x;
             top[r] = larger(x, top[r]);
             store(s + r * ld + (tile + c) * kLanes, x);
         }
@@ -121,13 +134,46 @@ ATHANOR_INLINE void score(const float* q, std::int64_t d, const Keys& keys, std:
 // C vectors of R outputs, from dimension `first` on: p (R x ld) times the values, over l.
 template <int R, int C, typename Values, typename Lanes>
 ATHANOR_INLINE void mix(const float* p, std::int64_t ld, const Values& values, std::int64_t first, Lanes lanes, const Query* queries,
-                        std::int64_t shortest, std::int64_t longest, const float* l) {
+                        const Span& span, const float* l) {
     v16 even[R][C] = {}, odd[R][C] = {};
-    const std::int64_t pairs = shortest & ~std::int64_t{1};
-    for (std::int64_t begin = 0; begin < longest; begin += values.run) {
+    const std::int64_t lead = (span.latest + 1) & ~std::int64_t{1}, pairs = span.shortest & ~std::int64_t{1};
+    for (std::int64_t begin = span.earliest - span.earliest % values.run; begin < span.longest; begin += values.run) {
         const float *v = values.at(begin) + first, *w = p + begin;
-        const std::int64_t common = std::min(pairs - begin, values.run), end = std::min(longest - begin, values.run);
-        std::int64_t j = 0;
+        const std::int64_t common = std::min(pairs - begin, values.run), end = std::min(span.longest - begin, values.run);
+        // Keys t .. to - 1 that not all of the queries see, query by query: 0 x NaN would be NaN.
+        const auto own = [&](std::int64_t from, std::int64_t to) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                std::int64_t t = std::max(from, queries[r].first - begin);
+                const std::int64_t stop = std::min(queries[r].n - begin, to);
+                if (t % 2 && t < stop) {
+                    const v16 y = splat(w[r * ld + t]);
+#pragma GCC unroll 4
+                    for (int c = 0; c < C; ++c) {
+                        odd[r][c] += y * lanes.load(v + t * values.stride + c * kLanes);
+                    }
+                    ++t;
+                }
+                for (; t < stop; t += 2) {
+                    const v16 x = splat(w[r * ld + t]);
+#pragma GCC unroll 4
+                    for (int c = 0; c < C; ++c) {
+                        even[r][c] += x * lanes.load(v + t * values.stride + c * kLanes);
+                    }
+                    if (t + 1 < stop) {
+                        const v16 y = splat(w[r * ld + t + 1]);
+#pragma GCC unroll 4
+                        for (int c = 0; c < C; ++c) {
+                            odd[r][c] += y * lanes.load(v + (t + 1) * values.stride + c * kLanes);
+                        }
+                    }
+                }
+            }
+        };
+        std::int64_t j = std::max<std::int64_t>(0, std::min(lead - begin, end));
+        if (j > 0) {
+            own(0, j);
+        }
         for (; j < common; j += 2) {
             v16 a[C], b[C];
 #pragma GCC unroll 4
@@ -145,25 +191,7 @@ ATHANOR_INLINE void mix(const float* p, std::int64_t ld, const Values& values, s
                 }
             }
         }
-        // Keys that not all of the queries see, query by query: 0 x NaN would be NaN.
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            const std::int64_t own = std::min(queries[r].n - begin, end);
-            for (std::int64_t t = j; t < own; t += 2) {
-                const v16 x = splat(w[r * ld + t]);
-#pragma GCC unroll 4
-                for (int c = 0; c < C; ++c) {
-                    even[r][c] += x * lanes.load(v + t * values.stride + c * kLanes);
-                }
-                if (t + 1 < own) {
-                    const v16 y = splat(w[r * ld + t + 1]);
-#pragma GCC unroll 4
-                    for (int c = 0; c < C; ++c) {
-                        odd[r][c] += y * lanes.load(v + (t + 1) * values.stride + c * kLanes);
-                    }
-                }
-            }
-        }
+        own(j, end);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -175,6 +203,9 @@ ATHANOR_INLINE void mix(const float* p, std::int64_t ld, const Values& values, s
     }
 }
 
+// The first key that the token at `position` sees.
+inline std::int64_t first_seen(std::int64_t position, std::int64_t window) { return std::max<std::int64_t>(0, position + 1 - window); }
+
 inline std::int64_t whole_tiles(std::int64_t n) { return (n + kLanes - 1) / kLanes; }
 
 // Floats that `attend` needs for scores over at most n keys.
@@ -184,29 +215,29 @@ inline std::int64_t attend_scratch(std::int64_t n) { return kRows * whole_tiles(
 template <int R, typename Keys, typename Values>
 void attend(const float* q, const Query* queries, std::int64_t d, const Keys& keys, const Values& values, float* s, float* m,
             float* l) {
-    std::int64_t shortest = queries[0].n, longest = queries[0].n;
+    Span span{queries[0].first, queries[0].first, queries[0].n, queries[0].n};
     for (int r = 1; r < R; ++r) {
-        shortest = std::min(shortest, queries[r].n);
-        longest = std::max(longest, queries[r].n);
+        span = {std::min(span.earliest, queries[r].first), std::max(span.latest, queries[r].first), std::min(span.shortest, queries[r].n),
+                std::max(span.longest, queries[r].n)};
     }
-    const std::int64_t tiles = whole_tiles(longest), ld = tiles * kLanes;
+    const std::int64_t tiles = whole_tiles(span.longest), ld = tiles * kLanes;
     v16 top[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
         top[r] = splat(-__builtin_inff());
     }
-    std::int64_t tile = 0;
+    std::int64_t tile = span.earliest / kLanes;
     for (; tile + kTiles <= tiles; tile += kTiles) {
-        score<R, kTiles>(q, d, keys, tile, queries, shortest, s, ld, top);
+        score<R, kTiles>(q, d, keys, tile, queries, span, s, ld, top);
     }
     if (tile < tiles) {
-        with_count<kTiles - 1>(tiles - tile, [&](auto C) { score<R, C.value>(q, d, keys, tile, queries, shortest, s, ld, top); });
+        with_count<kTiles - 1>(tiles - tile, [&](auto C) { score<R, C.value>(q, d, keys, tile, queries, span, s, ld, top); });
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
         m[r] = largest(top[r]);
         v16 total = {};
-        for (std::int64_t j = 0; j < queries[r].n; j += kLanes) {
+        for (std::int64_t j = queries[r].first / kLanes * kLanes; j < queries[r].n; j += kLanes) {
             const v16 p = exponential_below_one(load(s + r * ld + j) - splat(m[r]));
             total += p;
             store(s + r * ld + j, p);
@@ -214,14 +245,14 @@ void attend(const float* q, const Query* queries, std::int64_t d, const Keys& ke
         l[r] = sum(total);
     }
     if (d < kLanes) {
-        return mix<R, 1>(s, ld, values, 0, FirstLanes{d}, queries, shortest, longest, l);
+        return mix<R, 1>(s, ld, values, 0, FirstLanes{d}, queries, span, l);
     }
     std::int64_t first = 0;
     for (; first + 2 * kLanes <= d; first += 2 * kLanes) {
-        mix<R, 2>(s, ld, values, first, WholeLanes{}, queries, shortest, longest, l);
+        mix<R, 2>(s, ld, values, first, WholeLanes{}, queries, span, l);
     }
     for (; first < d; first += kLanes) {  // the last vector overlaps the one before it where d is no multiple of 16
-        mix<R, 1>(s, ld, values, std::min(first, d - kLanes), WholeLanes{}, queries, shortest, longest, l);
+        mix<R, 1>(s, ld, values, std::min(first, d - kLanes), WholeLanes{}, queries, span, l);
     }
 }
 

@@ -48,7 +48,7 @@ inline void paged_attention(const PagedAttention& a, float* out, float* lse) {
     std::int64_t longest = 0, tokens = 0;
     for (std::int64_t r = 0; r < cache.R; ++r) {
         longest = std::max<std::int64_t>(longest, a.seq_lens[r]);
-        tokens += a.seq_lens[r];
+        tokens += std::min<std::int64_t>(a.seq_lens[r], a.window);
     }
     int shift = 0;
     while (std::int64_t{1} << shift < cache.block_size) {
@@ -73,7 +73,7 @@ inline void paged_attention(const PagedAttention& a, float* out, float* lse) {
                     for (std::int64_t i = 0; i < count; ++i) {
                         const std::int64_t at = r * a.H + h + i;
                         copy_row(a.q + r * a.q_row + (h + i) * a.q_head, d, a.scale, q + i * d);
-                        queries[i] = {a.seq_lens[r], out + at * d};
+                        queries[i] = {a.seq_lens[r], out + at * d, first_seen(a.seq_lens[r] - 1, a.window)};
                     }
                     if (a.seq_lens[r] > 0) {
                         attend_all(q, queries, count, d, keys, values, memory, m, l);

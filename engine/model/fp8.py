@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from athanor.kernels import fp8_grouped_gemm
+from athanor.kernels import Places, fp8_grouped_gemm, fp8_mixture
 from athanor.kernels.fp8_quantize import Quantized, fp8_quantize_dual
 
 WGRAD_ROWS = 128  # tokens that share a scale of an FP8 weight gradient: every expert's rows are a multiple of it
@@ -50,7 +50,10 @@ class Fp8Weight:
 
 
 class Fp8Products:
-    """What takes the place of `grouped_gemm` in one layer: forward and input gradient in FP8, with `wgrad` the weight gradient too."""
+    """What takes the place of `grouped_gemm` in one layer: forward and input gradient in FP8, with `wgrad` the weight gradient too.
+
+    `routed` makes each operand of a product where the numbers come from; calling it takes one product at a time, with the same bits.
+    """
 
     def __init__(self, wgrad: bool):
         self.wgrad = wgrad
@@ -60,8 +63,14 @@ class Fp8Products:
         """What the number of every expert's rows is a multiple of."""
         return WGRAD_ROWS if self.wgrad and training else 1
 
-    def __call__(self, name: str, x: Tensor, weight: Tensor, offsets: Tensor, owner: Tensor | None) -> Tensor:
-        """owner: the parameter whose numbers the weight has, which tells when they change; None = it must be quantised in every call."""
+    def routed(self, x: Tensor, weights: Tensor, places: Places, gate_up: Tensor, down: Tensor, *, gathered: bool = False) -> Tensor:
+        """x (T, D) through the experts and back, (T, D).  gathered: the stacks do not tell when they change, and are quantised in every call."""
+        if x.is_cpu:  # fewer rows to compute; see MixtureOfExperts.routed
+            places = places._replace(source=places.source[: int(places.offsets[-1])])
+        copies = (None, None) if gathered else (self.weights["gate_up_proj"].of(gate_up), self.weights["down_proj"].of(down))
+        return fp8_mixture(x, weights, places, gate_up, down, copies=copies, wgrad="fp8" if self.wgrad and torch.is_grad_enabled() else "bf16")
+
+    def __call__(self, name: str, x: Tensor, weight: Tensor, offsets: Tensor, owner: Tensor) -> Tensor:
+        """One product.  owner: the parameter whose numbers the weight has, which tells when they change."""
         wgrad = "fp8" if self.wgrad and torch.is_grad_enabled() else "bf16"
-        copy = None if owner is None else self.weights[name].of(weight, owner)
-        return fp8_grouped_gemm(x, weight, offsets, weight=copy, wgrad=wgrad)
+        return fp8_grouped_gemm(x, weight, offsets, weight=self.weights[name].of(weight, owner), wgrad=wgrad)

@@ -10,9 +10,9 @@ from athanor.kernels import linear, rmsnorm, swiglu
 ROW_STEP = 16
 
 
-def fill_rows(x: Tensor, value: float = 0) -> Tensor:
-    """x (n, ...) with rows of `value` behind it, up to the next multiple of ROW_STEP and at least ROW_STEP."""
-    missing = -x.shape[0] % ROW_STEP if x.shape[0] else ROW_STEP
+def fill_rows(x: Tensor, value: float = 0, step: int = ROW_STEP) -> Tensor:
+    """x (n, ...) with rows of `value` behind it, up to the next multiple of `step` and at least `step`."""
+    missing = -x.shape[0] % step if x.shape[0] else step
     return torch.cat((x, x.new_full((missing, *x.shape[1:]), value))) if missing else x
 
 

@@ -11,6 +11,7 @@ Left out: a capacity with dropped tokens, router noise, the batch-wide auxiliary
 T tokens, D hidden, E experts, k of them per token.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from athanor.config import ModelConfig
-from athanor.kernels import grouped_gemm, linear, moe_permute, moe_route, moe_unpermute, swiglu
+from athanor.kernels import grouped_gemm, linear, moe_permute, moe_places, moe_route, moe_unpermute, swiglu
 from athanor.kernels.moe_route import scores_of
 from athanor.model.fp8 import Fp8Products
 from athanor.model.layers import ROW_STEP, Swiglu
@@ -31,11 +32,12 @@ class Routes:
     """
 
     def __init__(self, replay: Tensor | None = None, num_tokens: int | None = None, cu_seqlens: Tensor | None = None,
-                 weights: Tensor | None = None):  # fmt: skip
+                 weights: Tensor | None = None, begin: int = 0, across: Callable[[Tensor], Tensor] | None = None):  # fmt: skip
         self.replay = replay  # (layers, n <= T, k) int32, `recorded` of another forward; rows of -1, and those behind n, are routed as usual
         self.num_tokens = num_tokens  # the first so many count, the rest is filler; None = all
         self.cu_seqlens = cu_seqlens  # (S+1,) of sequences for which `balance` is wanted; they cover the tokens that count
         self.weights = weights  # (S,) of these sequences in `balance`; None = equal ones
+        self.begin, self.across = begin, across  # of `sequence_balance_loss`, where the forward is over a part of the sequences' tokens
         self.ids: list[Tensor] = []  # (T, k) int32 each
         self.counts: list[Tensor] = []  # (E,) int32 tokens per expert
         self.changed: list[Tensor] = []  # () int32 replayed choices that the router would not have made
@@ -43,7 +45,7 @@ class Routes:
 
     def unwritten(self) -> "Routes":
         """The same question without the answers: for a forward whose record is its own."""
-        return Routes(self.replay, self.num_tokens, self.cu_seqlens, self.weights)
+        return Routes(self.replay, self.num_tokens, self.cu_seqlens, self.weights, self.begin, self.across)
 
     @property
     def recorded(self) -> Tensor:
@@ -105,7 +107,8 @@ class Router(nn.Module):
             routes.changed.append(routing.changed)
             if routes.cu_seqlens is not None:
                 scores = scores_of(logits[:n], self.options.get("scoring", "softmax"))
-                routes.balance.append(sequence_balance_loss(scores, routing.ids[:n], routes.cu_seqlens, routes.weights))
+                part = dict(begin=routes.begin, across=routes.across)
+                routes.balance.append(sequence_balance_loss(scores, routing.ids[:n], routes.cu_seqlens, routes.weights, **part))
         return routing.ids, routing.weights
 
 
@@ -144,6 +147,9 @@ class MixtureOfExperts(nn.Module):
 
     def routed(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Every token through its experts (T, k), summed by weight: (T, D)."""
+        if self.fp8 is not None:
+            places = moe_places(ids, self.num_experts, align=self.align(x))
+            return self.fp8.routed(x, weights, places, self.gate_up_proj, self.down_proj, gathered=self.gathered)
         rows, places = moe_permute(x, ids, self.num_experts, align=self.align(x))
         if x.is_cpu:
             # Fewer rows to compute.  And reading a number on the host tells a captured step (cpu_graph) that its course depends on the data: the
@@ -167,7 +173,7 @@ class MixtureOfExperts(nn.Module):
             weight = stack if self.elsewhere is None else self.elsewhere.part(stack, x.dtype)
             if self.fp8 is None:
                 return grouped_gemm(x, weight, offsets)
-            return self.fp8(name, x, weight, offsets, None if self.gathered else stack)
+            return self.fp8(name, x, weight, offsets, stack)
 
         return product("down_proj", swiglu(product("gate_up_proj", rows)))
 
@@ -204,21 +210,26 @@ def tokens_per_expert(ids: Tensor, num_experts: int) -> Tensor:
     return counts.index_add_(0, (ids.flatten() + 1).long(), torch.ones_like(ids).flatten())[1:]
 
 
-def sequence_balance_loss(scores: Tensor, ids: Tensor, cu_seqlens: Tensor, weights: Tensor | None = None) -> Tensor:
+def sequence_balance_loss(scores: Tensor, ids: Tensor, cu_seqlens: Tensor, weights: Tensor | None = None, *, begin: int = 0,
+                          across: Callable[[Tensor], Tensor] | None = None) -> Tensor:  # fmt: skip
     """Mean over sequences of  sum over experts of f_e P_e  (DeepSeek-V3, eqs. 17-20), without the factor alpha; 1 when all are equally loaded.
 
     weights: (S,) to sum with instead of taking the mean.
 
     f_e = E / (k T_s) x the tokens of sequence s that go to e;  P_e = mean over its tokens of score_e / sum of scores.
     scores: (T, E), differentiable.  ids: (T, k) int32.  cu_seqlens: (S+1,) from 0 to T; empty sequences count for nothing.
+    begin, across: where the T tokens are only those from `begin` on, and others have the rest, `across` adds up (S, 2E) over all of them.
     """
     (T, E), k = scores.shape, ids.shape[1]
     lengths = cu_seqlens.diff().long()
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=scores.device), lengths, output_size=T)
+    sequence = torch.searchsorted(cu_seqlens[1:].long(), torch.arange(begin, begin + T, device=scores.device), right=True)
     per_token = lengths.clamp_min(1)[:, None].to(scores.dtype)
     hits = scores.new_zeros(T, E + 1).scatter_(1, (ids + 1).long(), 1.0)[:, 1:]
-    load = scores.new_zeros(len(lengths), E).index_add_(0, sequence, hits) * (E / k) / per_token
-    share = scores.new_zeros(len(lengths), E).index_add(0, sequence, scores / scores.sum(1, keepdim=True)) / per_token
+    load = scores.new_zeros(len(lengths), E).index_add_(0, sequence, hits)
+    share = scores.new_zeros(len(lengths), E).index_add(0, sequence, scores / scores.sum(1, keepdim=True))
+    if across is not None:
+        load, share = across(torch.cat((load, share), 1)).split(E, 1)
+    load, share = load * (E / k) / per_token, share / per_token
     if weights is None:
         weights = (lengths > 0) / (lengths > 0).sum().clamp_min(1)
     return (load * share).sum(1) @ weights.to(scores.dtype)

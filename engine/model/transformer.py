@@ -1,4 +1,4 @@
-"""A pre-norm decoder (Llama 3, Qwen2/2.5, Qwen3, Qwen3-MoE, DeepSeek-V3) whose one forward serves training, prefill, decode and scoring.
+"""A pre-norm decoder (Llama 3, Mistral, Qwen2/2.5, Qwen3, Qwen3-MoE, DeepSeek-V3) whose one forward serves training, prefill, decode and scoring.
 
 The forward knows nothing of batches: tokens are packed, and `attend(layer, q, k, v)` is where the callers differ - packed causal attention
 in training (`PackedAttention`), a KV cache in generation (`kv_cache`), which rotates in the launch that writes the cache.  So there is no second
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from athanor.batch import SharedKeys
 from athanor.config import ModelConfig
-from athanor.kernels import attention, rope, swiglu
+from athanor.kernels import LogProbs, attention, linear, linear_logprob, rope, swiglu
 from athanor.kernels.attention import longest_of
 from athanor.model.layers import ROW_STEP, Linear, RMSNorm, fill_rows
 from athanor.model.mla import Latent, LatentAttention, rotation_factor, yarn_frequencies
@@ -26,12 +26,12 @@ from athanor.model.moe import MixtureOfExperts, Routes
 __all__ = ["ROW_STEP", "Attend", "Decoder", "DecoderLayer", "PackedAttention", "Rotation", "fill_rows", "fill_tokens", "rope_frequencies"]
 
 
-def fill_tokens(input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fill_tokens(input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, step: int = ROW_STEP) -> tuple[Tensor, Tensor, Tensor]:
     """A packed batch with a filler sequence behind it, where one is needed for whole row steps."""
-    filled = fill_rows(input_ids)
+    filled = fill_rows(input_ids, step=step)
     if len(filled) == len(input_ids):
         return input_ids, positions, cu_seqlens
-    return filled, fill_rows(positions), torch.cat((cu_seqlens, cu_seqlens.new_full((1,), len(filled))))
+    return filled, fill_rows(positions, step=step), torch.cat((cu_seqlens, cu_seqlens.new_full((1,), len(filled))))
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,11 @@ class Rotation:
 
 
 class Attend(Protocol):
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        """Take q (T, H, d), k and v (T, K, d) of one layer, not rotated yet; return the attention output (T, H, d)."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, window: int | None = None) -> Tensor:
+        """Take q (T, H, d), k and v (T, K, d) of one layer, not rotated yet; return the attention output (T, H, d).
+
+        window: given where the layer has a sliding window, as in `attention`.
+        """
 
     def latent(self, layer: int, x: Latent) -> Tensor:
         """The same of multi-head latent attention, rotated already; return (T, H, v)."""
@@ -62,16 +65,17 @@ class PackedAttention:
         self.cu_seqlens_k = cu_seqlens if shared is None else shared.cu_seqlens
         self.max_seqlen = longest_of(self.cu_seqlens_k) if cu_seqlens.is_cuda else None  # once, and not in each layer
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        return self.attention(*rotation(q, k), v)
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, window: int | None = None) -> Tensor:
+        return self.attention(*rotation(q, k), v, window=window)
 
     def latent(self, layer: int, x: Latent) -> Tensor:
         return packed_latent(x, self.attention)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, window: int | None = None) -> Tensor:
         if self.shared is not None:
             k, v = self.shared(k), self.shared(v)
-        return attention(q, k, v, self.cu_seqlens, cu_seqlens_k=self.cu_seqlens_k, scale=scale, max_seqlen=self.max_seqlen)
+        lengths = {"cu_seqlens_k": self.cu_seqlens_k, "max_seqlen": self.max_seqlen}
+        return attention(q, k, v, self.cu_seqlens, scale=scale, window=window, **lengths)
 
 
 def packed_latent(x: Latent, attend: Callable[..., Tensor]) -> Tensor:
@@ -90,6 +94,8 @@ class DecoderLayer(nn.Module):
         D, d, F = config.hidden_size, config.width_per_head, config.intermediate_size
         qwen3 = config.architecture in ("qwen3", "qwen3_moe")
         self.index = index
+        window = config.window_of(index)
+        self.window = {} if window is None else {"window": window}
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, d
         self.input_norm = RMSNorm(D, config.rms_norm_eps)
         self.mla = LatentAttention(config, index) if config.latent else None
@@ -120,9 +126,12 @@ class DecoderLayer(nn.Module):
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         T, H, K, d = x.shape[0], self.num_heads, self.num_kv_heads, self.head_dim
         q, k, v = self.qkv_proj(x).view(T, H + 2 * K, d).split((H, K, K), dim=1)
-        norm = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps} if self.qk_norm else {}
-        attended = attend(self.index, q, k, v, Rotation(cos, sin, norm))
+        attended = attend(self.index, q, k, v, Rotation(cos, sin, self.norm_of_heads()), **self.window)
         return self.o_proj(attended.reshape(T, H * d))
+
+    def norm_of_heads(self) -> dict:
+        """What `Rotation` needs of the QK norm."""
+        return {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps} if self.qk_norm else {}
 
 
 class NextTokenLayer(nn.Module):
@@ -146,7 +155,7 @@ class NextTokenLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm; `lm_head_weight` is applied by the caller (`linear_logprob`, the sampler)."""
+    """Embedding, layers and final norm; the head is applied to the hidden states that are wanted (`logprobs`, `logits`)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -169,6 +178,11 @@ class Decoder(nn.Module):
         return self
 
     @property
+    def own_config(self) -> ModelConfig:
+        """The shape of what this process has of the layers, by which keys and values are kept."""
+        return self.config
+
+    @property
     def lm_head_weight(self) -> Tensor:
         """(V, D): the embedding itself when tied."""
         return self.embed.weight if self.config.tie_word_embeddings else self.lm_head.weight
@@ -183,6 +197,16 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x, residual = layer(x, residual, cos, sin, attend, routes)
         return self.norm(x) if residual is None else self.norm(x, residual)[0]
+
+    def logprobs(
+        self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0, support: tuple[Tensor, Tensor] | None = None, entropy: bool = True
+    ) -> LogProbs:
+        """`linear_logprob` of hidden states under the head; the entropy may be missing where it is not wanted."""
+        return linear_logprob(hidden, self.lm_head_weight, targets, temperature=temperature, support=support)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, V) fp32 of hidden states (n, D), for sampling."""
+        return linear(hidden, self.lm_head_weight, out_dtype=torch.float32)
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = positions.float()[:, None] * self.inv_freq[None]

@@ -9,7 +9,7 @@ T tokens, D hidden, H query heads, K key/value heads, d head width, F SwiGLU wid
 import json
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
+from math import ceil, gcd
 
 import torch
 
@@ -27,13 +27,17 @@ TENSOR_AXIS = {"embed": 0, "lm_head": 0, "qkv_proj": 0, "q_b_proj": 0, "kv_b_pro
 
 @dataclass(frozen=True)
 class Layout:
-    """How ranks share the work.  world = replicate x shard x tensor, tensor innermost; the experts' ranks are the innermost of shard x tensor."""
+    """How ranks share the work.  world = replicate x shard x tensor, tensor innermost; the experts' ranks are the innermost of shard x tensor.
+
+    Context parallel ranks are neighbours among replicate x shard: they share tokens, not parameters.
+    """
 
     shard: int = 1
     replicate: int = 1
     tensor: int = 1
     expert: int = 1
     activation_checkpointing: bool = False
+    context: int = 1
 
     @property
     def expert_shard(self) -> int:
@@ -162,9 +166,10 @@ class Kept:
 
 def activations(config: ModelConfig, tokens: int, layout: Layout, compute_bytes: int, *, sequence_parallel: bool = True, imbalance: float = 1.0,
                 on_cpu: bool = False) -> Kept:  # fmt: skip
-    """What a forward over `tokens` packed tokens (all of them trained) keeps on one rank."""
+    """What a forward over `tokens` packed tokens (all of them trained), which context parallel ranks share, keeps on one rank."""
     D, t = config.hidden_size, layout.tensor
     split = t if sequence_parallel else 1
+    tokens = ceil(tokens / layout.context)
     tokens = ceil(tokens / ROW_STEP) * ROW_STEP if on_cpu else tokens
     kinds = [config.is_sparse(i) for i in range(config.num_hidden_layers)]
     full = {kind: layer_bytes(config, kinds.index(kind), tokens, layout, compute_bytes, split, imbalance, on_cpu) for kind in set(kinds)}
@@ -180,15 +185,32 @@ def layer_bytes(config: ModelConfig, index: int, T: int, layout: Layout, size: i
     """What one layer keeps; split: ranks that share the residual stream."""
     D = config.hidden_size
     norms = 2 * (D / split + D) * size + 2 * FP32  # the stream before each norm, and what comes out of it
-    return T * (norms + _attention_bytes(config, layout.tensor, size, on_cpu)) + _mlp_bytes(config, index, T, layout, size, imbalance, on_cpu)
+    return T * (norms + _attention_bytes(config, layout, size, on_cpu)) + _mlp_bytes(config, index, T, layout, size, imbalance, on_cpu)
 
 
-def _attention_bytes(config: ModelConfig, t: int, size: int, on_cpu: bool) -> float:
+def _attention_bytes(config: ModelConfig, layout: Layout, size: int, on_cpu: bool) -> float:
     """Per token, without the normed input: what the projections made, what is attended with, what comes out."""
-    H, d = config.num_attention_heads / t, config.width_per_head
+    H, d = config.num_attention_heads / layout.tensor, config.width_per_head
     if not config.latent:
-        K = config.num_key_value_heads / t
-        return ((H + 2 * K) * d + (H + K) * d + H * d) * size + (2 if on_cpu else 1) * H * FP32
+        K, statistics = config.num_key_value_heads / layout.tensor, (2 if on_cpu else 1) * H * FP32
+        if layout.context == 1:
+            return ((H + 2 * K) * d + (H + K) * d + H * d) * size + statistics
+        projected = (H + 2 * K) * d if config.architecture.startswith("qwen3") else 0  # for the backward of the norms of heads
+        return (projected + traded_width(config, layout) + H * d) * size + statistics
+    extra = (layout.context * config.cache_width + H * config.v_head_dim) * size if layout.context > 1 else 0  # the latents of all, what came back
+    return extra + _latent_bytes(config, H, d, size, on_cpu)
+
+
+def traded_width(config: ModelConfig, layout: Layout) -> int:
+    """Numbers per token that context parallel ranks trade around attention: queries, keys with values, results."""
+    H, d = config.num_attention_heads, config.width_per_head
+    if config.latent:
+        return H * d + layout.context * config.cache_width + H * config.v_head_dim
+    keys = config.num_key_value_heads * layout.context // gcd(config.num_key_value_heads, layout.context)
+    return (2 * H + 2 * keys) * d
+
+
+def _latent_bytes(config: ModelConfig, H: float, d: int, size: int, on_cpu: bool) -> float:
     r, R, v, q_rank = config.kv_lora_rank, config.qk_rope_head_dim, config.v_head_dim, config.q_lora_rank
     down = (q_rank or H * d) + r + R + q_rank + r + (2 if q_rank else 1) * FP32 / size  # both latents, normed again, with the norms' statistics
     if on_cpu and size == FP32:  # absorbed: queries and results as wide as the latent

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from athanor.model_config import ModelConfig
 from athanor.planner.cluster import Cluster
-from athanor.planner.memory import Layout, weights_of
+from athanor.planner.memory import Layout, traded_width, weights_of
 from athanor.planner.settings import Assumptions
 
 POINTS = 64  # of the integral over decode steps
@@ -105,7 +105,7 @@ class Machine:
         return self.assume.collective_latency_us * 1e-6
 
     def forward_s(self, model: Model, tokens: float, pairs: float, trained: float, layout: Layout, moved_bytes: float = 0.0) -> float:
-        """One forward of `tokens` tokens on the ranks of one tensor parallel group.
+        """One forward of `tokens` tokens on the ranks of one tensor parallel or context parallel group.
 
         pairs: token and token of its context.  trained: tokens that go through the head.  moved_bytes: what is read and written between the products.
         """
@@ -113,12 +113,15 @@ class Machine:
         full = a.expert_imbalance if layout.expert > 1 else 1.0
         products = 2 * (model.dense * tokens + model.head * trained) / a.matmul_efficiency
         products += 2 * model.active_experts * tokens * full / a.expert_efficiency
-        return (products + model.attention * pairs / a.attention_efficiency) / peak / layout.tensor + moved_bytes / self.bandwidth
+        return (products + model.attention * pairs / a.attention_efficiency) / peak / (layout.tensor * layout.context) + moved_bytes / self.bandwidth
 
     def exchange_s(self, model: Model, tokens: float, layout: Layout) -> float:
-        """What tokens travel in one forward: to the experts and back, and between the ranks of a tensor parallel group."""
+        """What tokens travel in one forward: to the experts and back, and between the ranks of a tensor or context parallel group."""
         c, a, D = self.cluster, self.assume, model.config.hidden_size
-        seconds = 0.0
+        seconds, tokens = 0.0, tokens / layout.context
+        if layout.context > 1:  # around attention, there and back
+            once = c.all_to_all_s(tokens * traded_width(model.config, layout) * self.compute_bytes, layout.context) / a.network_efficiency
+            seconds += model.config.num_hidden_layers * (once + 2 * self.latency)
         if layout.tensor > 1:  # gather and scatter around attention and around the MLP
             once = c.gather_s(tokens * D * self.compute_bytes, layout.tensor) / a.network_efficiency + self.latency
             seconds += 4 * model.config.num_hidden_layers * once

@@ -5,7 +5,7 @@ from athanor.planner.memory import num_active, num_parameters
 from athanor.planner.search import Plan
 
 GB = 1e9
-UNBUILT = "tensor and expert parallelism are planned here and not built into this engine yet"
+UNBUILT = "expert parallelism, and tensor parallelism of latent attention and experts, are planned here and not settings of this engine yet"
 
 
 def as_data(plan: Plan, name: str) -> dict:
@@ -18,8 +18,8 @@ def as_data(plan: Plan, name: str) -> dict:
         "ranks": plan.cluster.world,
         "fits": plan.fits,
         "parallel": {
-            "shard": layout.shard, "replicate": layout.replicate, "tensor": layout.tensor, "expert": layout.expert,
-            "activation_checkpointing": layout.activation_checkpointing,
+            "shard": layout.shard, "replicate": layout.replicate, "context": layout.context, "tensor": layout.tensor, "expert": layout.expert,
+            "rollout": "split" if sampler and sampler.layout.tensor > 1 else "whole", "activation_checkpointing": layout.activation_checkpointing,
         },
         "micro_batch_tokens": plan.training.micro_batch_tokens,
         "micro_batches": plan.training.micro_batches,
@@ -50,13 +50,14 @@ def as_text(plan: Plan, name: str) -> str:
         f"{c.nodes} x {c.gpus_per_node} {c.gpu}: {c.flops / 1e12:.4g} TFLOP/s, {c.memory / GB:.3g} GB at {c.memory_bandwidth / GB:.4g} GB/s, "
         f"{c.intra / GB:.3g} GB/s in a node, {c.inter / GB:.3g} GB/s between  ({c.source})",
         "",
-        f"[parallel]  shard = {layout.shard}  replicate = {layout.replicate}  tensor = {layout.tensor}  expert = {layout.expert}  "
-        f"activation_checkpointing = {str(layout.activation_checkpointing).lower()}",
+        f"[parallel]  shard = {layout.shard}  replicate = {layout.replicate}  context = {layout.context}  tensor = {layout.tensor}  "
+        f"expert = {layout.expert}  activation_checkpointing = {str(layout.activation_checkpointing).lower()}",
         f"update      {plan.training.micro_batches} micro-batch{'es' if plan.training.micro_batches > 1 else ''} of up to "
-        f"{plan.training.micro_batch_tokens} tokens per rank",
+        f"{plan.training.micro_batch_tokens} tokens per {f'{layout.context} ranks' if layout.context > 1 else 'rank'}",
     ]
     tables = [("training", plan.training.memory)]
-    planned = [("tensor", layout.tensor), ("expert", layout.expert)]
+    dense = not (plan.config.latent or plan.config.num_experts)
+    planned = [("tensor", 1 if dense else layout.tensor), ("expert", layout.expert)]
     if sampler:
         lines.append(
             f"rollout     tensor = {sampler.layout.tensor}  expert = {sampler.layout.expert}; in flight {sampler.rows} samples and pages for "
@@ -64,7 +65,8 @@ def as_text(plan: Plan, name: str) -> str:
             f"{sampler.rows * (c.world // sampler.layout.tensor)} samples in all"
         )
         tables.append(("rollout", sampler.memory))
-        planned += [("rollout_tensor", sampler.layout.tensor), ("rollout_expert", sampler.layout.expert)]
+        built = dense and sampler.layout.tensor in (1, layout.tensor)
+        planned += [("rollout_tensor", 1 if built else sampler.layout.tensor), ("rollout_expert", sampler.layout.expert)]
     if any(size > 1 for _, size in planned):
         flags = " ".join(f"--plan.layout.{key} 1" for key, _ in planned)
         lines.append(f"note        {UNBUILT}; without them: {flags}")

@@ -1,13 +1,15 @@
 """The layout that fits a cluster and has the least predicted time of a step.
 
-Every division of the ranks is looked at: replicas x shards x tensor parallel ranks, experts over a part of them, activation checkpointing, length of
-a micro-batch; and for the sampler, which holds whole weights in the compute type, tensor and expert parallel ranks of its own.  A phase's memory is
-given to the next one: gradients, optimizer state and shards stay, activations and the sampler's weights and KV do not meet.
+Every division of the ranks is looked at: replicas x shards x tensor parallel ranks, or context parallel ranks among replicas x shards, experts over
+a part of them, activation checkpointing, length of a micro-batch; and for the sampler, which holds whole weights in the compute type, tensor and
+expert parallel ranks of its own.  A phase's memory is given to the next one: gradients, optimizer state and shards stay, activations and the
+sampler's weights and KV do not meet.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from math import ceil, gcd, inf
 
 from athanor.errors import UserError
@@ -108,6 +110,9 @@ class _Planner:
         self.lengths = Lengths(w.mean_tokens, w.max_tokens)
         self.samples = w.group_size * (w.prompts_per_step or 1)
         self.on_cpu = cluster.gpu == "cpu"
+        self.dense = not (config.latent or config.num_experts)
+        given = settings.assume.sequence_parallel
+        self.sequence_parallel = not self.dense if given is None else given
         self.budget = cluster.memory * settings.assume.usable_memory
         self.longest = ceil(w.prompt_tokens) + w.max_tokens - 1
         self.owned, self.decode = cache(self._owned), cache(self._decode)  # of few values each, in thousands of layouts
@@ -123,12 +128,13 @@ class _Planner:
         for tensor in _tensor_sizes(config, self.cluster):
             for replicate in _divisors(world // tensor):
                 shard = world // tensor // replicate
-                for expert in _divisors(gcd(config.num_experts, shard * tensor)) if config.num_experts else [1]:
-                    wanted = (fixed.shard, fixed.replicate, fixed.tensor, fixed.expert)
-                    if any(given not in (0, have) for given, have in zip(wanted, (shard, replicate, tensor, expert), strict=True)):
+                experts = _divisors(gcd(config.num_experts, shard * tensor)) if config.num_experts else [1]
+                for expert, context in product(experts, _context_sizes(config, self.cluster, tensor)):
+                    wanted = (fixed.shard, fixed.replicate, fixed.tensor, fixed.expert, fixed.context)
+                    if any(given not in (0, have) for given, have in zip(wanted, (shard, replicate, tensor, expert, context), strict=True)):
                         continue
                     for again in (False, True) if fixed.activation_checkpointing is None else (fixed.activation_checkpointing,):
-                        layout = Layout(shard, replicate, tensor, expert, again)
+                        layout = Layout(shard, replicate, tensor, expert, again, context)
                         for size in dict.fromkeys(max(n, self.longest) for n in sizes):
                             yield self.training(layout, size)
 
@@ -140,7 +146,7 @@ class _Planner:
 
     def training(self, layout: Layout, micro_batch_tokens: int) -> Training:
         w, a = self.workload, self.assume
-        groups = layout.shard * layout.replicate
+        groups = layout.shard * layout.replicate // layout.context
         mean = self.samples / w.updates_per_rollout / groups  # sequences of a group and update
         longest = self.longest_drawn
         count = ceil(max(mean * self.tokens, w.prompt_tokens + longest) / (micro_batch_tokens * a.packing) - 1e-9)
@@ -149,11 +155,12 @@ class _Planner:
                         self._training_phases(layout, count, mean, longest))  # fmt: skip
 
     def _training_memory(self, layout: Layout, tokens: int) -> dict[str, float]:
-        local, moments, gathered = self.owned(replace(layout, activation_checkpointing=False))
+        local, moments, gathered = self.owned(replace(layout, activation_checkpointing=False, context=1))
         a, size = self.assume, self.compute_bytes
-        kept = memory.activations(self.config, tokens, layout, size, sequence_parallel=a.sequence_parallel, imbalance=a.expert_imbalance,
+        kept = memory.activations(self.config, tokens, layout, size, sequence_parallel=self.sequence_parallel, imbalance=a.expert_imbalance,
                                   on_cpu=self.on_cpu)  # fmt: skip
         rows = tokens if self.workload.prompts_per_step == 0 else ceil(tokens * self.lengths.mean / self.tokens)
+        rows = ceil(rows / layout.context)
         vocab = ceil(self.config.vocab_size / layout.tensor)
         held, call = memory.linear_logprob_bytes(rows, vocab, self.config.hidden_size, size, on_cpu=self.on_cpu)
         # The gradient of the head: in a buffer of its own while it is made, until that of the embedding is there too where they are one.
@@ -172,8 +179,8 @@ class _Planner:
     def _training_phases(self, layout: Layout, count: int, mean: float, longest: float) -> dict[str, float]:
         m, w, model, size = self.machine, self.workload, self.model, self.compute_bytes
         plain = replace(layout, activation_checkpointing=False)
-        local, *_ = self.owned(plain)
-        per_token = memory.activations(self.config, 1024, plain, size, sequence_parallel=self.assume.sequence_parallel).layers / 1024
+        local, *_ = self.owned(replace(plain, context=1))
+        per_token = memory.activations(self.config, 1024, plain, size, sequence_parallel=self.sequence_parallel).layers / 1024
         # A step is over when the rank with the most is: the mean, or the one that has the longest sequence.
         n = w.prompt_tokens + longest
         loads = [(mean * self.tokens, mean * self.pairs), (n, n * n / 2)]
@@ -201,7 +208,8 @@ class _Planner:
         if not self.workload.prompts_per_step:
             return None
         options = []
-        for tensor in _tensor_sizes(self.config, self.cluster):
+        sizes = {1, training.layout.tensor} if self.dense and not self.fixed.rollout_tensor else _tensor_sizes(self.config, self.cluster)
+        for tensor in sorted(sizes):  # a dense model is sampled whole or as it is trained
             for expert in _divisors(gcd(self.config.num_experts, self.cluster.world)) if self.config.num_experts else [1]:
                 given = (self.fixed.rollout_tensor, self.fixed.rollout_expert)
                 if given[0] in (0, tensor) and given[1] in (0, expert) and (expert % tensor == 0 or not self.config.num_experts):
@@ -257,6 +265,11 @@ def _overlapped(compute: float, collectives: float, hidden: float) -> float:
 
 def _divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
+
+
+def _context_sizes(config: ModelConfig, cluster: Cluster, tensor: int) -> list[int]:
+    """Inside a node, of heads that go whole; not with tensor parallelism, which splits the heads too."""
+    return [1] if tensor > 1 else _divisors(gcd(config.num_attention_heads, cluster.gpus_per_node))
 
 
 def _tensor_sizes(config: ModelConfig, cluster: Cluster) -> list[int]:

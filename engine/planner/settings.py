@@ -73,8 +73,9 @@ class Assumptions(Config):
     """Load of the fullest expert rank over the mean."""
     expert_sends: int = Field(0, ge=0)
     """Copies of a token that cross the network to its experts; 0 = one for each of them (DeepSeek-V3's dispatch: one for each of at most 4 nodes)."""
-    sequence_parallel: bool = True
-    """Tensor parallel ranks split the residual stream between them along the tokens (arXiv 2205.05198)."""
+    sequence_parallel: bool | None = None
+    """Tensor parallel ranks split the residual stream between them along the tokens (arXiv 2205.05198); null = not for dense models, whose tensor
+    parallelism is this engine's, which does not."""
     packing: float = Field(0.95, gt=0, le=1)
     """How full micro-batches are."""
     usable_memory: float = Field(0.9, gt=0, le=1)
@@ -96,6 +97,8 @@ class LayoutConfig(Config):
     """Tensor parallel ranks."""
     expert: int = Field(0, ge=0)
     """Expert parallel ranks, out of those of shard x tensor."""
+    context: int = Field(0, ge=0)
+    """Context parallel ranks, out of those of shard x replicate."""
     activation_checkpointing: bool | None = None
     """Keep only the layers' inputs for the backward."""
     rollout_tensor: int = Field(0, ge=0)

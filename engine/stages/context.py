@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from athanor import watchdog
-from athanor.checkpoint import export_model
+from athanor.checkpoint import StateWriter, export_model
 from athanor.config import RecipeConfig, StageConfig
 from athanor.console import Console
 from athanor.errors import UserError
@@ -13,7 +13,7 @@ from athanor.metrics import MetricsWriter
 from athanor.model.moe import use_fp8_
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
-from athanor.sharding import will_split
+from athanor.sharding import for_sampling, will_split
 from athanor.tokenizer import Tokenizer
 from athanor.weights import load_model
 
@@ -33,10 +33,17 @@ class StageContext:
     console: Console
     on_save: object = None
     """Called with no arguments after each resumable state."""
+    states: StateWriter | None = None
+    """Writes them; None = one after the other, while the stage waits."""
 
     @property
     def checkpoint_dir(self) -> Path:
         return checkpoint_dir(self.run_dir, self.name)
+
+    @property
+    def best_dir(self) -> Path:
+        """The best model by the stage's validation, and best.json, which says of which step it is."""
+        return self.checkpoint_dir.with_name(f"{self.name}.best")
 
     @property
     def state_dir(self) -> Path:
@@ -60,10 +67,12 @@ class StageContext:
         return folder
 
     def load(self, reference: str, *, parallel: bool = False) -> Decoder:
-        """The policy of a checkpoint on this rank's device, with the run's products of experts.  parallel: on the CPU where it is to be split, for
-        `parallelize_`."""
-        device = "cpu" if parallel and will_split(self.recipe.parallel, self.ranks) else str(self.ranks.device)
-        return use_fp8_(load_model(self.source_dir(reference), dtype=self.dtype, device=device), self.recipe.fp8)
+        """The policy of a checkpoint for sampling, with the run's products of experts.  parallel: for `parallelize_` instead, on the CPU where it is
+        to be split."""
+        splits = will_split(self.recipe.parallel, self.ranks) if parallel else self.recipe.parallel.rollout == "split"
+        device = "cpu" if splits else str(self.ranks.device)
+        model = use_fp8_(load_model(self.source_dir(reference), dtype=self.dtype, device=device), self.recipe.fp8)
+        return model if parallel else for_sampling(model, self.recipe.parallel, self.ranks)
 
     @property
     def dtype(self):

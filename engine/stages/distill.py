@@ -9,5 +9,4 @@ def run(context: StageContext, config: DistillConfig) -> dict:
     """Fine-tune the student on the teacher's samples and export."""
     examples = [example for name in config.data for example in sft.read_examples(data_source(context.run_dir, context.recipe.stages, name))]
     student = context.load(config.init, parallel=True)
-    loss = sft.fit(context, config, student, examples)
-    return {"metrics": {"examples": len(examples), "final_loss": loss}, "outputs": {"checkpoint": context.export(student)}}
+    return sft.fit(context, config, student, examples)

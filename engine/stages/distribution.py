@@ -33,8 +33,8 @@ def shares(
 ) -> list[Share]:
     """This rank's share of each of `num_updates` steps over the groups of all ranks, in the order of their prompts.
 
-    advantages: (S,) of this rank's samples.  all_live: samples without an advantage have a gradient, too.  shared_prompts: those of a group that
-    come to the same rank compute their prompt once.
+    Context or tensor parallel ranks have the same.  advantages: (S,) of this rank's samples.  all_live: those without one have a gradient, too.
+    shared_prompts: those of a group that come to the same rank compute their prompt once.
     """
     mine = []  # (group, member, prompt tokens, completion tokens, live)
     for i, (sample, advantage) in enumerate(zip(sum(groups, []), advantages.tolist(), strict=True)):
@@ -47,15 +47,18 @@ def shares(
     updates = [[i for i, row in enumerate(everyone) if begin <= order[row[0]] < end] for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
     outgoing: list[list] = [[] for _ in range(ranks.world)]
     flat = sum(groups, [])
+    peers = ranks.world // ranks.data.world  # ranks in a row that train on the same samples
+    num_parts = ranks.world // peers
     for update, rows in enumerate(updates):
         live = sorted((i for i in rows if everyone[i][4]), key=lambda i: everyone[i][:2])
-        pieces = _pieces(live, [row[0] for row in everyone], ranks.world) if shared_prompts else [[i] for i in live]
+        pieces = _pieces(live, [row[0] for row in everyone], num_parts) if shared_prompts else [[i] for i in live]
         work = [_work([everyone[i][2:4] for i in piece], hidden_size) for piece in pieces]
-        for rank, share in enumerate(spread(work, ranks.world)):
+        for part, share in enumerate(spread(work, num_parts)):
             for i in (i for j in share for i in pieces[j]):
                 if first <= i < first + len(mine):
                     sample = replace(flat[i - first], problem=None, text="")
-                    outgoing[rank].append((update, *everyone[i][:2], sample, float(advantages[i - first])))
+                    for rank in range(part * peers, (part + 1) * peers):
+                        outgoing[rank].append((update, *everyone[i][:2], sample, float(advantages[i - first])))
     received = sorted(sum(ranks.exchange(outgoing), []), key=lambda row: row[:3])
     found = []
     for update, rows in enumerate(updates):

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from athanor.config import EvaluationConfig, SamplingConfig
+from athanor import watchdog
+from athanor.config import EvaluationConfig, SamplingConfig, SpeculationConfig
 from athanor.judging import score_groups, vote_groups
 from athanor.metrics_eval import REFLECTIVE_WORDS, evaluate_samples
 from athanor.model.transformer import Decoder
@@ -35,6 +36,7 @@ def evaluate(
     rewards: dict[str, Preference] | None = None,
     reflection_words: list[str] | None = None,
     max_rows: int = 512,
+    speculation: SpeculationConfig = SpeculationConfig(),
     num_transcripts: int = 6,
 ) -> Evaluation:
     """Sample `num_problems` x `samples_per_problem` twice on the split; every model sees the same problems and sample seeds.
@@ -53,7 +55,7 @@ def evaluate(
         return scores, evaluate_samples(groups, scores, vote_groups(groups, scores), words=words)
 
     n, k = config.num_problems, config.samples_per_problem
-    generator = rollout_generator(model, tokenizer, max_rows, max(k, 4))
+    generator = rollout_generator(model, tokenizer, max_rows, max(k, 4), speculation)
     usual = groups(config.task, n, k, config.sampling, "usual")
     scores, metrics = judged(usual)
     _, plain = judged(groups(config.task, n, k, SamplingConfig(max_tokens=config.sampling.max_tokens), "t1"))
@@ -67,7 +69,8 @@ def evaluate(
             continue
         answers = groups(task, max(n // 2, 1), 4, config.sampling, label)
         flat = [sample for group in answers for sample in group]
-        metrics[score] = float(np.mean(rewards[reward](flat)))
+        with watchdog.phase("reward"):
+            metrics[score] = float(np.mean(rewards[reward](flat)))
         metrics[f"{prefix}_format_rate"] = float(np.mean(make_reward("format")(flat, [s.problem for s in flat])))
         for name, measure in ((f"{prefix}_utility", "utility"), ("unsafe_rate", "unsafe")):  # what the task's own annotators know
             if hasattr(tasks[task], measure):

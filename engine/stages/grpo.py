@@ -63,20 +63,23 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
     stream = ProblemStream(context.tasks, config.prompts, per_step, config.steps * attempts, context.recipe.seed, context.name)
     gap = loop.extra.setdefault("logp_gap_max", 0.0)
     # On a CPU the trainer's bits are those of `sample` on logits.
-    fused = context.ranks.device.type == "cuda" and not config.sampling.truncated
-    weights = FullWeights(model)
-    options = {"fused_sampling": fused, "record_routes": config.routing_replay == "rollout"}
+    parts = context.recipe.parallel.rollout == "split"
+    fused = context.ranks.device.type == "cuda" and not config.sampling.truncated and not parts
+    weights = FullWeights(model, parts=parts)
+    loop.validate_on(weights)
+    options = {"fused_sampling": fused, "record_routes": config.routing_replay == "rollout", "speculation": context.recipe.speculation}
     generator = rollout_generator(weights.model, context.tokenizer, context.recipe.max_rows, config.group_size, **options)
     trained = weights_hash(model) if context.recipe.verify_weights else None
     for step, metrics in loop.steps(config.steps, SHOWN):
         start = time.perf_counter()
         if trained is not None and weights_hash(generator.model) != trained:
             raise UserError(f"stage {context.name}, step {step + 1}: the sampler's weights are not those of the last optimizer step")
-        before = dict(generator.timings)
+        before, drafted_before = dict(generator.timings), dict(generator.drafting)
         groups, scores, refills = _rollout(context, config, rewards, generator, stream, step, attempts)
         rollout_s = time.perf_counter() - start
         metrics |= _reward_figures(context, rewards, scores, loop)
         metrics |= {f"rollout_{name}": generator.timings[name] - before[name] for name in before}
+        metrics |= _drafting(context, {name: generator.drafting[name] - drafted_before[name] for name in drafted_before})
         advantages = _advantages(context, config, preset, groups, scores, step)
         metrics |= _describe(context, groups, scores, advantages) | {"refills": refills}
         start = time.perf_counter()
@@ -102,7 +105,7 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
             context.export(reference, context.state_dir / loop.extra["reference"])
     measured = {"logp_gap_max": gap, "rl_steps": loop.next_step, "loss_formula": objective}
     measured |= {name: loop.extra[name] for name in ("reward_failures",) if name in loop.extra}
-    return {"metrics": measured, "outputs": {"checkpoint": context.export(model)}}
+    return {"metrics": measured, "outputs": loop.export()}
 
 
 def check(name: str, config: GRPOConfig) -> None:
@@ -224,6 +227,15 @@ def _reward_figures(context: StageContext, rewards: RewardService, scores: Rewar
     if first:
         context.console.warn(f"{context.name}: {failed} samples without a verdict ({figures['reward_timeouts']} timeouts), the first: {first}")
     return figures
+
+
+def _drafting(context: StageContext, counts: dict[str, int]) -> dict[str, float]:
+    """How drafts did over all ranks; {} where there were none."""
+    forwards, tokens = (context.ranks.sum_int(counts[name]) for name in ("forwards", "tokens"))
+    if not forwards:
+        return {}
+    per_forward = tokens / forwards
+    return {"drafted_tokens_per_forward": per_forward, "draft_acceptance": (per_forward - 1) / context.recipe.speculation.tokens}
 
 
 def _describe(context: StageContext, groups: list[list[Sample]], scores: RewardScores, advantages: Tensor) -> dict:

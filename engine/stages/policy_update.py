@@ -17,6 +17,7 @@ from torch import Tensor
 from athanor import watchdog
 from athanor.batch import PackedBatch
 from athanor.config import GRPOConfig
+from athanor.context_parallel import part_of
 from athanor.errors import UserError
 from athanor.kernels import LogProbs, LossVariant, is_strict, policy_loss
 from athanor.model.moe import Routes, routers
@@ -46,11 +47,11 @@ def update_policy(
 
     groups, advantages: this rank's; (S,) fp32, one per sample in their order.  Raises UserError when the gap is above max_logp_gap.
     """
-    ranks = context.ranks
+    ranks = context.ranks.data
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=ranks.device)
     norms, ratio_max = [], torch.zeros((), dtype=torch.float64, device=ranks.device)
-    spread = shares(groups, advantages, config.updates_per_rollout, ranks, hidden_size=loop.model.config.hidden_size, all_live=reference is not None,
-                    shared_prompts=shares_prompts(loop.model))  # fmt: skip
+    options = {"hidden_size": loop.model.config.hidden_size, "all_live": reference is not None, "shared_prompts": shares_prompts(loop.model)}
+    spread = shares(groups, advantages, config.updates_per_rollout, context.ranks, **options)
     with watchdog.phase("update", "scores before the first"):
         parts = [_Part(context, config, variant, loop.model, reference, share, moved=i > 0) for i, share in enumerate(spread)]
     balanced: dict = {}  # of the last update, which is the farthest from the sampler
@@ -67,7 +68,8 @@ def update_policy(
     ranks.sum_(sums, gap_sums)
     ranks.max_(gap)
     ranks.max_(ratio_max)
-    exact = ranks.device.type == "cpu" or is_strict()
+    # Of a split layer's products each rank has a part, summed in another order than the sampler's.
+    exact = (ranks.device.type == "cpu" or is_strict()) and context.ranks.tensor.world == 1
     limit = config.max_logp_gap or (EXACT_LIMIT if exact else None)
     # NaN must not pass, except with an update that was skipped for it
     if limit is not None and not float(gap) <= limit and np.isfinite(norms[0]):
@@ -116,7 +118,7 @@ class _Part:
         """moved: an update of the same rollout goes before this one."""
         self.variant, self.model, self.reference, self.temperature = variant, model, reference, config.sampling.temperature
         self.num_tokens, self.num_sequences = share.num_tokens, share.num_sequences
-        self.balance = RouterBalance(model, config, context.ranks)
+        self.balance = RouterBalance(model, config, context.ranks.data)
         self.samples, self.advantages = share.samples, share.advantages.to(context.ranks.device)
         prompts, completions = [s.prompt_ids for s in self.samples], [s.token_ids for s in self.samples]
         self.batches = packed_batches(model, context.ranks, prompts, completions, config.micro_batch_tokens, share_prompts=shares_prompts(model))
@@ -152,9 +154,10 @@ class _Part:
         return tuple(tensors) if name == "support" else tensors[0]
 
     def _sampled_routes(self, batch: PackedBatch) -> Tensor:
-        """(L, T, k) int32, the experts that the sampler chose for the inputs of the batch: all of a sequence but its last token."""
+        """(L, T, k) int32, the experts that the sampler chose for this rank's inputs of the batch: all of a sequence but its last token."""
         parts = [part for i in batch.sequences for prompt, own in [self.samples[i].routes] for part in (prompt, own[1:])]
-        return torch.from_numpy(np.concatenate(parts)).to(batch.input_ids.device, torch.int32).transpose(0, 1).contiguous()
+        routes = part_of(self.model, len(batch.input_ids)).rows(np.concatenate(parts))
+        return torch.from_numpy(routes).to(batch.input_ids.device, torch.int32).transpose(0, 1).contiguous()
 
     def replay(self) -> dict:
         """What the loss is computed from, besides the weights; `batches[i].sequences` index the samples' columns."""

@@ -26,13 +26,15 @@ def run(context: StageContext, config: PretrainConfig) -> dict:
         model = Decoder(shape).initialize_(derive_seed(context.recipe.seed, context.name, "init")).to(context.dtype)
         use_fp8_(model, context.recipe.fp8)
     loop = TrainingLoop(context, config, model)
+    loop.validate_on()
     rounds = loop.extra.setdefault("rounds", 0)
     while True:
         _train(context, config, loop, rounds)
         if config.gate is None:
             gates = {}
             break
-        value = competence(FullWeights(model).model, context.tokenizer, context.tasks[config.gate.task], config.gate, context.recipe.max_rows)
+        weights = FullWeights(model, parts=context.recipe.parallel.rollout == "split")
+        value = competence(weights.model, context.tokenizer, context.tasks[config.gate.task], config.gate, context.recipe.max_rows)
         gates = {"competence": {"value": value, "wanted": config.gate.threshold, "passed": value >= config.gate.threshold, "extra_rounds": rounds}}
         if value >= config.gate.threshold:
             break
@@ -45,7 +47,7 @@ def run(context: StageContext, config: PretrainConfig) -> dict:
         loop.extra["rounds"] = rounds
         context.console.note(f"{context.name}: competence {value:.3f} < {config.gate.threshold}, training on for {config.gate.extra_steps} steps")
         loop.save()
-    return {"metrics": {}, "gates": gates, "outputs": {"checkpoint": context.export(model)}}
+    return {"metrics": {}, "gates": gates, "outputs": loop.export()}
 
 
 def _train(context: StageContext, config: PretrainConfig, loop: TrainingLoop, rounds: int) -> None:
@@ -56,9 +58,9 @@ def _train(context: StageContext, config: PretrainConfig, loop: TrainingLoop, ro
     for step, metrics in loop.steps(end, ("loss", "grad_norm")):
         prompts, texts = _documents(context, config, step)
         batches = packed_batches(loop.model, context.ranks, prompts, texts, config.micro_batch_tokens)
-        num_targets = context.ranks.sum_int(sum(b.num_targets for b in batches))
+        num_targets = context.ranks.data.sum_int(sum(b.num_targets for b in batches))
         lr = learning_rate(config.optimizer, step - start, end - start, peak)
-        balance = RouterBalance(loop.model, config, context.ranks)
+        balance = RouterBalance(loop.model, config, context.ranks.data)
         metrics |= cross_entropy_step(loop.model, loop.optimizer, batches, num_targets, lr, balance, config.mtp_loss)
         applied = loop.applied(metrics["grad_norm"], metrics["loss"], lambda batches=batches: {"batches": batches})
         metrics |= {"lr": lr, "tokens": num_targets, **balance.finish(applied)}
@@ -70,7 +72,7 @@ def _documents(context: StageContext, config: PretrainConfig, step: int) -> tupl
     weights = np.array([entry.weight for entry in config.corpus])
     chosen = rng.choice(len(weights), size=config.docs_per_step, p=weights / weights.sum())
     pairs = [context.tasks[config.corpus[c].task].corpus(step * config.docs_per_step + i) for i, c in enumerate(chosen)]
-    pairs = context.ranks.share(pairs)
+    pairs = context.ranks.data.share(pairs)
     eos = [context.tokenizer.eos_id]
     texts = [np.array(ids + eos, np.int64) for ids in context.tokenizer.encode_batch([text for _, text in pairs])]
     prompts = [np.array(context.tokenizer.encode_prompt(prompt), np.int64) for prompt, _ in pairs]

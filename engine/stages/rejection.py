@@ -78,7 +78,9 @@ def _sampled(context: StageContext, config: RejectionConfig, progress) -> tuple[
             context.on_save()
 
     groups = resumable_groups(
-        lambda: rollout_generator(context.load(config.source), context.tokenizer, context.recipe.max_rows, config.samples_per_prompt),
+        lambda: rollout_generator(
+            context.load(config.source), context.tokenizer, context.recipe.max_rows, config.samples_per_prompt, context.recipe.speculation
+        ),
         context.tokenizer, problems, config.samples_per_prompt, config.sampling, context.ranks, seed, context.name,
         folder=context.state_dir, progress=advance,
     )  # fmt: skip

@@ -55,7 +55,7 @@ def run(context: StageContext, config: RewardModelConfig) -> dict:
     for step, metrics in loop.steps(config.steps, ("loss", right)):
         chosen = np.random.default_rng(derive_seed(context.recipe.seed, context.name, step)).choice(len(training), size, replace=False)
         drawn = [training[i] for i in chosen.tolist()]
-        mine = context.ranks.share(drawn, [example.num_tokens for example in drawn])
+        mine = context.ranks.data.share(drawn, [example.num_tokens for example in drawn])
         shares = []  # of this rank's parts in the accuracy
 
         def loss_of(part: list[Example], shares=shares) -> Tensor:
@@ -68,7 +68,7 @@ def run(context: StageContext, config: RewardModelConfig) -> dict:
         lr = learning_rate(config.optimizer, step, config.steps)
         loss, norm = optimizer_step(loop.optimizer, parts, loss_of, lr)
         totals = torch.tensor([loss, sum(shares)], dtype=torch.float64)
-        context.ranks.sum_(totals)
+        context.ranks.data.sum_(totals)
         loop.applied(norm, float(totals[0]), lambda mine=mine: {"examples": mine})
         metrics |= {"loss": float(totals[0]), right: float(totals[1]), "grad_norm": norm, "lr": lr}
     model.eval()
@@ -146,7 +146,7 @@ def _distinct(problems: list[Problem]) -> list[int]:
 
 def _policy_texts(context: StageContext, config: RewardModelConfig, problems: list[Problem], n: int) -> list[list[str]]:
     """`n` replies of the policy `init` to each problem."""
-    generator = rollout_generator(context.load(config.init), context.tokenizer, context.recipe.max_rows, n)
+    generator = rollout_generator(context.load(config.init), context.tokenizer, context.recipe.max_rows, n, context.recipe.speculation)
     key = context.recipe.seed, context.name
     groups = context.ranks.gather(sample_groups(generator, context.tokenizer, problems, n, config.sampling, context.ranks, *key))
     return [[sample.text for sample in group] for group in groups]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from athanor.batch import PackedBatch
 from athanor.config import TrainConfig
+from athanor.context_parallel import part_of
 from athanor.model.moe import Routes, imbalance, rebalance_, routers
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
@@ -16,6 +17,7 @@ class RouterBalance:
     """Made for one step: `routes` goes into each training forward, `loss` is added to what it trains, `finish` follows the optimizer's step."""
 
     def __init__(self, model: Decoder, config: TrainConfig, ranks: Ranks):
+        """ranks: with micro-batches of their own, `Ranks.data`."""
         self.model, self.ranks, self.rate, self.alpha = model, ranks, config.router_bias_rate, config.balance_loss
         self.routers = routers(model)
         self.counts: Tensor | None = None  # (layers, E) fp64
@@ -23,13 +25,15 @@ class RouterBalance:
         self.changed = torch.zeros(2, dtype=torch.float64, device=ranks.device)
 
     def routes(self, batch: PackedBatch, replay: Tensor | None = None) -> Routes | None:
-        """For a forward over the batch, filler rows behind it or not.  replay: `Routes.recorded` of an earlier one over it."""
+        """For a forward over this rank's part of the batch, filler rows behind it or not.  replay: `Routes.recorded` of an earlier one over it."""
         if not self.routers:
             return None
+        part = part_of(self.model, len(batch.input_ids))
         if not self.alpha:
-            return Routes(replay, num_tokens=len(batch.input_ids))
+            return Routes(replay, num_tokens=part.num_tokens)
         weights = batch.loss_cu_seqlens.diff() / max(batch.num_targets, 1)
-        return Routes(replay, num_tokens=len(batch.input_ids), cu_seqlens=batch.cu_seqlens, weights=weights)
+        others = {"begin": part.begin, "across": part.sum} if part.ranks else {}
+        return Routes(replay, num_tokens=part.num_tokens, cu_seqlens=batch.cu_seqlens, weights=weights, **others)
 
     def loss(self, routes: Routes | None, share: float) -> Tensor | float:
         """alpha times the mean over layers, times the batch's share of the step; counts what the forward chose."""
@@ -47,7 +51,8 @@ class RouterBalance:
             return {}
         experts = len(self.routers[0].weight)
         counts = self.counts if self.counts is not None else self.changed.new_zeros(len(self.routers), experts)
-        self.ranks.sum_(counts, self.changed)
+        for ranks in filter(None, (self.ranks, part_of(self.model, 0).ranks)):  # of those with other micro-batches, and with other rows of these
+            ranks.sum_(counts, self.changed)
         metrics = {"route_disagreement": float(self.changed[0] / self.changed[1])} if self.changed[1] else {}
         if not counts.any():
             return metrics | {"router_imbalance": 0.0}

@@ -20,16 +20,17 @@ def run(context: StageContext, config: SFTConfig) -> dict:
     """Fine-tune `init` on the data and export; return metrics and outputs."""
     examples = [example for name in config.data for example in read_examples(data_source(context.run_dir, context.recipe.stages, name))]
     model = context.load(config.init, parallel=True)
-    loss = fit(context, config, model, examples)
-    return {"metrics": {"examples": len(examples), "final_loss": loss}, "outputs": {"checkpoint": context.export(model)}}
+    return fit(context, config, model, examples)
 
 
-def fit(context: StageContext, config: SFTConfig | DistillConfig, model: Decoder, examples: list[tuple[str, str]]) -> float:
-    """Train `config.steps` steps over shuffled epochs of (prompt, completion) texts; return the last loss that was applied."""
+def fit(context: StageContext, config: SFTConfig | DistillConfig, model: Decoder, examples: list[tuple[str, str]]) -> dict:
+    """Train `config.steps` steps over shuffled epochs of (prompt, completion) texts and export; return metrics, with the last loss that was applied,
+    and outputs."""
     tokenizer, n = context.tokenizer, len(examples)
     prompts = [np.array(tokenizer.encode_prompt(prompt), np.int64) for prompt, _ in examples]
     completions = [np.array([*ids, tokenizer.eos_id], np.int64) for ids in tokenizer.encode_batch([text for _, text in examples])]
     loop = TrainingLoop(context, config, model)
+    loop.validate_on()
     size = min(config.batch_size, n)
     orders: dict[int, np.ndarray] = {}
     loss = float("nan")
@@ -40,17 +41,17 @@ def fit(context: StageContext, config: SFTConfig | DistillConfig, model: Decoder
             if epoch not in orders:
                 orders = {epoch: np.random.default_rng(derive_seed(context.recipe.seed, context.name, epoch)).permutation(n)}
             chosen.append(int(orders[epoch][at]))
-        chosen = context.ranks.share(chosen, [work_of(len(prompts[i]) + len(completions[i]), model.config.hidden_size) for i in chosen])
+        chosen = context.ranks.data.share(chosen, [work_of(len(prompts[i]) + len(completions[i]), model.config.hidden_size) for i in chosen])
         texts = [prompts[i] for i in chosen], [completions[i] for i in chosen]
         batches = packed_batches(model, context.ranks, *texts, config.micro_batch_tokens)
-        num_targets = context.ranks.sum_int(sum(b.num_targets for b in batches))
+        num_targets = context.ranks.data.sum_int(sum(b.num_targets for b in batches))
         lr = learning_rate(config.optimizer, step, config.steps)
-        balance = RouterBalance(model, config, context.ranks)
+        balance = RouterBalance(model, config, context.ranks.data)
         measured = cross_entropy_step(model, loop.optimizer, batches, num_targets, lr, balance, config.mtp_loss)
         applied = loop.applied(measured["grad_norm"], measured["loss"], lambda batches=batches: {"batches": batches})
         loss = measured["loss"] if applied else loss
         metrics |= {**measured, "lr": lr, "tokens": num_targets, "epoch": step * size / n, **balance.finish(applied)}
-    return loss
+    return {"metrics": {"examples": n, "final_loss": loss}, "outputs": loop.export()}
 
 
 def read_examples(path: Path) -> list[tuple[str, str]]:

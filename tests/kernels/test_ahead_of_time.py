@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
 
 import athanor.kernels
-from athanor.kernels import attention_triton, paged_attention_triton
+from athanor.kernels import attention_triton, fp8_producers_triton, mla_decode_triton, paged_attention_triton, rmsnorm_triton
 from athanor.kernels._triton import limits_broken, resources
 
 MODULES = [
@@ -75,6 +75,28 @@ def test_packed_and_decode_attention_add_in_the_same_order(capability):
     assert len(both) >= 4
     for key in both:
         assert order_of_sums(decode[key].compile(capability)) == order_of_sums(packed[key].compile(capability)), key
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_latent_attention_adds_in_one_order_for_any_number_of_queries(capability):
+    """Sharing a prefix, and few heads, change how many columns a tile has: instructions are as wide, and all else is equal."""
+    columns = r"\d+x\d+x|(?<=instrShape = \[16, )\d+|(?<=blockN = )\d+|(?<=swizzlingByteWidth = )\d+"
+    cases = [case for case in mla_decode_triton.ahead_of_time() if case.capabilities == (capability,)]
+    orders = [[re.sub(columns, "", line) for line in order_of_sums(case.compile(capability))] for case in cases]
+    assert len(orders) == 3 and orders[0] == orders[1] == orders[2]
+
+
+def test_a_norm_that_quantises_adds_in_the_order_of_one_that_does_not():
+    """They promise equal bits.  A store of bytes may spread a row over the threads in another way, and has done so."""
+    found = {}
+    for module in (fp8_producers_triton, rmsnorm_triton):
+        cases = [case for case in module.ahead_of_time() if case.kernel.__name__ in ("fp8_rmsnorm_kernel", "rmsnorm_fwd_kernel")]
+        case = next(case for case in cases if case.constants["BLOCK"] == 8192)
+        text = case.compile(90).asm["ttgir"]
+        layouts = dict(re.findall(r"(?m)^(#\w+) = (.*)$", text))
+        found[module] = [re.sub(r"#\w+", lambda m, layouts=layouts: layouts[m[0]], line)
+                         for line in re.findall(r"(?m)^\s*\}\) : \((tensor<[\dx]+xf32, .*?>)\) ->", text)]  # fmt: skip
+    assert len(found[rmsnorm_triton]) == 1 and found[rmsnorm_triton] == found[fp8_producers_triton]
 
 
 def test_every_kernel_is_among_the_cases():

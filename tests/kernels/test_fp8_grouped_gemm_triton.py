@@ -7,26 +7,32 @@ the bound would notice.  The interpreter's tiles are 16 x 16, on a GPU 128 x 128
 import pytest
 import torch
 
-from athanor.kernels import Quantized, fp8_grouped_gemm, fp8_grouped_matmul, fp8_grouped_wgrad, fp8_quantize, fp8_quantize_dual
+from athanor.kernels import Quantized, fp8_grouped_gemm, fp8_grouped_matmul, fp8_grouped_wgrad, fp8_quantize, fp8_quantize_dual, strict_mode
 from athanor.kernels._dispatch import OPS
 from athanor.kernels.fp8_quantize import dequantize
 
 pytest.importorskip("triton")
+from athanor.kernels import fp8_grouped_gemm_few_hopper_triton as few  # noqa: E402
 from athanor.kernels import fp8_grouped_gemm_triton as module  # noqa: E402
 
 nan = torch.nan
 # tokens per expert, rows of none, N, K: around a tile of the interpreter, three scale blocks, the last smaller; one expert with all; nobody; the
 # smallest N; rows that are no multiple of 16 bytes
 CASES = [([0, 1, 15, 16, 17], 7, 144, 272), ([0, 40, 0], 0, 16, 128), ([0, 0], 5, 16, 128), ([20], 0, 17, 130)]
-ON_GPU = [([0, 1, 127, 128, 129], 60, 272, 400), ([0, 700, 0], 3, 2048, 7168), ([64] * 9, 0, 1536, 2048), ([3], 0, 16, 128), ([300, 20], 0, 384, 512)]
+ON_GPU = [([0, 1, 127, 128, 129], 60, 272, 400), ([0, 700, 0], 3, 2048, 7168), ([64] * 9, 0, 1536, 2048), ([3], 0, 16, 128), ([300, 20], 0, 384, 512),
+          # few rows: tiles of 16, 32 and 64 tokens
+          ([5] * 128, 0, 1536, 2048), ([0, 1, 7, 8, 9, 16, 17, 40], 3, 272, 400), ([30, 0, 64, 65, 1], 2, 768, 640)]  # fmt: skip
 SIZES = CASES + [pytest.param(*case, marks=pytest.mark.gpu) for case in ON_GPU]
 
 
-@pytest.fixture(params=["triton", "cuda"])
+@pytest.fixture(params=["triton", "cuda", "cuda for many rows"])
 def backend(request, triton_device):
-    if request.param == "cuda" and (triton_device.type == "cpu" or torch.cuda.get_device_capability()[0] != 9):
+    """cuda chooses by the number of rows, which are few in most of these tests; in strict mode it takes the kernel for many."""
+    name, _, many = request.param.partition(" ")
+    if name == "cuda" and (triton_device.type == "cpu" or torch.cuda.get_device_capability()[0] != 9):
         pytest.skip("needs a Hopper")
-    return request.param
+    with strict_mode(bool(many)):
+        yield name
 
 
 def sized(generator, *shape):
@@ -220,6 +226,11 @@ def test_a_captured_call_follows_the_offsets_and_never_waits_for_the_device(back
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(y, fp8_grouped_matmul(*call, backend=backend)) and near(y, x, w, others.cpu()).all() and not y[250:].any()
+
+
+@pytest.mark.parametrize("rows, experts, columns", [(1024, 128, 16), (1025, 128, 32), (2048, 128, 32), (4096, 128, 64), (4097, 128, None)])
+def test_tiles_follow_the_rows_that_experts_have_on_average(rows, experts, columns):
+    assert few.columns_of(rows, experts) == columns
 
 
 @pytest.mark.gpu

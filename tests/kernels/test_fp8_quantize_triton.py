@@ -87,6 +87,18 @@ def test_neither_lengths_nor_addresses_compile_anew(launches):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("power_of_two", [True, False])
+@pytest.mark.parametrize("R, C", [(1, 2), (130, 130), (4097, 2048)])
+def test_both_layouts_of_bf16_in_words(R, C, power_of_two, poisoned, generator):
+    """On Hopper and later another kernel makes them; with an odd number of columns, or rows that begin amid a word, it is the one for all."""
+    x = numbers(R, C + 1, generator, BF16)
+    for part in (x[:, :C].contiguous(), x[:, :C], x):
+        want = fp8_quantize_dual(part, power_of_two=power_of_two, backend="reference")
+        for a, b in zip(fp8_quantize_dual(part.cuda(), power_of_two=power_of_two, backend="triton"), want, strict=True):
+            same(a, b)
+
+
+@pytest.mark.gpu
 def test_more_than_two_to_the_31_numbers():
     R, C = 300032, 7168  # 2.15e9
     x = torch.randn(R, C, device="cuda", dtype=BF16)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted(Path(__file__).parent.glob("test_*_triton.py"))
+FILES = sorted((*Path(__file__).parent.glob("test_*_triton.py"), Path(__file__).with_name("test_sliding_window.py")))
 
 
 def version(package):

@@ -62,6 +62,22 @@ def test_a_token_has_the_bits_of_packed_attention(generator):
         assert torch.equal(row[0], packed[t])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_groups_change_no_bit_and_are_checked(backend, generator):
+    q, keys, values, table, lens, _ = inputs(generator, [300, 290, 40], dtype=torch.float32)
+    for block in range(17):  # 272 tokens
+        keys[table[1, block]], values[table[1, block]] = keys[table[0, block]], values[table[0, block]]
+    call = dict(rank=12, scale=0.3, backend=backend)
+    want = mla_decode(q, keys, values, table, lens, **call)
+    groups = dict(group_offsets=torch.tensor([0, 2, 3], dtype=torch.int32), prefix_lens=torch.tensor([272, 0], dtype=torch.int32))
+    with pytest.raises(ValueError, match="different blocks in their prefix"):
+        mla_decode(q, keys, values, table, lens, **groups, **call)
+    table[1, :17] = table[0, :17]
+    assert torch.equal(mla_decode(q, keys, values, table, lens, **groups, **call), want)
+    with pytest.raises(ValueError, match="mla_decode: group_offsets and prefix_lens are given together"):
+        mla_decode(q, keys, values, table, lens, prefix_lens=groups["prefix_lens"], **call)
+
+
 def test_max_seq_len_cuts_nothing_that_it_allows(generator):
     q, keys, values, table, lens, _ = inputs(generator, [3, 40], dtype=torch.float32)
     whole = mla_decode(q, keys, values, table, lens, rank=12, scale=0.3)

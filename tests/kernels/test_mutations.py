@@ -29,13 +29,15 @@ class Bug:
 
     @property
     def interpreted(self) -> bool:
-        return self.tests.endswith("_triton.py")
+        return self.tests.endswith("_triton.py") or self.tests == WINDOW
 
 
 GRPO, LINEAR = "test_grpo_loss_triton.py", "test_linear_logprob_triton.py"
-SAMPLE = "test_sample_triton.py"
+SAMPLE, WINDOW = "test_sample_triton.py", "test_sliding_window.py"
 PAGED, PACKED, PRODUCT = "test_paged_attention_triton.py", "test_attention_triton.py", "test_linear_triton.py"
 FP8, GROUPED, FP8_GROUPED = "test_fp8_quantize_triton.py", "test_grouped_gemm_triton.py", "test_fp8_grouped_gemm_triton.py"
+GLUON = "test_gluon_emulated.py"
+PRODUCERS = "test_fp8_producers_triton.py"
 ROUTE, PERMUTE = "test_moe_route_triton.py", "test_moe_permute_triton.py"
 BUGS = [
     # policy_loss, grpo_loss
@@ -145,6 +147,12 @@ BUGS = [
     Bug("unused slots not cleaned", "paged_attention.py", "            values[:, :, short:].masked_fill_(behind[..., None], 0)\n", "",
         "test_paged_attention.py"),
     Bug("off-by-one slot", "kv_append.py", "positions % block_size\n", "(positions + 1) % block_size\n", "test_kv_append.py"),
+    # sliding windows
+    Bug("off-by-one window", "paged_attention_triton.py", "(lens - 1 - keys).to(tl.uint32) < WINDOW",
+        "(lens - 1 - keys).to(tl.uint32) <= WINDOW", WINDOW),
+    Bug("last queries of a key left out", "attention_triton.py", "first + BN - 1 + WINDOW - before", "first + WINDOW - before", WINDOW),
+    Bug("first chunk left out", "paged_attention_triton.py", "first = tl.maximum(length - WINDOW, 0) // CHUNK",
+        "first = (tl.maximum(length - WINDOW, 0) + CHUNK - 1) // CHUNK", WINDOW),
     # strict mode, linear, attention
     Bug("strict mode not asked", "_dispatch.py", "candidate.strict != strict", "False", "test_dispatch.py"),
     Bug("a backend by name in strict mode", "_dispatch.py", "if reason is None and strict and", "if False and", "test_dispatch.py"),
@@ -155,7 +163,8 @@ BUGS = [
     Bug("gradient of the first token alone", "linear_triton.py", "dy.sum(0) if need_bias", "dy[0] if need_bias", PRODUCT),
     Bug("chunk of another size", "attention_triton.py", "if start % CHUNK == 0", "if start % (2 * CHUNK) == 0", PACKED),
     Bug("unweighted merge", "attention_triton.py", "return M, L * old + l * new,", "return M, L + l,", PACKED),
-    Bug("a key of the future", "attention_triton.py", "(keys[:, None] <= position[None, :])", "(keys[:, None] <= position[None, :] + 1)", PACKED),
+    Bug("a key of the future", "attention_triton.py", "visible(keys[:, None], position[None, :] + 1,",
+        "visible(keys[:, None], position[None, :] + 2,", PACKED),
     Bug("off-by-one segment", "attention_triton.py", "// ROWS + s <= index", "// ROWS + s < index + (s == 0)", PACKED),
     Bug("gradient without its projection", "attention_triton.py", " - delta[None, :])", ")", PACKED),
     Bug("missing scale", "attention_triton.py", "dk * (factor * LN2)", "dk", PACKED),
@@ -177,6 +186,18 @@ BUGS = [
         "xs_ptr += cols", FP8_GROUPED),
     Bug("gradient without the transpose's scales", "fp8_grouped_gemm.py", "Quantized(qw.mT, sw.mT)", "Quantized(qw.mT, sw.mT.flip(1))",
         "test_fp8_grouped_gemm.py"),
+    Bug("a gradient quantised before it is rounded", "fp8_producers_triton.py", "x = x.to(a_ptr.dtype.element_ty)\n    at =", "at =", PRODUCERS),
+    Bug("gradient of up in place of gate's", "fp8_producers_triton.py", "of_gate = (columns < F)[None, :]",
+        "of_gate = (columns >= F)[None, :]", PRODUCERS),
+    Bug("rows of no token not cleared", "fp8_producers_triton.py", "mask=mask & (slot >= 0)[:, None], other=0.0)",
+        "mask=mask, other=0.0)", PRODUCERS),
+    Bug("weighted twice on the way back", "fp8_mixture.py", "torch.ones_like(weights)", "weights", "test_fp8_producers.py"),
+    Bug("scales of the weight transposed, few rows", "fp8_grouped_gemm_few_hopper_triton.py", "col0 // 128 * ws_row",
+        "col0 // 128 * ws_column", GLUON),
+    Bug("a buffer is free at once", "fp8_grouped_gemm_few_hopper_triton.py", "mbarrier.wait(free.index(stage)", "mbarrier.wait(ready.index(stage)",
+        GLUON),
+    Bug("the halves of a word changed over", "fp8_quantize_dual_hopper_triton.py", "gl.store(at, even_code, mask=there)",
+        "gl.store(at, odd_code, mask=there)", GLUON),
     # moe_route, moe_permute, mla_decode
     Bug("the bias weighs", "moe_route.py", "weights = scores.gather(1, ids)", "weights = (scores if bias is None else scores + bias).gather(1, ids)",
         "test_moe_route.py"),
@@ -196,9 +217,11 @@ BUGS = [
     Bug("slots behind the end not cleared", "mla_decode.py", "    rows = rows.masked_fill(~there[..., None], 0)", "    rows = rows + 0",
         "test_mla_decode.py"),
     Bug("values with the rotated key in front", "mla_decode.py", "rows[..., :rank]", "rows[..., -rank:]", "test_mla_decode.py"),
-    Bug("rotated part left out of the scores", "mla_decode_triton.py", "tl.dot(q_turned, k.T, tl.dot(q, c.T",
-        "tl.dot(q_turned * 0, k.T, tl.dot(q, c.T", "test_mla_decode_triton.py"),
-    Bug("sum not rescaled by a new maximum", "mla_decode_triton.py", "acc * alpha[:, None]", "acc", "test_mla_decode_triton.py"),
+    Bug("rotated part left out of the scores", "mla_decode_triton.py", "tl.dot(k, q_turned.T, tl.dot(c, q.T",
+        "tl.dot(k * 0, q_turned.T, tl.dot(c, q.T", "test_mla_decode_triton.py"),
+    Bug("sum not rescaled by a new maximum", "mla_decode_triton.py", "acc * alpha[None, :]", "acc", "test_mla_decode_triton.py"),
+    Bug("a chunk shared that a prefix has only begun", "mla_decode_triton.py", "if begin + CHUNK <= prefix", "if begin < prefix",
+        "test_mla_decode_triton.py"),
     Bug("weight of the first choice for all", "moe_permute_triton.py", "y *= tl.load(weights_ptr + rows * K + j",
         "y *= tl.load(weights_ptr + rows * K", PERMUTE),
 ]  # fmt: skip

@@ -1,16 +1,12 @@
 """The C++ kernel of paged_attention: the bits of the packed attention's rows, whatever the blocks, the group, the batch and the threads."""
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
 from athanor.kernels import attention, empty_kv_cache, paged_attention
-from athanor.kernels._cpu import native
 from athanor.kernels._dispatch import OPS
 from athanor.kernels.paged_attention import check_cache
 
@@ -238,13 +234,3 @@ def test_no_rows():
     key_cache, value_cache = empty_kv_cache(2, 2, 16, 16, dtype=torch.float32, device="cpu")
     out, lse = Cache(key_cache, value_cache, torch.zeros(0, 3, dtype=torch.int32), torch.zeros(0, dtype=torch.int32))(torch.empty(0, 4, 16))
     assert out.shape == (0, 4, 16) and lse.shape == (0, 4)
-
-
-@pytest.mark.parametrize("isa", ["avx2", "base"])
-def test_lesser_instruction_sets_keep_the_same_promises(isa):
-    if isa == "avx2" and native().isa() == "base":
-        pytest.skip("this machine has no AVX2")
-    code = f"import pytest, sys; from athanor.kernels._cpu import native; assert native().isa() == {isa!r}; sys.exit(pytest.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", __file__, "-k", "textbook or bit or influence or (packed and 24)"]
-    done = subprocess.run(command, env=os.environ | {"ATHANOR_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

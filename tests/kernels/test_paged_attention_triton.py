@@ -122,10 +122,13 @@ GROUPS = [
     [(600, [0, 0]), (CHUNK - 1, [400, 500])],  # nothing but finished rows; a prefix one token short of a chunk
 ]
 
+# All of them with 4 query heads to a key head; 1, 5 and 8 where a tile of 16 query rows holds 16, 3 and 2 rows of a group.  On a GPU all with all.
+SHARED = [*((groups, 4, 1, 64) for groups in GROUPS), (GROUPS[3], 1, 1, 16), (GROUPS[2], 5, 1, 32), (GROUPS[3], 5, 1, 32), (GROUPS[2], 16, 2, 8)]
+SHARED += [pytest.param(groups, *shape, marks=pytest.mark.gpu) for groups in GROUPS for shape in ((1, 1, 16), (5, 1, 32), (16, 2, 8))]
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.gpu), BF16])
-@pytest.mark.parametrize("groups", GROUPS, ids=str)
-@pytest.mark.parametrize("H, Hkv, block", [(1, 1, 16), (4, 1, 64), (5, 1, 32), (16, 2, 8)])
+@pytest.mark.parametrize("groups, H, Hkv, block", SHARED, ids=str)
 def test_sharing_the_prefix_changes_no_bit(groups, H, Hkv, block, dtype, triton_device, within_rule, generator):
     pool = make(groups, H, Hkv, 16, block, generator, dtype, exact=True)
     shared, unshared = (pool.call(device=triton_device, scale=LN2, **options) for options in (pool.groups, {}))

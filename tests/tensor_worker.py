@@ -1,0 +1,122 @@
+"""What every rank of the tests of tensor parallelism runs: the training of sharding_worker with parts of layers, states, and whole copies."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import sharding_worker
+import torch
+import torch.distributed as dist
+from sharding_worker import STEPS, build, train, whole_state
+
+from athanor.checkpoint import load_latest_state, save_state
+from athanor.config import ModelConfig, ParallelConfig, SamplingConfig
+from athanor.generator import Generator
+from athanor.model.transformer import Decoder
+from athanor.parallel import Ranks
+from athanor.samples import Request
+from athanor.sharding import FullWeights, WholeParameters, for_sampling, is_sharded, split_parameters, whole
+from athanor.tensor_parallel import splits
+from athanor.weights import hand_over, load_model, weights_hash, write_model
+
+# Four key and value heads, for four ranks; SwiGLU and vocabulary of sizes that neither two nor four ranks divide.
+SHAPE = dict(vocab_size=67, hidden_size=20, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=6, intermediate_size=27)
+sharding_worker.MODELS |= {
+    "qwen3": ModelConfig(**SHAPE, initializer_range=0.2),
+    "qwen2, untied": ModelConfig(**SHAPE, architecture="qwen2", tie_word_embeddings=False, initializer_range=0.2),
+}
+
+
+def cases(world: int) -> dict[str, tuple]:
+    """name -> (model, optimizer), [parallel]; every layout that fits, in tensor parallel groups of two and more."""
+    # In fp64, where what differs by more than the last digits is wrong; Muon multiplies in bf16 anyway.
+    adamw, muon, qwen2 = ("qwen3", "adamw", torch.float64), ("qwen3", "muon"), ("qwen2, untied", "adamw", torch.float64)
+    if world == 1:
+        return {"tensor": (adamw, {}), "tensor, untied": (qwen2, {}), "tensor, muon": (muon, {}), "tensor, fp32": (adamw[:2], {})}
+    if world == 2:
+        again = {"activation_checkpointing": True}
+        return {"tensor": (adamw, {}), "tensor, untied": (qwen2, again), "tensor, fp32": (adamw[:2], {}), "tensor, muon": (muon, {})}
+    return {
+        "tensor": (adamw, {}),  # of all four
+        "two groups, untied": (qwen2, {"tensor": 2}),
+        "two groups, fsdp": (adamw, {"tensor": 2, "shard": 0}),
+        "two groups, fsdp, muon": (muon, {"tensor": 2, "shard": 0, "activation_checkpointing": True}),
+    }
+
+
+def result(ranks: Ranks, case: tuple, parallel: dict) -> dict:
+    """Gradients after the first step, weights after all, figures; and the rollout's copy, which must be the same on every rank."""
+    model, optimizer = build(ranks, *case, **parallel)
+    figures, of = train(ranks, model, optimizer, range(1), 48), splits(model)
+    assert bool(of) == is_sharded(model) == (ranks.tensor.world > 1)
+    gradients = {n: whole(p.grad, p.grad.dtype, of.get(n)) for n, p in split_parameters(model).items()}
+    full = FullWeights(model)
+    stale = weights_hash(full.model) if full.model is not model else ""
+    figures += train(ranks, model, optimizer, range(1, STEPS), 48)
+    full.refresh()
+    assert weights_hash(model) == weights_hash(full.model) != stale
+    assert weights_hash(FullWeights(model, parts=True).model) == weights_hash(model)
+    hashes = ranks.concatenate([weights_hash(full.model)])[0]
+    assert len(set(hashes)) == 1, "the ranks differ"
+    parameters = WholeParameters(model)
+    return {"gradients": gradients, "weights": {n: parameters[n].clone() for n in parameters.names}, "figures": figures}
+
+
+def samples(ranks: Ranks) -> list[tuple]:
+    """(tokens, log-probs, finish) drawn from the split model by all ranks of a group together; more samples than rows, one prompt in pieces."""
+    model = Decoder(sharding_worker.MODELS["qwen3"]).initialize_(0).requires_grad_(False)
+    if ranks.tensor.world > 1:
+        model = for_sampling(model, ParallelConfig(tensor=ranks.tensor.world, rollout="split"), ranks)
+    generator = Generator(model, {66}, max_rows=6, max_prefill_tokens=16, block_size=16)
+    prompts = [np.arange(1, 8), np.arange(3, 43), np.arange(20, 30)]
+    requests = [Request(prompt, np.arange(4) + 10 * i) for i, prompt in enumerate(prompts)]
+    drawn = [c for sampling in (SamplingConfig(max_tokens=20), SamplingConfig(max_tokens=9, temperature=0.7, top_p=0.8))
+             for group in generator.generate(requests, sampling) for c in group]  # fmt: skip
+    found = [(c.token_ids.tolist(), c.logps.tolist(), c.finish) for c in drawn]
+    everyone = ranks.tensor.concatenate([found])[0]
+    assert all(other == found for other in everyone), "the ranks of a group differ"
+    cache = model.own_config.num_key_value_heads
+    assert generator.cache.keys[0].shape[1] == cache == SHAPE["num_key_value_heads"] // ranks.tensor.world
+    return found
+
+
+def states(ranks: Ranks, folder: Path, case: tuple, parallel: dict) -> dict:
+    """A state that another layout has left is read, one is written, and so is a HuggingFace folder; weights and moments of both times."""
+    model, optimizer = build(ranks, *case, seed=1, **parallel)
+    assert load_latest_state(folder / "theirs", model, optimizer, ranks).step == 1
+    loaded = whole_state(model, optimizer)
+    train(ranks, model, optimizer, [1], 48)
+    save_state(folder / "ours", 2, model, optimizer, {}, ranks)
+    if ranks.is_main:
+        (folder / "hf").mkdir()
+        write_model(model, folder / "hf")
+    else:
+        hand_over(model)
+    ranks.barrier()
+    exported = {f"model.{name}": p.detach() for name, p in load_model(folder / "hf").named_parameters()}
+    return {"loaded": loaded, "later": whole_state(model, optimizer), "exported": exported}
+
+
+def main(folder: Path) -> dict:
+    found, made = {}, {}
+    world = Ranks("cpu", threads=1).world
+    for name, (case, parallel) in cases(world).items():
+        size = parallel.get("tensor", world)
+        made.setdefault(size, Ranks("cpu", threads=1, tensor=size))
+        found[name] = result(made[size], case, {"tensor": size, **parallel})
+    found["samples"] = samples(made[min(world, 2)])
+    if world > 1:  # in the last layout
+        found["states"] = states(made[size], folder, case, {"tensor": size, **parallel})
+    return found
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    found = main(folder)
+    if rank == 0:
+        torch.save(found, folder / "found.pt")
+    dist.barrier()
+    dist.destroy_process_group()
