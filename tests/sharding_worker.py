@@ -29,9 +29,10 @@ MODELS = {
     "qwen2, untied": ModelConfig(**SHAPE, architecture="qwen2", tie_word_embeddings=False, initializer_range=0.2),
     "deepseek_v3": FAMILIES["deepseek_v3"],
     "qwen3_moe": FAMILIES["qwen3_moe"],
-    "qwen3, four heads": ModelConfig(**SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}, initializer_range=0.2),
+    "qwen3, four heads": ModelConfig(**SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}, initializer_range=0.2, sliding_window=5,
+                                     layer_types=("full_attention", "full_attention", "sliding_attention")),
     "qwen2, six heads": ModelConfig(**SHAPE | {"num_attention_heads": 6, "num_key_value_heads": 3}, architecture="qwen2", initializer_range=0.2),
-}
+}  # fmt: skip
 # Adam divides by |g|, which turns the last bits of a small gradient into the first of an update; a large eps does not.
 OPTIMIZERS = {
     "adamw": OptimizerConfig(lr=1e-2, eps=1e-2, weight_decay=0.1, grad_clip=0.5, warmup_steps=0),
