@@ -23,7 +23,7 @@ from athanor.weights import hand_over, load_model, weights_hash, write_model
 # Four key and value heads, for four ranks; SwiGLU and vocabulary of sizes that neither two nor four ranks divide.
 SHAPE = dict(vocab_size=67, hidden_size=20, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=6, intermediate_size=27)
 sharding_worker.MODELS |= {
-    "qwen3": ModelConfig(**SHAPE, initializer_range=0.2),
+    "qwen3": ModelConfig(**SHAPE, initializer_range=0.2, sliding_window=5, layer_types=("full_attention", "sliding_attention")),
     "qwen2, untied": ModelConfig(**SHAPE, architecture="qwen2", tie_word_embeddings=False, initializer_range=0.2),
 }
 
