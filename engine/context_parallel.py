@@ -79,11 +79,11 @@ class SplitAttention:
     def __init__(self, attend: Attend, ranks: Ranks):
         self.attend, self.ranks = attend, ranks
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, window: int | None = None) -> Tensor:
         q, k = rotation(q, k)  # by the positions of these rows
         shares = [self._shares(x) for x in (q, k, v)]
         q, k, v = self._to_heads(torch.cat(shares, 2)).split([x.shape[2] for x in shares], 1)
-        return self._to_rows(self.attend(layer, q, k, v, _rotated))
+        return self._to_rows(self.attend(layer, q, k, v, _rotated, window))
 
     def latent(self, layer: int, x: Latent) -> Tensor:
         H, n, r = x.q_nope.shape[1], x.q_nope.shape[2], x.rank

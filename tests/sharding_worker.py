@@ -36,9 +36,10 @@ MODELS = {
     "qwen2, untied": ModelConfig(**SHAPE, architecture="qwen2", tie_word_embeddings=False, initializer_range=0.2),
     "deepseek_v3": FAMILIES["deepseek_v3"],
     "qwen3_moe": FAMILIES["qwen3_moe"],
-    "qwen3, four heads": ModelConfig(**SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}, initializer_range=0.2),
+    "qwen3, four heads": ModelConfig(**SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}, initializer_range=0.2, sliding_window=5,
+                                     layer_types=("full_attention", "full_attention", "sliding_attention")),
     "qwen2, six heads": ModelConfig(**SHAPE | {"num_attention_heads": 6, "num_key_value_heads": 3}, architecture="qwen2", initializer_range=0.2),
-}
+}  # fmt: skip
 MODELS["deepseek_v3, fp8, mtp"] = MODELS["deepseek_v3"].model_copy(update={"num_nextn_predict_layers": 1})
 # Adam divides by |g|, which turns the last bits of a small gradient into the first of an update; a large eps does not.
 OPTIMIZERS = {

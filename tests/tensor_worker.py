@@ -11,7 +11,7 @@ import torch.distributed as dist
 from sharding_worker import STEPS, build, train, whole_state
 
 from athanor.checkpoint import load_latest_state, save_state
-from athanor.config import ModelConfig, ParallelConfig, SamplingConfig
+from athanor.config import ModelConfig, ParallelConfig, SamplingConfig, SpeculationConfig
 from athanor.generator import Generator
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
@@ -23,7 +23,7 @@ from athanor.weights import hand_over, load_model, weights_hash, write_model
 # Four key and value heads, for four ranks; SwiGLU and vocabulary of sizes that neither two nor four ranks divide.
 SHAPE = dict(vocab_size=67, hidden_size=20, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=6, intermediate_size=27)
 sharding_worker.MODELS |= {
-    "qwen3": ModelConfig(**SHAPE, initializer_range=0.2),
+    "qwen3": ModelConfig(**SHAPE, initializer_range=0.2, sliding_window=5, layer_types=("full_attention", "sliding_attention")),
     "qwen2, untied": ModelConfig(**SHAPE, architecture="qwen2", tie_word_embeddings=False, initializer_range=0.2),
 }
 
@@ -73,6 +73,9 @@ def samples(ranks: Ranks) -> list[tuple]:
     requests = [Request(prompt, np.arange(4) + 10 * i) for i, prompt in enumerate(prompts)]
     drawn = [c for sampling in (SamplingConfig(max_tokens=20), SamplingConfig(max_tokens=9, temperature=0.7, top_p=0.8))
              for group in generator.generate(requests, sampling) for c in group]  # fmt: skip
+    drafting = Generator(model, {66}, max_rows=6, block_size=16, speculation=SpeculationConfig(tokens=3))
+    drafted = [c for group in drafting.generate(requests, SamplingConfig(max_tokens=20)) for c in group]
+    assert [c.token_ids.tolist() for c in drafted] == [c.token_ids.tolist() for c in drawn[: len(drafted)]]
     found = [(c.token_ids.tolist(), c.logps.tolist(), c.finish) for c in drawn]
     everyone = ranks.tensor.concatenate([found])[0]
     assert all(other == found for other in everyone), "the ranks of a group differ"

@@ -309,6 +309,12 @@ def test_a_row_holds_the_split_that_the_generator_reports(rollout):
     assert min(parts) > 0 and sum(parts) < 2e-6 * ours["median_us"]  # of one run, the median of others
 
 
+def test_drafts_take_fewer_steps_for_the_same_samples(rollout):
+    sizes = TINY | {"G": 1, "new": 32}
+    ours, plain = rollout.workloads.rows_of(rollout.cases.stragglers("cpu", sizes), CEILING, 1, lambda text: None)
+    assert ours["correct"] and plain["correct"] and ours["tokens_per_forward"] > 1.1 and plain["tokens_per_forward"] == 1
+
+
 def test_a_workload_says_what_a_peer_would_need(rollout, monkeypatch):
     found = rollout.workloads.importlib.util.find_spec
     monkeypatch.setattr(rollout.workloads.importlib.util, "find_spec", lambda name: None if name in ("trl", "datasets") else found("json"))

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     0: "kernels _host",
     1: "atomic batch config config_fields console errors hf_config hf_tensors manifest metrics model_config parallel preemption recipe_draft "
-    "recipe_inputs recipe_io registry run_folder samples seeds watch_config watchdog",
+    "recipe_inputs recipe_io registry run_folder samples sampling_config seeds watch_config watchdog",
     2: "advantages contamination detectors judging losses metrics_eval rewards sandbox tasks",
     3: "checkpoint context_parallel expert_parallel mla model moe optim sharding tensor_parallel tokenizer weights",
     4: "chat cpu_graph decode generate generative_judge generator kv_cache prefill reward_models speculation stops stream",

@@ -119,6 +119,12 @@ def run_recipe(folder: Path, world: int, *changes: str) -> tuple[list[dict], Pat
     return [json.loads(line) for line in (folder / "micro" / "metrics.jsonl").read_text().splitlines()], folder / "micro"
 
 
+@pytest.fixture(scope="module")
+def run_alone(tmp_path_factory) -> list[dict]:
+    """Metrics of the recipe on one process."""
+    return run_recipe(tmp_path_factory.mktemp("one"), 1)[0]
+
+
 TENSOR = ("--parallel.tensor", "2")
 SPLIT = ("--parallel.shard", "0", "--parallel.activation_checkpointing", "true", "--stages.zero.micro_batch_tokens", "64")
 
@@ -130,11 +136,10 @@ SPLIT = ("--parallel.shard", "0", "--parallel.activation_checkpointing", "true",
     [(2, SPLIT), (4, ("--parallel.shard", "2", *SPLIT[2:])), (2, TENSOR), (4, (*TENSOR, *SPLIT, "--parallel.rollout", "split"))],
     ids=["fsdp", "hsdp", "tensor", "tensor and fsdp"],
 )
-def test_a_sharded_run_draws_the_samples_of_one_process(tmp_path, world, changes):
-    alone, _ = run_recipe(tmp_path / "one", 1)
+def test_a_sharded_run_draws_the_samples_of_one_process(tmp_path, run_alone, world, changes):
     split, _ = run_recipe(tmp_path / "split", world, *changes)
-    assert [(row["stage"], row["step"]) for row in alone] == [(row["stage"], row["step"]) for row in split]
-    for one, other in zip(alone, split, strict=True):
+    assert [(row["stage"], row["step"]) for row in run_alone] == [(row["stage"], row["step"]) for row in split]
+    for one, other in zip(run_alone, split, strict=True):
         # Rewards, lengths and the like are means over samples, equal as long as each sample is.
         for name in ("reward", "mean_tokens", "truncated_rate", "accuracy", "format", "zero_advantage_rate", "pair_accuracy", "tokens"):
             assert one.get(name) == (None if name not in one else pytest.approx(other[name], rel=1e-12)), (name, one, other)

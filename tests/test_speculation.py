@@ -33,9 +33,9 @@ MTP = FAMILIES["deepseek_v3"].model_copy(update={"num_nextn_predict_layers": 1})
 pytestmark = pytest.mark.usefixtures("threads")
 
 
-def make_model():
+def make_model(**changes):
     shape = ModelConfig(architecture="qwen3", vocab_size=19, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                        intermediate_size=48, initializer_range=0.3)  # fmt: skip
+                        intermediate_size=48, initializer_range=0.3, **changes)  # fmt: skip
     return Decoder(shape).initialize_(0)
 
 
@@ -111,9 +111,10 @@ def test_streaks_of_a_run_are_those_of_its_tokens_one_by_one(width):
             assert streak == count
 
 
-def test_requests_of_several_kinds_decode_side_by_side(monkeypatch):
-    """Sampling parameters, limits and end tokens per row."""
-    model, kinds = make_model(), [*SAMPLINGS.values()]
+@pytest.mark.parametrize("window", [0, 7])
+def test_requests_of_several_kinds_decode_side_by_side(window, monkeypatch):
+    """Sampling parameters, limits and end tokens per row, without and with a sliding window of the attention."""
+    model, kinds = make_model(sliding_window=window), [*SAMPLINGS.values()]
     asked = [Request(r.prompt_ids, r.seeds, kinds[i % 4], frozenset({EOS, i + 4})) for i, r in enumerate(requests(num=8, samples=2))]
     plain = Generator(model, {EOS}, tokenizer=WORDS).generate(asked, full_logps=True)
     drafts_that_know(monkeypatch, plain, asked)
