@@ -2,8 +2,8 @@
 
 A document has a hidden topic z of `TOPICS`, and its token t is drawn from  softmax(A[token t - 1] + C[z])  with tables of normal numbers.  The topic
 shows in an even mean over the tokens before, which is where attention begins; to look at a token two back instead, attention must find it, and runs
-fall when they do, each at its own time (seen: docs/numerics.md).  A reader who knows the tables but not the topic is the best there can be: `best_loss`,
-by Bayes' rule over the topics.
+fall when they do, each at its own time (seen: docs/numerics.md).  A reader who knows the tables but not the topic is the best there can be:
+`best_loss`, by Bayes' rule over the topics.
 """
 
 import numpy as np

@@ -125,8 +125,9 @@ def quantised_stacks(model, ranks: Ranks) -> list[tuple[str, ...]]:
     finally:
         Fp8GroupedGemmFunction.apply, Fp8MixtureFunction.apply = product, mixture
     assert len(found) == 2 * sum(layer.moe is not None for layer in model.layers)
-    if any(moe.elsewhere is not None for moe in mixtures(model)):
-        every = [ranks.concatenate([stack])[0] for stack in found]
+    elsewhere = mixtures(model)[0].elsewhere
+    if elsewhere is not None:  # the first ranks have all experts, those behind them copies
+        every = [ranks.concatenate([stack])[0][: elsewhere.world] for stack in found]
         found = [[np.concatenate(parts) for parts in zip(*stacks, strict=True)] for stacks in every]
     return [tuple(hashlib.sha256(part).hexdigest() for part in stack) for stack in found]
 
