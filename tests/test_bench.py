@@ -67,7 +67,7 @@ def test_every_operation_has_a_case_that_passes_the_gate(modules):
     from athanor.kernels._dispatch import OPS
 
     cases = modules.measure.all_cases("cpu")
-    assert {case.op for case in cases} == set(OPS)
+    assert {case.op for case in cases} == set(OPS) - {"linear_logprob_parallel"}  # which takes several ranks
     for case in (case for case in cases if case.op in ("rope", "logprob", "sample", "policy_loss")):
         verdict = modules.gate.Gate(case, "cpu").check(lambda case=case, **inputs: case.run(**inputs, backend="reference"))
         assert verdict.wrong is None and all(error <= allowed for error, allowed in verdict.errors), case.op

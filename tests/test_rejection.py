@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from athanor.checkpoint import export_model
-from athanor.config import ModelConfig, RecipeConfig, RejectionConfig
+from athanor.config import ModelConfig, RecipeConfig, RejectionConfig, SpeculationConfig
 from athanor.console import Console
 from athanor.errors import UserError
 from athanor.judging import score_groups
@@ -83,7 +83,8 @@ def context_of(tmp_path, groups=None, **recipe):
     tasks = {"chain": make_task("arithmetic", min_terms=2, max_terms=3), **recipe.pop("tasks", {})}
     tokenizer = symbol_tokenizer(list(tasks["chain"].symbols))
     return SimpleNamespace(
-        name="data", recipe=SimpleNamespace(seed=0, max_rows=8), ranks=Ranks("cpu", 1), tasks=tasks, tokenizer=tokenizer, console=Console(1),
+        name="data", recipe=SimpleNamespace(seed=0, max_rows=8, speculation=SpeculationConfig()), ranks=Ranks("cpu", 1), tasks=tasks,
+        tokenizer=tokenizer, console=Console(1),
         state_dir=tmp_path / "state", data_path=tmp_path / "data" / "data.jsonl", load=lambda source: load_model(tmp_path / "model"), on_save=None,
     )  # fmt: skip
 

@@ -267,7 +267,8 @@ def linear_logprob_bytes(rows: int, vocab: int, hidden: int, size: int, *, on_cp
 def kv_bytes_per_token(config: ModelConfig, compute_bytes: int, tensor: int, on_cpu: bool) -> float:
     """Of the cache on one rank: the heads are split as far as there are heads, a latent is on every rank."""
     dtype = torch.float32 if compute_bytes == FP32 else torch.bfloat16
-    return PagedKVCache.bytes_per_token(config, dtype, torch.device("cpu" if on_cpu else "cuda")) / min(tensor, config.cache_heads)
+    device = torch.device("cpu" if on_cpu else "cuda")
+    return PagedKVCache.bytes_per_token(config, config.num_hidden_layers, dtype, device) / min(tensor, config.cache_heads)
 
 
 def kv_blocks(prompt: float, longest: float, rows: int, group: int, block: int) -> int:
