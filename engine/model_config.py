@@ -22,6 +22,7 @@ WINDOWED = ("mistral", "qwen2", "qwen3", "qwen3_moe")  # architectures that may 
 
 ROPE_NUMBERS = {  # that a rope_scaling of the type must have
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "linear": ("factor",),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 
@@ -89,7 +90,7 @@ class ModelConfig(Config):
     rope_theta: float = Field(10000.0, gt=0)
     """RoPE base."""
     rope_scaling: dict | None = None
-    """HuggingFace rope_scaling; None or rope_type llama3, for deepseek_v3 None or yarn."""
+    """HuggingFace rope_scaling; None or rope_type llama3, linear or yarn, for deepseek_v3 None or yarn."""
     rms_norm_eps: float = Field(1e-6, gt=0)
     """Epsilon of every RMS norm (deepseek_v3: but those of the latents, which have 1e-6)."""
     tie_word_embeddings: bool = True
@@ -108,9 +109,9 @@ class ModelConfig(Config):
             raise ValueError(f"hidden_size is {self.hidden_size}, wanted a multiple of num_attention_heads = {heads} (or set head_dim)")
         if self.rotary_width % 2:
             raise ValueError(f"{'qk_rope_head_dim' if self.latent else 'head_dim'} is {self.rotary_width}, RoPE wants it even")
-        scaled = "yarn" if self.latent else "llama3"
-        if self.rope_type not in (scaled, "default"):
-            raise ValueError(f"rope_scaling is {self.rope_scaling}, wanted rope_type {scaled} or none")
+        scaled = ("yarn",) if self.latent else tuple(ROPE_NUMBERS)
+        if self.rope_type not in (*scaled, "default"):
+            raise ValueError(f"rope_scaling is {self.rope_scaling}, wanted rope_type {', '.join(scaled)} or none")
         if absent := [key for key in ROPE_NUMBERS.get(self.rope_type, ()) if not isinstance(self.rope_scaling.get(key), (int, float))]:
             raise ValueError(f"rope_scaling of type {self.rope_type} has no {', '.join(absent)}")
         return self
@@ -149,7 +150,7 @@ class ModelConfig(Config):
 
     @property
     def rope_type(self) -> str:
-        """default, llama3 or yarn; older files call the key `type`."""
+        """default, llama3, linear or yarn; older files call the key `type`."""
         scaling = self.rope_scaling or {}
         return scaling.get("rope_type", scaling.get("type")) if scaling else "default"
 

@@ -4,8 +4,8 @@
 The experts of a layer are one stack, of which each is a part.  Block-scaled FP8 weights (DeepSeek-V3, Qwen3-FP8: `weight_scale_inv`) are dequantised
 when they are read, and saved as what they then are.
 DeepSeek-V3's layer for multi-token prediction is read and written where the files have it.
-Left out: pickled weights (pytorch_model.bin), other quantized checkpoints, RoPE types other than default, llama3 and (DeepSeek-V3)
-yarn.
+Left out: pickled weights (pytorch_model.bin), other quantized checkpoints, RoPE types other than default, llama3, linear
+and yarn.
 """
 
 import hashlib

@@ -14,6 +14,7 @@ from athanor.weights import hf_tensors, model_config_to_hf
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 SHAPE = dict(
     vocab_size=67, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80,
     max_position_embeddings=256,
@@ -23,6 +24,8 @@ FAMILIES = {
     "llama_untied_llama3_rope": ModelConfig(
         architecture="llama", tie_word_embeddings=False, rope_theta=5e5, rope_scaling=LLAMA3, rms_norm_eps=1e-5, **SHAPE
     ),
+    "llama_linear_rope": ModelConfig(architecture="llama", rope_scaling={"rope_type": "linear", "factor": 4.0}, **SHAPE),
+    "qwen2_yarn": ModelConfig(architecture="qwen2", rope_theta=1e6, rope_scaling=YARN, **SHAPE),
     "llama_multi_query_wide_heads": ModelConfig(architecture="llama", **{**SHAPE, "num_key_value_heads": 1, "head_dim": 16}),
     "qwen2_biases_untied": ModelConfig(architecture="qwen2", tie_word_embeddings=False, rope_theta=1e6, **SHAPE),
     "qwen2_windows_in_some_layers": ModelConfig(
@@ -128,7 +131,8 @@ def test_gradients_of_all_parameters_equal_transformers(name):
         assert_close(parameter.grad, fused_gradient(theirs, model, name), fused_gradient(truth, model, name), name)
 
 
-@pytest.mark.parametrize("scaling", [None, LLAMA3, {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192}])
+@pytest.mark.parametrize("scaling", [None, LLAMA3, {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192}, YARN,
+                                     {"rope_type": "linear", "factor": 4.0}])  # fmt: skip
 @pytest.mark.parametrize("theta", [1e4, 5e5])
 def test_rope_frequencies_are_those_of_transformers_bit_for_bit(theta, scaling):
     config = ModelConfig(architecture="llama", **{**SHAPE, "head_dim": 64, "max_position_embeddings": 131072}, rope_theta=theta, rope_scaling=scaling)

@@ -240,11 +240,13 @@ class Decoder(nn.Module):
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """(d/2,) fp32 angular frequencies theta^(-2i/d), with Llama 3.1's or YaRN's scaling when the config asks for it."""
+    """(d/2,) fp32 angular frequencies theta^(-2i/d), with Llama 3.1's, linear or YaRN's scaling when the config asks for it."""
     d = config.rotary_width
     inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d)
     if config.rope_type == "default":
         return inv_freq
+    if config.rope_type == "linear":
+        return inv_freq / config.rope_scaling["factor"]
     if config.rope_type == "yarn":
         return yarn_frequencies(config, inv_freq)
     scaling = config.rope_scaling
