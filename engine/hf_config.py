@@ -66,15 +66,15 @@ def model_config_from_hf(config: dict) -> ModelConfig:
         raise UserError(f"config.json: num_key_value_heads is {heads}, wanted as many as query heads, {fields['num_attention_heads']}")
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "type", "partial_rotary_factor")}
     scaling.setdefault("rope_type", rope.get("type", "default"))
+    longest = config.get("max_position_embeddings", {"llama": 2048, "mistral": 131072, "deepseek_v3": 4096}.get(family, 32768))
     if scaling["rope_type"] in ("llama3", "yarn"):
-        scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings", 2048))
-    longest = {"llama": 2048, "mistral": 131072, "deepseek_v3": 4096}.get(family, 32768)
+        scaling.setdefault("original_max_position_embeddings", longest)
     try:
         return ModelConfig(
             architecture=family,
             rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
             rope_scaling=None if scaling["rope_type"] == "default" else scaling,
-            max_position_embeddings=config.get("max_position_embeddings", longest),
+            max_position_embeddings=longest,
             **fields,
         )
     except ValidationError as error:

@@ -182,13 +182,25 @@ def test_config_survives_a_round_trip_in_both_spellings_of_rope(name):
     ({"moe_layer_freq": 2}, "moe_layer_freq is 2"),
     ({"attention_bias": True}, "attention_bias is True"),
     ({"num_key_value_heads": 2}, "num_key_value_heads is 2, wanted as many as query heads"),
-    ({"rope_scaling": {"type": "yarn", "factor": 40}}, "yarn has no original_max_position_embeddings"),
+    ({"rope_scaling": {"type": "yarn"}}, "yarn has no factor"),
     ({"rope_scaling": {"type": "linear", "factor": 40}}, "wanted rope_type yarn or none"),
     ({"n_routed_experts": None}, "num_experts is 0"),
 ])  # fmt: skip
 def test_a_feature_that_the_decoder_lacks_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         model_config_from_hf({**model_config_to_hf(FAMILIES["deepseek_v3"]), **changes})
+
+
+@pytest.mark.parametrize("name", ("deepseek_v3", "qwen3_moe"))
+@pytest.mark.parametrize("longest", (None, 8192))
+def test_yarn_counts_from_the_longest_position_where_the_original_one_is_absent(name, longest):
+    """As transformers fills it in, with the family's default where that is absent, too."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
+    changes = {"rope_scaling": {"rope_type": "yarn", "factor": 40.0}} | ({} if longest is None else {"max_position_embeddings": longest})
+    hf = {k: v for k, v in model_config_to_hf(FAMILIES[name]).items() if k not in ("max_position_embeddings", "rope_parameters")} | changes
+    ours, theirs = model_config_from_hf(hf), transformers.AutoConfig.for_model(name, **json.loads(json.dumps(changes)))
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert ours.rope_scaling["original_max_position_embeddings"] == theirs.rope_parameters["original_max_position_embeddings"]
 
 
 # The fields that matter of published config.json files, as they were published.
