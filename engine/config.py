@@ -350,8 +350,9 @@ class ParallelConfig(Config):
     reshard_after_forward: bool = True
     """Gather a layer's parameters again for its backward instead of keeping them (ZeRO-3 instead of ZeRO-2)."""
     tensor: int = Field(1, ge=1)
-    """Ranks that compute a forward together (tensor parallelism: heads, SwiGLU's columns and the vocabulary are split between them); 1 = off.  A
-    divisor of the ranks and of the model's key and value heads.  They should be of one node, for they wait for each other in every layer."""
+    """Ranks that compute a forward together (tensor parallelism: heads, SwiGLU's columns, experts and the vocabulary are split between them); 1 = off.
+    A divisor of the ranks, of the model's key and value heads (with latent attention, of all heads) and of its experts.  They should be of one node,
+    for they wait for each other in every layer."""
     rollout: Literal["whole", "split"] = "whole"
     """Weights that sampling reads: a whole copy on every rank, or the parts of tensor parallelism, whose ranks then sample together: for models that
     do not fit one GPU."""

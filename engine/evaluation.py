@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: bfloat16 on CUDA, float32 on a CPU")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads of a process; 0 = cores divided by the local ranks")
-    p.add_argument("--tensor", type=int, default=1, metavar="N", help="ranks that sample together with a part of a dense model each, for one that "
+    p.add_argument("--tensor", type=int, default=1, metavar="N", help="ranks that sample together with a part of the model each, for one that "
                    "does not fit one GPU (default 1)")  # fmt: skip
     p.add_argument("--max-rows", type=int, default=512, metavar="N", help="sequences that decode at once (default 512)")
     deadlines = ", ".join(f"{name} {seconds:g}" for name, seconds in DeadlineConfig().by_phase().items() if name in DEADLINES)

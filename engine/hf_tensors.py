@@ -85,12 +85,12 @@ def _attention(config: ModelConfig, ours: str) -> dict[str, Source]:
 def _latent_attention(config: ModelConfig, ours: str) -> dict[str, Source]:
     D, H, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     q_rows, latent = H * config.width_per_head, rank + config.qk_rope_head_dim
-    first = config.q_lora_rank or q_rows
-    tensors = {f"{'q_a' if config.q_lora_rank else 'q'}_proj.weight": Source(f"{ours}.mla.qkv_a_proj.weight", 0, (first, D))}
-    if config.q_lora_rank:
-        tensors["q_a_layernorm.weight"] = Source(f"{ours}.mla.q_a_norm.weight", 0, (first,))
-        tensors["q_b_proj.weight"] = Source(f"{ours}.mla.q_b_proj.weight", 0, (q_rows, first))
-    tensors["kv_a_proj_with_mqa.weight"] = Source(f"{ours}.mla.qkv_a_proj.weight", first, (latent, D))
+    q_rank, tensors = config.q_lora_rank, {}
+    if q_rank:
+        tensors["q_a_proj.weight"] = Source(f"{ours}.mla.qkv_a_proj.weight", 0, (q_rank, D))
+        tensors["q_a_layernorm.weight"] = Source(f"{ours}.mla.q_a_norm.weight", 0, (q_rank,))
+    tensors[f"{'q_b' if q_rank else 'q'}_proj.weight"] = Source(f"{ours}.mla.q_b_proj.weight", 0, (q_rows, q_rank or D))
+    tensors["kv_a_proj_with_mqa.weight"] = Source(f"{ours}.mla.qkv_a_proj.weight", q_rank, (latent, D))
     tensors["kv_a_layernorm.weight"] = Source(f"{ours}.mla.kv_a_norm.weight", 0, (rank,))
     tensors["kv_b_proj.weight"] = Source(f"{ours}.mla.kv_b_proj.weight", 0, (H * (config.qk_nope_head_dim + config.v_head_dim), rank))
     tensors["o_proj.weight"] = Source(f"{ours}.mla.o_proj.weight", 0, (D, H * config.v_head_dim))

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from athanor.kernels import linear
 from athanor.kv_cache import DecodeAttention, PagedKVCache, to_device
 from athanor.model.transformer import Decoder, fill_rows
 
@@ -155,7 +154,7 @@ class MtpDraft:
             if i:
                 positions = lengths + (i - 2)
                 state = self._look_ahead(state, drafts[-1], torch.where(positions + 1 < most, positions, -1), self.rows.table[:n], limit)[:n]
-            head = linear(fill_rows(state) if state.is_cpu else state, self.model.lm_head_weight, out_dtype=torch.float32)
+            head = self.model.logits(fill_rows(state) if state.is_cpu else state)
             drafts.append(head[:n].argmax(1))
         return torch.stack(drafts, 1)
 

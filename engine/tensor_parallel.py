@@ -1,4 +1,4 @@
-"""Tensor parallelism (Megatron-LM, arXiv 1909.08053): the ranks of a group compute one forward of a dense model together.
+"""Tensor parallelism (Megatron-LM, arXiv 1909.08053): the ranks of a group compute one forward of a model together.
 
 Of each layer a rank has some query heads with their key and value heads, and some of SwiGLU's columns: qkv_proj and gate_up_proj keep rows (of q, k
 and v, or gate and up, each by itself), o_proj and down_proj the columns that meet them.  What these give is summed over the group: two sums per
@@ -6,14 +6,22 @@ layer in the forward, two in the backward.  Embedding and head keep rows of the 
 (`linear_logprob_parallel`), 16 with the entropy.  Norms are the same on every rank, and so is everything between the layers, gradients included: all
 ranks of a group take the same samples.
 
+Latent attention: q_b_proj and kv_b_proj keep the rows of a rank's heads, o_proj the columns.  The latents of queries, keys and values, their norms and
+the one rotated key are the same on every rank, and so is the cache, which holds nothing else.
+
+A mixture of experts: each rank has E / N whole experts, and the shared ones by SwiGLU's columns.  Every rank has all tokens, so the routers choose the
+same everywhere, each rank computes the choices that are its own, and the one sum that joins the shared experts' columns joins these, too: nothing
+travels.  Cutting each expert's columns instead would even out the ranks, but make every product N times narrower, keep N times the rows of its inputs,
+and cut through the blocks of 128 that FP8 weights have a scale for.
+
 It is applied to a model from outside, by other classes for its modules.  Parameters are plain tensors, as the kernels want them, and not DTensors: a
 rank's rows of a fused matrix are no range of its rows.  `Split` says which they are; checkpoints, copies of the whole model and the gradient's norm
 go by it.  FSDP may split the parts further (sharding.py), as it would split whole parameters.
-Left out: latent attention, experts, more ranks than key and value heads, and splitting what lies between the layers along the tokens (sequence
-parallelism, arXiv 2205.05198).
+Left out: more ranks than key and value heads, splitting the latents' projections, and splitting what lies between the layers along the tokens
+(sequence parallelism, arXiv 2205.05198).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -23,7 +31,9 @@ from athanor.config import ModelConfig
 from athanor.errors import UserError
 from athanor.kernels import LogProbs, linear_logprob_parallel
 from athanor.model.layers import Linear
-from athanor.model.transformer import Decoder, DecoderLayer
+from athanor.model.mla import Latent, LatentAttention
+from athanor.model.moe import MixtureOfExperts, Routes
+from athanor.model.transformer import Attend, Decoder, DecoderLayer
 from athanor.parallel import Ranks, all_gather
 
 
@@ -122,14 +132,48 @@ class HeadsOfLayer(DecoderLayer):
         return {name: Shared.apply(x, self.ranks) if isinstance(x, Tensor) else x for name, x in super().norm_of_heads().items()}
 
 
+class HeadsOfLatentAttention(LatentAttention):
+    """Latent attention with some of the heads."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        return super().forward(x, cos, sin, SharedLatents(attend, self.ranks))
+
+
+class SharedLatents:
+    """`attend` for some of the heads: what these read together with the others' has the gradient of all."""
+
+    def __init__(self, attend: Attend, ranks: Ranks):
+        self.attend, self.ranks = attend, ranks
+
+    def latent(self, layer: int, x: Latent) -> Tensor:
+        if x.latent.requires_grad:
+            latent, k_rope = Shared.apply(torch.cat((x.latent, x.k_rope), -1), self.ranks).split((x.rank, x.k_rope.shape[1]), -1)
+            x = replace(x, latent=latent, k_rope=k_rope)
+        return self.attend.latent(layer, x)
+
+
+class ExpertsOfMixture(MixtureOfExperts):
+    """A mixture with some of the experts, which sees all tokens, and some of the shared experts' columns."""
+
+    def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
+        ids, weights = self.router(x, routes)
+        x, weights = Shared.apply(x, self.ranks), Shared.apply(weights, self.ranks)
+        ids = ids - self.ranks.rank * self.num_experts
+        ids = ids.masked_fill((ids < 0) | (ids >= self.num_experts), -1)
+        out = self.routed(x, ids, weights) if self.elsewhere is None else self.elsewhere(self, x, ids, weights)
+        return Summed.apply(out if self.shared is None else out + self.shared(x), self.ranks)
+
+
 class RowsOfDecoder(Decoder):
     """A decoder whose head has some of the vocabulary.  A `Generator` of it samples on the ranks of the group together, the same on each."""
 
     @property
     def own_config(self) -> ModelConfig:
         config, size = self.config, self.ranks.world
-        heads = {"num_attention_heads": config.num_attention_heads // size, "num_key_value_heads": config.num_key_value_heads // size}
-        return config.model_copy(update=heads | {"head_dim": config.width_per_head})
+        heads = {"num_attention_heads": config.num_attention_heads // size}
+        if not config.latent:  # of which every rank has the one
+            heads |= {"num_key_value_heads": config.num_key_value_heads // size, "head_dim": config.width_per_head}
+        return config.model_copy(update=heads)
 
     def logprobs(
         self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0, support: tuple[Tensor, Tensor] | None = None, entropy: bool = True
@@ -144,10 +188,11 @@ class RowsOfDecoder(Decoder):
 def check_tensor(config: ModelConfig, ranks: Ranks) -> None:
     """Refuse, with a UserError, a model that does not divide into so many parts."""
     size, at = ranks.world, f"parallel.tensor is {ranks.world}"
-    if config.latent or any(map(config.is_sparse, range(config.num_hidden_layers))):
-        raise UserError(f"{at}, wanted 1: {config.architecture} has latent attention or experts, which are not split")
-    if config.num_key_value_heads % size:
-        raise UserError(f"{at}, wanted a divisor of the {config.num_key_value_heads} key and value heads (num_key_value_heads)")
+    heads, name = (config.num_attention_heads, "attention") if config.latent else (config.num_key_value_heads, "key and value")
+    if heads % size:
+        raise UserError(f"{at}, wanted a divisor of the {heads} {name} heads (num_{name.replace(' and ', '_')}_heads)")
+    if config.num_experts % size:
+        raise UserError(f"{at}, wanted a divisor of the {config.num_experts} experts (num_experts), of which each rank has whole ones")
     if config.intermediate_size < size or config.vocab_size < size:
         raise UserError(f"{at}, more than intermediate_size = {config.intermediate_size} or vocab_size = {config.vocab_size}")
 
@@ -161,21 +206,45 @@ def split_(model: nn.Module, ranks: Ranks) -> nn.Module:
     decoders = [module for module in model.modules() if isinstance(module, Decoder)]
     for decoder in decoders:
         check_tensor(decoder.config, ranks)
-        config, d = decoder.config, decoder.config.width_per_head
-        q, kv, F = config.num_attention_heads * d, config.num_key_value_heads * d, config.intermediate_size
+        config = decoder.config
         for layer in (module for module in decoder.modules() if isinstance(module, DecoderLayer)):
-            layer.num_heads, layer.num_kv_heads = layer.num_heads // ranks.world, layer.num_kv_heads // ranks.world
-            _become(layer, HeadsOfLayer, ranks)
-            _become(layer.qkv_proj, RowsOfLinear, ranks, 0, (q, kv, kv))
-            _become(layer.o_proj, ColumnsOfLinear, ranks, 1, (q,))
-            _become(layer.gate_up_proj, RowsOfLinear, ranks, 0, (F, F))
-            _become(layer.down_proj, ColumnsOfLinear, ranks, 1, (F,))
+            _split_latent(layer.mla, ranks) if config.latent else _split_heads(layer, config, ranks)
+            if layer.moe is not None:
+                _split_mixture(layer.moe, ranks)
+                continue
+            _become(layer.gate_up_proj, RowsOfLinear, ranks, 0, (config.intermediate_size,) * 2)
+            _become(layer.down_proj, ColumnsOfLinear, ranks, 1, (config.intermediate_size,))
         _become(decoder, RowsOfDecoder, ranks)
         _become(decoder.embed, RowsOfEmbedding, ranks, 0, (config.vocab_size,))
         decoder.embed.first = bounds(config.vocab_size, ranks.world)[ranks.rank]
         if not config.tie_word_embeddings:
             _become(decoder.lm_head, type(decoder.lm_head), ranks, 0, (config.vocab_size,))
     return model
+
+
+def _split_heads(layer: DecoderLayer, config: ModelConfig, ranks: Ranks) -> None:
+    q, kv = config.num_attention_heads * config.width_per_head, config.num_key_value_heads * config.width_per_head
+    layer.num_heads, layer.num_kv_heads = layer.num_heads // ranks.world, layer.num_kv_heads // ranks.world
+    _become(layer, HeadsOfLayer, ranks)
+    _become(layer.qkv_proj, RowsOfLinear, ranks, 0, (q, kv, kv))
+    _become(layer.o_proj, ColumnsOfLinear, ranks, 1, (q,))
+
+
+def _split_latent(mla: LatentAttention, ranks: Ranks) -> None:
+    _become(mla, HeadsOfLatentAttention, ranks)
+    _become(mla.q_b_proj, RowsOfLinear, ranks, 0, (mla.num_heads * (mla.n + mla.R),))
+    _become(mla.kv_b_proj, Linear, ranks, 0, (mla.num_heads * (mla.n + mla.v),))  # whose inputs `SharedLatents` shares
+    _become(mla.o_proj, ColumnsOfLinear, ranks, 1, (mla.num_heads * mla.v,))
+    mla.num_heads //= ranks.world
+
+
+def _split_mixture(moe: MixtureOfExperts, ranks: Ranks) -> None:
+    _become(moe, ExpertsOfMixture, ranks, 0, (moe.num_experts,))
+    moe.num_experts, moe.partial = moe.num_experts // ranks.world, True
+    if moe.shared is not None:  # whose inputs and sums are those of the mixture
+        width = moe.shared.down_proj.weight.shape[1]
+        _become(moe.shared.gate_up_proj, Linear, ranks, 0, (width, width))
+        _become(moe.shared.down_proj, Linear, ranks, 1, (width,))
 
 
 def _become(module: nn.Module, kind: type, ranks: Ranks, dim: int = 0, sections: tuple[int, ...] = ()) -> None:

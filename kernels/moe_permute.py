@@ -40,15 +40,18 @@ def num_rows(slots: int, num_experts: int, align: int) -> int:
     return (slots + min(num_experts, slots) * (align - 1)) // align * align
 
 
-def moe_permute(x: Tensor, ids: Tensor, num_experts: int, *, align: int = 1, backend: str | None = None) -> tuple[Tensor, Places]:
+def moe_permute(
+    x: Tensor, ids: Tensor, num_experts: int, *, align: int = 1, places: Places | None = None, backend: str | None = None
+) -> tuple[Tensor, Places]:
     """Copy each token's row to its k experts.
 
-    x: (T, D).  ids, num_experts, align: as in `moe_places`.  Returns (P, D) in x's dtype, differentiable in x, and the places.
+    x: (T, D).  ids, num_experts, align: as in `moe_places`.  places: what that made of them, where it was called before, `source` cut to the rows that
+    are wanted, offsets[E] at least.  Returns (P, D) in x's dtype, differentiable in x, and the places.
     Raises ValueError on a mismatch.
     """
     check(x.ndim == 2 and ids.ndim == 2 and x.shape[0] == ids.shape[0] and x.is_floating_point(),
           lambda: f"moe_permute: x is {tuple(x.shape)} {x.dtype}, ids is {tuple(ids.shape)}; wanted (T, D) and (T, k)")  # fmt: skip
-    places = moe_places(ids, num_experts, align=align, backend=backend)
+    places = moe_places(ids, num_experts, align=align, backend=backend) if places is None else places
     return permute_op(backend, x=x, source=places.source, inverse=places.inverse), places
 
 

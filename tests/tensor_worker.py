@@ -9,6 +9,7 @@ import sharding_worker
 import torch
 import torch.distributed as dist
 from sharding_worker import STEPS, build, train, whole_state
+from sparse_models import FAMILIES, random_decoder
 
 from athanor.checkpoint import load_latest_state, save_state
 from athanor.config import ModelConfig, ParallelConfig, SamplingConfig, SpeculationConfig
@@ -25,6 +26,10 @@ SHAPE = dict(vocab_size=67, hidden_size=20, num_hidden_layers=2, num_attention_h
 sharding_worker.MODELS |= {  # under names of their own: other tests of the process have that module, too
     "qwen3, eight heads": ModelConfig(**SHAPE, initializer_range=0.2, sliding_window=5, layer_types=("full_attention", "sliding_attention")),
     "qwen2, eight heads": ModelConfig(**SHAPE, architecture="qwen2", tie_word_embeddings=False, initializer_range=0.2),
+    # Four heads and eight experts; with a layer for multi-token prediction; queries without a latent, and the first layer sparse.
+    "deepseek_v3, mtp": FAMILIES["deepseek_v3"].model_copy(update={"num_nextn_predict_layers": 1}),
+    "deepseek_v3, plain queries": FAMILIES["deepseek_v3_plain_queries_no_groups_halves_all_sparse"],
+    "qwen3_moe, four keys": FAMILIES["qwen3_moe"].model_copy(update={"num_key_value_heads": 4, "head_dim": 12}),
 }
 
 
@@ -46,15 +51,37 @@ def cases(world: int) -> dict[str, tuple]:
     }
 
 
+def sparse_cases(world: int) -> dict[str, tuple]:
+    """The same of mixtures of experts and latent attention."""
+    deepseek, plain, qwen3 = (tuple((name, "adamw", torch.float64) for name in
+                              ("deepseek_v3, mtp", "deepseek_v3, plain queries", "qwen3_moe, four keys")))  # fmt: skip
+    again = {"activation_checkpointing": True}
+    if world < 4:
+        return {"deepseek": (deepseek, {}), "plain": (plain, {}), "qwen3": (qwen3, again if world > 1 else {})}
+    return {
+        "deepseek": (deepseek, {}),
+        "qwen3, two groups": (qwen3, {"tensor": 2}),
+        "deepseek, two groups, fsdp": (deepseek, {"tensor": 2, "shard": 0, **again}),
+    }
+
+
+def exactly(ranks: Ranks, model, optimizer, steps: range) -> list[tuple[float, float]]:
+    """`train`, in whose balance loss the weights of sequences are quotients of integers, and these of the default type."""
+    torch.set_default_dtype(next(model.parameters()).dtype)
+    figures = train(ranks, model, optimizer, steps, 48)
+    torch.set_default_dtype(torch.float32)
+    return figures
+
+
 def result(ranks: Ranks, case: tuple, parallel: dict) -> dict:
     """Gradients after the first step, weights after all, figures; and the rollout's copy, which must be the same on every rank."""
     model, optimizer = build(ranks, *case, **parallel)
-    figures, of = train(ranks, model, optimizer, range(1), 48), splits(model)
+    figures, of = exactly(ranks, model, optimizer, range(1)), splits(model)
     assert bool(of) == is_sharded(model) == (ranks.tensor.world > 1)
-    gradients = {n: whole(p.grad, p.grad.dtype, of.get(n)) for n, p in split_parameters(model).items()}
+    gradients = {n: whole(p.grad, p.grad.dtype, of.get(n)) for n, p in split_parameters(model).items() if p.requires_grad}
     full = FullWeights(model)
     stale = weights_hash(full.model) if full.model is not model else ""
-    figures += train(ranks, model, optimizer, range(1, STEPS), 48)
+    figures += exactly(ranks, model, optimizer, range(1, STEPS))
     full.refresh()
     assert weights_hash(model) == weights_hash(full.model) != stale
     assert weights_hash(FullWeights(model, parts=True).model) == weights_hash(model)
@@ -85,6 +112,27 @@ def samples(ranks: Ranks) -> list[tuple]:
     return found
 
 
+def sparse_samples(ranks: Ranks) -> dict[str, list[tuple]]:
+    """(tokens, log-probs, finish, routes) of mixtures, drafts by multi-token prediction among them; and of the folder that one has written."""
+    found = {}
+    for name in ("deepseek_v3, mtp", "qwen3_moe, four keys"):
+        model = random_decoder(sharding_worker.MODELS[name]).requires_grad_(False)
+        if ranks.tensor.world > 1:
+            model = for_sampling(model, ParallelConfig(tensor=ranks.tensor.world, rollout="split"), ranks)
+        requests = [Request(prompt, np.arange(3) + 10 * i) for i, prompt in enumerate([np.arange(1, 8), np.arange(3, 43)])]
+        drafts = [SpeculationConfig(), *([SpeculationConfig(tokens=2, draft="mtp")] if model.mtp is not None else [])]
+        drawn = []
+        for speculation in drafts:
+            generator = Generator(model, {66}, max_rows=4, max_prefill_tokens=16, block_size=16, record_routes=True, speculation=speculation)
+            groups = generator.generate(requests, SamplingConfig(max_tokens=16))
+            drawn.append([(c.token_ids.tolist(), c.logps.tolist(), c.finish, [r.tolist() for r in c.routes]) for group in groups for c in group])
+            assert generator.cache.keys[0].shape[1] == (1 if model.config.latent else 4 // ranks.tensor.world)
+        assert all([sample[0] for sample in other] == [sample[0] for sample in drawn[0]] for other in drawn)
+        assert all(other == drawn[0] for other in ranks.tensor.concatenate([drawn[0]])[0]), "the ranks of a group differ"
+        found[name] = drawn[0]
+    return found
+
+
 def states(ranks: Ranks, folder: Path, case: tuple, parallel: dict) -> dict:
     """A state that another layout has left is read, one is written, and so is a HuggingFace folder; weights and moments of both times."""
     model, optimizer = build(ranks, *case, seed=1, **parallel)
@@ -102,14 +150,17 @@ def states(ranks: Ranks, folder: Path, case: tuple, parallel: dict) -> dict:
     return {"loaded": loaded, "later": whole_state(model, optimizer), "exported": exported}
 
 
-def main(folder: Path) -> dict:
-    found, made = {}, {}
+KINDS = {"dense": (cases, samples), "sparse": (sparse_cases, sparse_samples)}
+
+
+def main(folder: Path, kind: str) -> dict:
+    found, made, (layouts, draw) = {}, {}, KINDS[kind]
     world = Ranks("cpu", threads=1).world
-    for name, (case, parallel) in cases(world).items():
+    for name, (case, parallel) in layouts(world).items():
         size = parallel.get("tensor", world)
         made.setdefault(size, Ranks("cpu", threads=1, tensor=size))
         found[name] = result(made[size], case, {"tensor": size, **parallel})
-    found["samples"] = samples(made[min(world, 2)])
+    found["samples"] = draw(made[min(world, 2)])
     if world > 1:  # in the last layout
         found["states"] = states(made[size], folder, case, {"tensor": size, **parallel})
     return found
@@ -119,7 +170,7 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    found = main(folder)
+    found = main(folder, sys.argv[2])
     if rank == 0:
         torch.save(found, folder / "found.pt")
     dist.barrier()

@@ -33,8 +33,11 @@ SYMBOLS = [*"0123456789", "what", "is", "plus", "User:", "?", "Assistant:", "<th
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("evaluation")
     tokenizer = symbol_tokenizer(SYMBOLS)
-    config = ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1, initializer_range=0.3, max_position_embeddings=256)
-    export_model(Decoder(config).initialize_(0), tokenizer, path / "model")
+    shape = dict(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1, initializer_range=0.3, max_position_embeddings=256)
+    export_model(Decoder(ModelConfig(**shape)).initialize_(0), tokenizer, path / "model")
+    sparse = dict(architecture="deepseek_v3", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1, kv_lora_rank=16,
+                  q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)  # fmt: skip
+    export_model(Decoder(ModelConfig(**shape, **sparse)).initialize_(0), tokenizer, path / "sparse")
     (path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     return path
 
@@ -109,10 +112,12 @@ command(sys.argv[1:])
 
 @pytest.mark.slow
 @pytest.mark.multiproc
-def test_ranks_with_a_part_of_the_model_each_draw_what_one_process_draws(folder, tmp_path):
-    alone = command(arguments(folder, tmp_path / "one"))["results"]
+@pytest.mark.parametrize("model", ["model", "sparse"])
+def test_ranks_with_a_part_of_the_model_each_draw_what_one_process_draws(folder, tmp_path, model):
+    alone = command(arguments(folder, tmp_path / "one", "--model", folder / model))["results"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
-    split = [str(ROOT / "engine" / "train.py"), "eval", *arguments(folder, tmp_path / "two", "--tensor", "2", "--device", "cpu")]
+    split = [str(ROOT / "engine" / "train.py"), "eval", *arguments(folder, tmp_path / "two", "--model", folder / model)]
+    split += ["--tensor", "2", "--device", "cpu"]
     result = subprocess.run([*launcher, *split], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["results"] == alone

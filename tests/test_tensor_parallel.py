@@ -26,7 +26,7 @@ ONE = Ranks("cpu", threads=1)
 @pytest.fixture(scope="module")
 def alone():
     """What one process computes."""
-    return tensor_worker.main(Path())
+    return tensor_worker.main(Path(), "dense")
 
 
 def distance(found: dict, wanted: dict) -> float:
@@ -37,18 +37,7 @@ def distance(found: dict, wanted: dict) -> float:
 
 def compare(folder: Path, world: int, alone: dict) -> None:
     last, (case, _) = list(tensor_worker.cases(world).items())[-1]
-    model, optimizer = build(ONE, *case)
-    train(ONE, model, optimizer, [0], 48)
-    save_state(folder / "theirs", 1, model, optimizer, {}, ONE)
-    saved = whole_state(model, optimizer)
-    train(ONE, model, optimizer, [1], 48)
-    straight = whole_state(model, optimizer)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
-    command = [sys.executable, HERE / "tensor_worker.py", folder]
-    workers = [subprocess.Popen(command, env=environment | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(world)]
-    errors = [worker.communicate(timeout=400)[1] for worker in workers]
-    assert not any(worker.returncode for worker in workers), "\n".join(errors)[-3000:]
-    found = torch.load(folder / "found.pt")
+    found = on_ranks(folder, world, "dense", case)
     for name in tensor_worker.cases(world):
         wanted = alone[", ".join(["tensor", *(word for word in ("untied", "fp32", "muon") if word in name)])]
         exact = 2e-6 if "fp32" in name or "muon" in name else 1e-13
@@ -62,14 +51,34 @@ def compare(folder: Path, world: int, alone: dict) -> None:
     for (tokens, logps, finish), (one_tokens, one_logps, one_finish) in zip(found["samples"], alone["samples"], strict=True):
         assert tokens == one_tokens and finish == one_finish and logps == pytest.approx(one_logps, abs=1e-5)
     assert len({tuple(tokens) for tokens, _, _ in found["samples"]}) > 20
-    # A state of one process is read to the bit; what is then written is read by one process to the bit.
+    compare_states(folder, found, case, 2e-3 if "muon" in last else 2e-6)
+
+
+def on_ranks(folder: Path, world: int, kind: str, case: tuple) -> dict:
+    """What the workers find, beside what one process makes of the state that they read."""
+    model, optimizer = build(ONE, *case)
+    train(ONE, model, optimizer, [0], 48)
+    save_state(folder / "theirs", 1, model, optimizer, {}, ONE)
+    saved = whole_state(model, optimizer)
+    train(ONE, model, optimizer, [1], 48)
+    straight = whole_state(model, optimizer)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
+    command = [sys.executable, HERE / "tensor_worker.py", folder, kind]
+    workers = [subprocess.Popen(command, env=environment | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(world)]
+    errors = [worker.communicate(timeout=400)[1] for worker in workers]
+    assert not any(worker.returncode for worker in workers), "\n".join(errors)[-3000:]
+    return torch.load(folder / "found.pt") | {"saved": saved, "straight": straight}
+
+
+def compare_states(folder: Path, found: dict, case: tuple, limit: float) -> None:
+    """A state of one process is read to the bit; what is then written is read by one process to the bit."""
     states = found["states"]
-    assert all(torch.equal(states["loaded"][name], x) for name, x in saved.items())
-    assert distance(states["later"], straight) < (2e-3 if "muon" in last else 2e-6)
+    assert all(torch.equal(states["loaded"][name], x) for name, x in found["saved"].items())
+    assert distance(states["later"], found["straight"]) < limit
     assert load_latest_state(folder / "ours", *(other := build(ONE, *case, seed=2)), ONE).step == 2
     ours = whole_state(*other)
     assert ours.keys() == states["later"].keys() and all(torch.equal(ours[name], x) for name, x in states["later"].items())
-    assert all(torch.equal(states["exported"][name], ours[name]) for name in states["exported"])
+    assert all(torch.equal(states["exported"][name], ours[name].to(states["exported"][name].dtype)) for name in states["exported"])
 
 
 @pytest.mark.multiproc
@@ -104,8 +113,12 @@ def test_a_model_that_does_not_divide_is_an_error():
     check_tensor(config, Four)
     with pytest.raises(UserError, match="parallel.tensor is 4, wanted a divisor of the 2 key and value heads"):
         check_tensor(config.model_copy(update={"num_key_value_heads": 2}), Four)
-    with pytest.raises(UserError, match="parallel.tensor is 4, wanted 1: deepseek_v3 has latent attention or experts"):
-        check_tensor(tensor_worker.sharding_worker.MODELS["deepseek_v3"], Four)
+    sparse = tensor_worker.sharding_worker.MODELS["deepseek_v3"]
+    check_tensor(sparse, Four)
+    with pytest.raises(UserError, match=r"parallel.tensor is 4, wanted a divisor of the 6 attention heads \(num_attention_heads\)"):
+        check_tensor(sparse.model_copy(update={"num_attention_heads": 6}), Four)
+    with pytest.raises(UserError, match="parallel.tensor is 4, wanted a divisor of the 6 experts"):
+        check_tensor(sparse.model_copy(update={"num_experts": 6}), Four)
     with pytest.raises(UserError, match="parallel.tensor is 2, wanted a divisor of the 1 ranks"):
         Ranks("cpu", threads=1, tensor=2)
     with pytest.raises(ValueError, match="rollout is split, which takes the parts of tensor parallelism; wanted tensor > 1"):

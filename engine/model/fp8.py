@@ -65,8 +65,6 @@ class Fp8Products:
 
     def routed(self, x: Tensor, weights: Tensor, places: Places, gate_up: Tensor, down: Tensor, *, gathered: bool = False) -> Tensor:
         """x (T, D) through the experts and back, (T, D).  gathered: the stacks do not tell when they change, and are quantised in every call."""
-        if x.is_cpu:  # fewer rows to compute; see MixtureOfExperts.routed
-            places = places._replace(source=places.source[: int(places.offsets[-1])])
         copies = (None, None) if gathered else (self.weights["gate_up_proj"].of(gate_up), self.weights["down_proj"].of(down))
         return fp8_mixture(x, weights, places, gate_up, down, copies=copies, wgrad="fp8" if self.wgrad and torch.is_grad_enabled() else "bf16")
 

@@ -71,7 +71,7 @@ class Latent:
 
 
 class LatentAttention(nn.Module):
-    """The projections around it; q_a (or q, where queries have no latent) and kv_a are one matrix."""
+    """The projections around it; q_a, where queries have a latent, and kv_a are one matrix."""
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
@@ -81,11 +81,11 @@ class LatentAttention(nn.Module):
         D, H = config.hidden_size, config.num_attention_heads
         self.index, self.num_heads, self.interleaved, self.scale = index, H, config.rope_interleave, softmax_scale(config)
         self.n, self.R, self.rank, self.v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank, config.v_head_dim
-        q_rows = H * config.width_per_head
-        self.q_rank = config.q_lora_rank
-        self.qkv_a_proj = Linear(D, (self.q_rank or q_rows) + self.rank + self.R, bias=False)
+        self.q_rank = config.q_lora_rank  # 0: q_b is all of the queries' projection
+        self.qkv_a_proj = Linear(D, self.q_rank + self.rank + self.R, bias=False)
         if self.q_rank:
-            self.q_a_norm, self.q_b_proj = RMSNorm(self.q_rank, LATENT_EPS), Linear(self.q_rank, q_rows, bias=False)
+            self.q_a_norm = RMSNorm(self.q_rank, LATENT_EPS)
+        self.q_b_proj = Linear(self.q_rank or D, H * config.width_per_head, bias=False)
         self.kv_a_norm = RMSNorm(self.rank, LATENT_EPS)
         self.kv_b_proj = Linear(self.rank, H * (self.n + self.v), bias=False)
         self.o_proj = Linear(H * self.v, D, bias=False)
@@ -98,9 +98,8 @@ class LatentAttention(nn.Module):
         if is_strict() and x.is_cuda:
             raise ValueError("strict mode: latent attention on CUDA has no kernel whose packed and decode calls give equal bits")
         T, H = x.shape[0], self.num_heads
-        q, latent, k_rope = self.qkv_a_proj(x).split((self.qkv_a_proj.weight.shape[0] - self.rank - self.R, self.rank, self.R), -1)
-        if self.q_rank:
-            q = self.q_b_proj(self.q_a_norm(q))
+        q, latent, k_rope = self.qkv_a_proj(x).split((self.q_rank, self.rank, self.R), -1)
+        q = self.q_b_proj(self.q_a_norm(q) if self.q_rank else x)
         q_nope, q_rope = q.view(T, H, self.n + self.R).split((self.n, self.R), -1)
         k_rope = k_rope[:, None]
         if self.interleaved:

@@ -137,6 +137,7 @@ class MixtureOfExperts(nn.Module):
         self.shared = Swiglu(D, width * config.n_shared_experts) if config.n_shared_experts else None
         self.fp8: Fp8Products | None = None  # set by `use_fp8_`
         self.elsewhere: Elsewhere | None = None  # set by `expert_parallel`: the stacks are then DTensors, of which this rank has its experts
+        self.partial = False  # set by `tensor_parallel`: most of the choices are other ranks'
         self.gathered = False  # set by `sharding`: the stacks are there for a forward or backward alone, and do not tell when they have changed
 
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
@@ -147,14 +148,14 @@ class MixtureOfExperts(nn.Module):
 
     def routed(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Every token through its experts (T, k), summed by weight: (T, D)."""
+        places = moe_places(ids, self.num_experts, align=self.align(x))
+        if x.is_cpu or (self.partial and torch.is_grad_enabled()):
+            # Fewer rows to compute or, on a GPU, to keep.  And reading a number on the host tells a captured step (cpu_graph) that its course depends on
+            # the data: the products below read the offsets on the host too.
+            places = places._replace(source=places.source[: int(places.offsets[-1])])
         if self.fp8 is not None:
-            places = moe_places(ids, self.num_experts, align=self.align(x))
             return self.fp8.routed(x, weights, places, self.gate_up_proj, self.down_proj, gathered=self.gathered)
-        rows, places = moe_permute(x, ids, self.num_experts, align=self.align(x))
-        if x.is_cpu:
-            # Fewer rows to compute.  And reading a number on the host tells a captured step (cpu_graph) that its course depends on the data: the
-            # products below read the offsets on the host too.
-            rows = rows[: int(places.offsets[-1])]
+        rows, places = moe_permute(x, ids, self.num_experts, places=places)
         return moe_unpermute(self.experts(rows, places.offsets), weights, places)
 
     def align(self, x: Tensor) -> int:

@@ -212,10 +212,9 @@ def traded_width(config: ModelConfig, layout: Layout) -> int:
 
 def _latent_bytes(config: ModelConfig, H: float, d: int, size: int, on_cpu: bool) -> float:
     r, R, v, q_rank = config.kv_lora_rank, config.qk_rope_head_dim, config.v_head_dim, config.q_lora_rank
-    down = (q_rank or H * d) + r + R + q_rank + r + (2 if q_rank else 1) * FP32 / size  # both latents, normed again, with the norms' statistics
+    down = 2 * q_rank + 2 * r + R + (2 if q_rank else 1) * FP32 / size  # both latents, normed again, with the norms' statistics
     if on_cpu and size == FP32:  # absorbed: queries and results as wide as the latent
-        queries = H * d if q_rank else 0  # their first part is read again; without a latent of their own it is in `down`
-        return (down + queries + 2 * H * (r + R) + (r + R) + H * v) * size + 2 * H * FP32
+        return (down + H * d + 2 * H * (r + R) + (r + R) + H * v) * size + 2 * H * FP32  # of the queries' projection, the first part is read again
     return (down + 4 * H * d + H * v) * size + H * FP32  # values are padded to the width of keys
 
 

@@ -1,0 +1,90 @@
+"""Mixtures of experts and latent attention split over tensor parallel ranks against one process."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import tensor_worker  # noqa: E402
+from sparse_models import FAMILIES, our_logits, packed, random_decoder, sequences  # noqa: E402
+from test_tensor_parallel import compare_states, distance, on_ranks  # noqa: E402
+
+from athanor.model.moe import Routes, mixtures, use_fp8_  # noqa: E402
+from athanor.tensor_parallel import split_  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("threads")
+
+
+class OneOfTwo:
+    world, group = 2, None
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+
+@pytest.fixture
+def no_sums(monkeypatch):
+    """Sums over ranks that leave each its own addend."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: None)
+
+
+@pytest.mark.parametrize("name, mode", [("deepseek_v3", "off"), ("qwen3_moe", "off"), ("deepseek_v3", "dgrad"), ("qwen3_moe", "wgrad")])
+def test_the_experts_of_two_ranks_add_up_to_the_layer(name, mode, no_sums):
+    """Outputs and gradients of both parts, in FP8 too, where a part has the whole's blocks: all but the sum over ranks has its bits."""
+    model = use_fp8_(random_decoder(FAMILIES[name].model_copy(update={"num_key_value_heads": 4} if name == "qwen3_moe" else {})), mode)
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(48, 48, generator=generator) for _ in range(2))
+
+    def run(moe):
+        own = x.clone().requires_grad_()
+        routes = Routes()
+        y = moe(own, routes)
+        y.backward(dy)
+        return {"y": y.detach(), "dx": own.grad, "ids": routes.ids[0], "router": moe.router.weight.grad, "down": moe.down_proj.grad,
+                "gate_up": moe.gate_up_proj.grad}  # fmt: skip
+
+    layer = mixtures(model)[0]
+    whole, parts = run(copy.deepcopy(layer)), [run(mixtures(split_(copy.deepcopy(model), OneOfTwo(rank)))[0]) for rank in (0, 1)]
+    for key in ("down", "gate_up"):
+        assert torch.equal(torch.cat([part[key] for part in parts]), whole[key])
+    assert all(torch.equal(part["ids"], whole["ids"]) for part in parts)
+    for key in ("y", "dx", "router"):
+        torch.testing.assert_close(parts[0][key] + parts[1][key], whole[key], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(parts[0]["y"], whole["y"], atol=0.01)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process computes."""
+    return tensor_worker.main(Path(), "sparse")
+
+
+def compare(folder: Path, world: int, alone: dict) -> None:
+    layouts = tensor_worker.sparse_cases(world)
+    case = list(layouts.values())[-1][0]
+    found = on_ranks(folder, world, "sparse", case)
+    for name in layouts:
+        wanted = alone[name.split(", ")[0]]
+        assert distance(found[name]["gradients"], wanted["gradients"]) < 1e-12, name
+        assert distance(found[name]["weights"], wanted["weights"]) < 1e-12, name
+        for step, one in zip(found[name]["figures"], wanted["figures"], strict=True):  # losses, that of multi-token prediction with them, and norm
+            assert step == pytest.approx(one, rel=1e-12), name
+    with pytest.raises(AssertionError):  # the comparison can fail
+        assert distance(found["deepseek"]["weights"], {n: x + 1e-9 for n, x in alone["deepseek"]["weights"].items()}) < 1e-12
+    for name, one in alone["samples"].items():
+        for (tokens, logps, finish, routes), (one_tokens, one_logps, one_finish, one_routes) in zip(found["samples"][name], one, strict=True):
+            assert (tokens, finish, routes) == (one_tokens, one_finish, one_routes) and logps == pytest.approx(one_logps, abs=1e-5)
+    compare_states(folder, found, case, 1e-7)  # the balance loss has fp32 weights here
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_compute_what_one_does(tmp_path, alone, world):
+    compare(tmp_path, world, alone)
