@@ -343,16 +343,17 @@ class ParallelConfig(Config):
     fewer than all, the copies are kept equal (HSDP)."""
     expert: int = Field(1, ge=1)
     """Ranks that share the experts of a mixture, each its part of them, to which the tokens of all travel; 1 = every rank has all of them.  A divisor
-    of the ranks and of the experts; with fewer than all ranks there are copies, kept equal.  With shard, the rest of the parameters is split so."""
+    of the ranks and of the experts, with tensor of those of a tensor parallel rank; with fewer than all ranks there are copies, kept equal.  With
+    shard, the rest of the parameters is split so."""
     context: int = Field(1, ge=1)
     """Ranks that train on the same packed micro-batches, each on a part of their tokens, so that a sequence may be as many times as long; 1 = every
-    rank has micro-batches of its own.  It must divide the ranks and every model's query heads."""
+    rank has micro-batches of its own.  It must divide the ranks and every model's query heads; with tensor, the product of both must."""
     reshard_after_forward: bool = True
     """Gather a layer's parameters again for its backward instead of keeping them (ZeRO-3 instead of ZeRO-2)."""
     tensor: int = Field(1, ge=1)
-    """Ranks that compute a forward together (tensor parallelism: heads, SwiGLU's columns, experts and the vocabulary are split between them); 1 = off.
-    A divisor of the ranks, of the model's key and value heads (with latent attention, of all heads) and of its experts.  They should be of one node,
-    for they wait for each other in every layer."""
+    """Ranks that compute a forward together (tensor parallelism: heads, SwiGLU's columns, experts and the vocabulary are split between them); 1 =
+    off.  A divisor of the ranks, of the model's key and value heads (with latent attention, of all heads) and of its experts.  They should be of one
+    node, for they wait for each other in every layer."""
     rollout: Literal["whole", "split"] = "whole"
     """Weights that sampling reads: a whole copy on every rank, or the parts of tensor parallelism, whose ranks then sample together: for models that
     do not fit one GPU."""
@@ -369,11 +370,6 @@ class ParallelConfig(Config):
             raise ValueError(f"offload is true and expert is {self.expert}; shared experts stay on their device, wanted one of the two")
         if self.rollout == "split" and self.tensor == 1:
             raise ValueError("rollout is split, which takes the parts of tensor parallelism; wanted tensor > 1")
-        if self.expert > 1 and self.tensor * self.context > 1:
-            others = f"tensor is {self.tensor}, context is {self.context}"
-            raise ValueError(f"expert is {self.expert}, {others}; wanted 1 for expert or for both others")
-        if self.context > 1 and self.tensor > 1:
-            raise ValueError(f"context is {self.context} and tensor is {self.tensor}, both of which split the heads; wanted 1 for one of them")
         return self
 
 
@@ -459,10 +455,11 @@ class RecipeConfig(Config):
 
     @model_validator(mode="after")
     def _whole_heads(self):
-        for name, model in self.models.items():
-            if model.num_attention_heads % self.parallel.context:
+        context, tensor = self.parallel.context, self.parallel.tensor
+        for name, model in self.models.items() if context > 1 else ():
+            if model.num_attention_heads % (context * tensor):
                 wanted = f"wanted a divisor of models.{name}.num_attention_heads = {model.num_attention_heads}"
-                raise ValueError(f"parallel.context is {self.parallel.context}, {wanted}")
+                raise ValueError(f"parallel.context{' x parallel.tensor' if tensor > 1 else ''} is {context * tensor}, {wanted}")
         return self
 
     def folder(self, reference: str) -> str:

@@ -13,6 +13,8 @@ Log-probs and entropies, two numbers per token, are put together again on all N 
 back from its own rows.  The gradients of all ranks are summed anyway, and give that of one process.  Likewise the balance loss of a mixture of
 experts: loads and scores of a sequence are summed over the ranks first.
 
+With tensor parallelism a rank trades those heads that it has a part of the model for; the ranks with the same part share a batch so.
+
 Applied from outside (`sharding.parallelize_`): the model is told its ranks, and who runs it over packed batches asks `part_of` which rows to take.
 Sampling does not ask.  Left out: more ranks than query heads (ring attention), hiding the exchange behind arithmetic.
 """
@@ -31,11 +33,12 @@ from athanor.parallel import Ranks
 
 
 def context_parallel_(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """Split what a model is trained on over `ranks.context`, and return the model.  UserError for heads that these do not divide."""
+    """Split what a model is trained on over `ranks.context`, and return the model.  UserError for heads that these, and tensor parallel ranks, do not
+    divide."""
+    name, size = ("context x parallel.tensor" if ranks.tensor.world > 1 else "context"), ranks.context.world * ranks.tensor.world
     for decoder in (module for module in model.modules() if isinstance(module, Decoder)):
-        if decoder.config.num_attention_heads % ranks.context.world:
-            heads = decoder.config.num_attention_heads
-            raise UserError(f"parallel.context is {ranks.context.world}, wanted a divisor of the model's {heads} query heads")
+        if (heads := decoder.config.num_attention_heads) % size:
+            raise UserError(f"parallel.{name} is {size}, wanted a divisor of the model's {heads} query heads")
         decoder.context = ranks.context
     return model
 

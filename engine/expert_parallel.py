@@ -2,7 +2,8 @@
 
 `[parallel] expert = N` of a recipe: ranks in groups of N, in which rank r keeps experts r E/N up to (r + 1) E/N of every mixture, and each group has
 them all.  The stacks are DTensors over (copies, experts), so that optimizer, checkpoints and the rollout's copy (`sharding`) treat them as they
-treat other split parameters.  A rank's backward gives the sum of its group's gradients, which is one addend of that of all copies.
+treat other split parameters.  A rank's backward gives the sum of its group's gradients, which is one addend of that of all copies.  With tensor
+parallelism (tensor_parallel.py), N ranks that have the same part of the model share the experts of that part.
 
 A layer's ranks tell each other first how many rows they will send, then send exactly these: there is no capacity, no padding on the way and no token
 is dropped.  A rank's expert sees its rows in the order of (rank, token), as one process with all tokens in the order of ranks has them, so on a CPU
@@ -89,7 +90,8 @@ def shard_experts_(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None
         if moe.elsewhere is not None:
             raise ValueError("shard_experts_: the model's experts are shared already")
         if moe.num_experts % elsewhere.world:
-            raise UserError(f"parallel.expert is {elsewhere.world}, wanted a divisor of the model's {moe.num_experts} experts")
+            whose = "that each tensor parallel rank has" if moe.partial else "of the model"
+            raise UserError(f"parallel.expert is {elsewhere.world}, wanted a divisor of the {moe.num_experts} experts {whose}")
     for moe in found:
         mine = moe.num_experts // elsewhere.world
         for name in STACKS:

@@ -3,8 +3,9 @@
 Work is split by index (rank r takes items r, r + world, ...) or by size, gradients are summed, and losses divide by denominators counted over all
 ranks, so N ranks give the gradients of one.
 
-Where C neighbouring ranks train on the same micro-batches (`context_parallel`), samples of an update are split over `data`, the world / C ranks that
-have other ones; sampling is split over all ranks.  So it is with T neighbouring ranks that compute a forward together (`tensor_parallel`).
+Where C T neighbouring ranks train on the same micro-batches, C of them on other tokens (`context_parallel`) and T neighbours among these with other
+parts of the model (`tensor_parallel`), samples of an update are split over `data`, the world / (C T) ranks that have other ones; sampling is split
+over all ranks.
 """
 
 import copy
@@ -65,20 +66,20 @@ def _attempt() -> str:
 class Ranks:
     """The process group seen by the engine; `world == 1` needs no process group at all.
 
-    context, tensor: the ranks that train on the same micro-batches as this one, which are `context` neighbours with other tokens of them, or `tensor`
-    neighbours with other parts of the model.  data: one of each such group, those with this rank's place in it, or these ranks themselves.  copies:
-    those that have the same part of the model.  All are Ranks over a part of the processes.  Raises UserError for numbers that do not divide the
-    ranks.
+    context x tensor neighbours train on the same micro-batches.  tensor: those of them, neighbours too, that have other parts of the model and the
+    same tokens as this one.  context: those with other tokens and the same part.  data: one of each such group, those with this rank's place in it,
+    or these ranks themselves.  copies: all that have the same part of the model.  All are Ranks over a part of the processes.  Raises UserError for
+    numbers that do not divide the ranks.
     """
 
     group: dist.ProcessGroup | None = None  # None = of all ranks
 
     def __init__(self, device: str = "auto", threads: int = 0, timeout_s: float = 600.0, context: int = 1, tensor: int = 1):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        assert context == 1 or tensor == 1  # a recipe has one of them
-        for name, peers in (("context", context), ("tensor", tensor)):
-            if self.world % peers:
-                raise UserError(f"parallel.{name} is {peers}, wanted a divisor of the {self.world} ranks")
+        size = context * tensor
+        if self.world % size:
+            names = [f"parallel.{name}" for name, peers in (("context", context), ("tensor", tensor)) if peers > 1]
+            raise UserError(f"{' x '.join(names)} is {size}, wanted a divisor of the {self.world} ranks")
         self.timeout = datetime.timedelta(seconds=timeout_s)
         local = int(os.environ.get("LOCAL_RANK", 0))
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -96,12 +97,13 @@ class Ranks:
             backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
             dist.init_process_group(backend, store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=world, timeout=self.timeout)
         self.is_main = self.rank == 0
-        alone, size = self._of([[r] for r in range(self.world)]), context * tensor
-        groups = [list(range(first, first + size)) for first in range(0, self.world, size)]
-        peers = self._of(groups)
-        self.context, self.tensor = (peers if context > 1 else alone), (peers if tensor > 1 else alone)
-        self.data = self._of([list(others) for others in zip(*groups, strict=True)]) if size > 1 else self
-        self.copies = self.data if tensor > 1 else self
+        every = list(range(self.world))
+        alone, groups = self._of([[rank] for rank in every]), [every[first : first + size] for first in range(0, self.world, size)]
+        self.tensor = self._of([every[first : first + tensor] for first in range(0, self.world, tensor)]) if tensor > 1 else alone
+        self.context = self._of([group[place::tensor] for group in groups for place in range(tensor)]) if context > 1 else alone
+        self.data = self._of([every[place::size] for place in range(size)]) if size > 1 else self
+        self.copies = self if tensor == 1 else self.data if context == 1 else self._of([every[place::tensor] for place in range(tensor)])
+        self.copies.data = self.data
 
     def twin(self) -> "Ranks":
         """The same ranks in a process group of their own, over gloo: what a second thread exchanges does not meet what this one does."""

@@ -6,7 +6,7 @@ as well.  A bf16 model keeps its split parameters in fp32, computes in bf16 and 
 so gradients are summed, not averaged, as without sharding.
 
 With tensor parallelism (tensor_parallel.py) each rank first keeps its part of every matrix, and FSDP splits the parts over the ranks that have the
-same one: a mesh of replicate x shard x tensor.
+same one: a mesh of replicate x shard x tensor.  Expert parallelism (expert_parallel.py) splits the stacks of experts so: replicate x expert x tensor.
 
 The rollout needs weights that FSDP has not split: `FullWeights` has a plain model of its own, refreshed in place after an optimizer step: the whole,
 which must fit one device in its own type, or one rank's part of tensor parallelism.
@@ -44,9 +44,9 @@ def shard_size(config: ParallelConfig, ranks: Ranks) -> int:
 
 
 def expert_size(config: ParallelConfig, ranks: Ranks) -> int:
-    """Ranks that share the experts of a layer.  UserError where the ranks cannot be divided so."""
-    if ranks.world % config.expert:
-        raise UserError(f"parallel.expert is {config.expert}, wanted a divisor of the {ranks.world} ranks")
+    """Ranks that share the experts of a layer, or of a tensor parallel rank's part of it.  UserError where the ranks cannot be divided so."""
+    if (world := ranks.copies.world) % config.expert:
+        raise UserError(f"parallel.expert is {config.expert}, wanted a divisor of the {world} ranks{' / tensor' if world < ranks.world else ''}")
     return config.expert
 
 
@@ -72,19 +72,19 @@ def parallelize_(model: nn.Module, config: ParallelConfig, ranks: Ranks) -> nn.M
     if tensor > 1:
         split_(model, ranks.tensor)
     if experts > 1 and mixtures(model):
-        wide = torch.float32 if size > 1 and any(p.requires_grad for p in model.parameters()) else None
-        axes = _axes(replicate=ranks.world // experts, expert=experts)
-        shard_experts_(model, init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes)), wide)
+        narrow = next(model.parameters()).dtype.itemsize < 4 and any(p.requires_grad for p in model.parameters())
+        wide = torch.float32 if size > 1 and narrow else None
+        shard_experts_(model, _mesh(kind, tensor, replicate=ranks.copies.world // experts, expert=experts), wide)
     if size == 1:
         return model.to(ranks.device)
-    axes = _axes(replicate=ranks.copies.world // size, shard=size, tensor=tensor)
-    mesh = init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    return fully_shard_(model, mesh[tuple(name for name in axes if name != "tensor")], config)
+    return fully_shard_(model, _mesh(kind, tensor, replicate=ranks.copies.world // size, shard=size), config)
 
 
-def _axes(**lengths: int) -> dict[str, int]:
-    """Of a mesh: those longer than 1, and the one that parameters are split along."""
-    return {name: length for name, length in lengths.items() if name in ("shard", "expert") or length > 1}
+def _mesh(kind: str, tensor: int, **lengths: int) -> DeviceMesh:
+    """Of the ranks that have the same part of the model: axes longer than 1, and the last one, which parameters are split along."""
+    axes = {name: length for name, length in lengths.items() if name != "replicate" or length > 1}
+    every = axes | ({"tensor": tensor} if tensor > 1 else {})
+    return init_device_mesh(kind, tuple(every.values()), mesh_dim_names=tuple(every))[tuple(axes)]
 
 
 def fully_shard_(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> nn.Module:

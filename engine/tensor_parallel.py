@@ -6,13 +6,13 @@ layer in the forward, two in the backward.  Embedding and head keep rows of the 
 (`linear_logprob_parallel`), 16 with the entropy.  Norms are the same on every rank, and so is everything between the layers, gradients included: all
 ranks of a group take the same samples.
 
-Latent attention: q_b_proj and kv_b_proj keep the rows of a rank's heads, o_proj the columns.  The latents of queries, keys and values, their norms and
-the one rotated key are the same on every rank, and so is the cache, which holds nothing else.
+Latent attention: q_b_proj and kv_b_proj keep the rows of a rank's heads, o_proj the columns.  The latents of queries, keys and values, their norms
+and the one rotated key are the same on every rank, and so is the cache, which holds nothing else.
 
-A mixture of experts: each rank has E / N whole experts, and the shared ones by SwiGLU's columns.  Every rank has all tokens, so the routers choose the
-same everywhere, each rank computes the choices that are its own, and the one sum that joins the shared experts' columns joins these, too: nothing
-travels.  Cutting each expert's columns instead would even out the ranks, but make every product N times narrower, keep N times the rows of its inputs,
-and cut through the blocks of 128 that FP8 weights have a scale for.
+A mixture of experts: each rank has E / N whole experts, and the shared ones by SwiGLU's columns.  Every rank has all tokens, so the routers choose
+the same everywhere, each rank computes the choices that are its own, and the one sum that joins the shared experts' columns joins these, too: nothing
+travels.  Cutting each expert's columns instead would even out the ranks, but make every product N times narrower, keep N times the rows of its
+inputs, and cut through the blocks of 128 that FP8 weights have a scale for.
 
 It is applied to a model from outside, by other classes for its modules.  Parameters are plain tensors, as the kernels want them, and not DTensors: a
 rank's rows of a fused matrix are no range of its rows.  `Split` says which they are; checkpoints, copies of the whole model and the gradient's norm

@@ -45,8 +45,8 @@ def moe_permute(
 ) -> tuple[Tensor, Places]:
     """Copy each token's row to its k experts.
 
-    x: (T, D).  ids, num_experts, align: as in `moe_places`.  places: what that made of them, where it was called before, `source` cut to the rows that
-    are wanted, offsets[E] at least.  Returns (P, D) in x's dtype, differentiable in x, and the places.
+    x: (T, D).  ids, num_experts, align: as in `moe_places`.  places: what that made of them, where it was called before; `source` may be cut to as
+    many rows as are wanted, offsets[E] at least.  Returns (P, D) in x's dtype, differentiable in x, and the places.
     Raises ValueError on a mismatch.
     """
     check(x.ndim == 2 and ids.ndim == 2 and x.shape[0] == ids.shape[0] and x.is_floating_point(),

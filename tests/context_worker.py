@@ -22,6 +22,7 @@ from athanor.stages.policy_update import update_policy
 from athanor.stages.routing import RouterBalance
 from athanor.stages.training import _hidden, completion_logprobs, cross_entropy_step, mtp_logprobs
 from athanor.tasks.arithmetic import ArithmeticTask
+from athanor.tensor_parallel import splits
 from athanor.tokenizer import symbol_tokenizer
 
 TASK = ArithmeticTask()
@@ -57,7 +58,8 @@ def logprobs(ranks: Ranks, kinds: list[str]) -> dict[str, torch.Tensor]:
 
 
 def gradients_of(model) -> dict[str, torch.Tensor]:
-    return {n: whole(p.grad, p.grad.dtype) for n, p in split_parameters(model).items() if p.requires_grad}
+    of = splits(model)
+    return {n: whole(p.grad, p.grad.dtype, of.get(n)) for n, p in split_parameters(model).items() if p.requires_grad}
 
 
 def steps(ranks: Ranks, kinds: list[str]) -> dict[str, dict]:
@@ -75,7 +77,7 @@ def steps(ranks: Ranks, kinds: list[str]) -> dict[str, dict]:
     scores = split(ranks, model)(*packed(sequences, ranks.device))
     if ranks.data.rank == 0:
         scores.square().sum().backward()
-    ranks.sum_gradients_(list(model.parameters()))
+    ranks.copies.sum_gradients_(list(model.parameters()))
     found["reward model"] = {"gradients": gradients_of(model), "figures": {"scores": float(scores.detach().double().square().sum())}}
     return found
 
@@ -163,8 +165,20 @@ def everything(ranks: Ranks, quick: bool) -> dict:
     return found if quick else found | {"training": training(ranks)}
 
 
+def with_parts(ranks: Ranks) -> dict[str, dict]:
+    """Ranks with a part of the model each, too; of one process, what these should find."""
+    return {"steps": steps(ranks, ["ragged", "late"]), "updates": updates(ranks, ["grpo", "routes of the sampler", "routes of the trainer"])}
+
+
 if __name__ == "__main__":
     ranks, (target, kind) = Ranks("cpu", threads=1), sys.argv[1:]
+    if kind == "parts":
+        found = with_parts(Ranks("cpu", threads=1, context=2, tensor=2))
+        if ranks.is_main:
+            torch.save(found, target)
+        ranks.barrier()
+        ranks.close()
+        sys.exit()
     sizes = [n for n in (2, 4) if ranks.world % n == 0]
     found = {n: everything(Ranks("cpu", threads=1, context=n), kind == "quick") for n in sizes}
     everywhere = ranks.concatenate([found])[0]

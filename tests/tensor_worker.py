@@ -47,6 +47,7 @@ def cases(world: int) -> dict[str, tuple]:
         "tensor": (adamw, {}),  # of all four
         "two groups, untied": (qwen2, {"tensor": 2}),
         "two groups, fsdp": (adamw, {"tensor": 2, "shard": 0}),
+        "contexts": (adamw, {"tensor": 2, "context": 2}),
         "two groups, fsdp, muon": (muon, {"tensor": 2, "shard": 0, "activation_checkpointing": True}),
     }
 
@@ -60,8 +61,10 @@ def sparse_cases(world: int) -> dict[str, tuple]:
         return {"deepseek": (deepseek, {}), "plain": (plain, {}), "qwen3": (qwen3, again if world > 1 else {})}
     return {
         "deepseek": (deepseek, {}),
-        "qwen3, two groups": (qwen3, {"tensor": 2}),
-        "deepseek, two groups, fsdp": (deepseek, {"tensor": 2, "shard": 0, **again}),
+        "qwen3, two groups, fsdp": (qwen3, {"tensor": 2, "shard": 0, **again}),
+        "plain, contexts": (plain, {"tensor": 2, "context": 2, **again}),
+        "qwen3, contexts and experts": (qwen3, {"tensor": 1, "context": 2, "expert": 2}),
+        "deepseek, experts of parts, fsdp": (deepseek, {"tensor": 2, "expert": 2, "shard": 0}),
     }
 
 
@@ -77,14 +80,14 @@ def result(ranks: Ranks, case: tuple, parallel: dict) -> dict:
     """Gradients after the first step, weights after all, figures; and the rollout's copy, which must be the same on every rank."""
     model, optimizer = build(ranks, *case, **parallel)
     figures, of = exactly(ranks, model, optimizer, range(1)), splits(model)
-    assert bool(of) == is_sharded(model) == (ranks.tensor.world > 1)
+    assert bool(of) == (ranks.tensor.world > 1) and is_sharded(model) == (parallel.get("tensor", 1) * parallel.get("expert", 1) > 1)
     gradients = {n: whole(p.grad, p.grad.dtype, of.get(n)) for n, p in split_parameters(model).items() if p.requires_grad}
     full = FullWeights(model)
     stale = weights_hash(full.model) if full.model is not model else ""
     figures += exactly(ranks, model, optimizer, range(1, STEPS))
     full.refresh()
     assert weights_hash(model) == weights_hash(full.model) != stale
-    assert weights_hash(FullWeights(model, parts=True).model) == weights_hash(model)
+    assert not of or weights_hash(FullWeights(model, parts=True).model) == weights_hash(model)
     hashes = ranks.concatenate([weights_hash(full.model)])[0]
     assert len(set(hashes)) == 1, "the ranks differ"
     parameters = WholeParameters(model)
@@ -157,12 +160,13 @@ def main(folder: Path, kind: str) -> dict:
     found, made, (layouts, draw) = {}, {}, KINDS[kind]
     world = Ranks("cpu", threads=1).world
     for name, (case, parallel) in layouts(world).items():
-        size = parallel.get("tensor", world)
-        made.setdefault(size, Ranks("cpu", threads=1, tensor=size))
-        found[name] = result(made[size], case, {"tensor": size, **parallel})
-    found["samples"] = draw(made[min(world, 2)])
+        parallel = {"tensor": world} | parallel
+        size = parallel["tensor"], parallel.get("context", 1)
+        made.setdefault(size, Ranks("cpu", threads=1, tensor=size[0], context=size[1]))
+        found[name] = result(made[size], case, parallel)
+    found["samples"] = draw(made[min(world, 2), 1])
     if world > 1:  # in the last layout
-        found["states"] = states(made[size], folder, case, {"tensor": size, **parallel})
+        found["states"] = states(made[size], folder, case, parallel)
     return found
 
 

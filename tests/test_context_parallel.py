@@ -67,8 +67,12 @@ def test_settings_that_cannot_be_are_errors():
         Ranks("cpu", threads=1, context=2)
     with pytest.raises(ValueError, match="parallel.context is 3, wanted a divisor of models.main.num_attention_heads = 4"):
         RecipeConfig(parallel={"context": 3}, models={"main": ModelConfig()})
+    with pytest.raises(ValueError, match="parallel.context x parallel.tensor is 8, wanted a divisor of models.main.num_attention_heads = 4"):
+        RecipeConfig(parallel={"context": 4, "tensor": 2}, models={"main": ModelConfig()})
+    with pytest.raises(UserError, match="parallel.context x parallel.tensor is 4, wanted a divisor of the 1 ranks"):
+        Ranks("cpu", threads=1, context=2, tensor=2)
     ranks = OneOf(0, 1)
-    ranks.context = OneOf(0, 3)
+    ranks.context, ranks.tensor = OneOf(0, 3), OneOf(0, 1)
     with pytest.raises(UserError, match="parallel.context is 3, wanted a divisor of the model's 4 query heads"):
         context_worker.parallelize_(context_worker.Decoder(context_worker.LONG.model_copy(update={"num_attention_heads": 4})),
                                     ParallelConfig(context=3), ranks)  # fmt: skip
@@ -116,6 +120,19 @@ def test_four_ranks_in_contexts_of_two_and_of_four_train_as_one(tmp_path):
     everywhere = torch.load(tmp_path / "four.pt")
     assert len(everywhere) == 4 and all(found.keys() == {2, 4} and "hsdp" in found[2]["training"] for found in everywhere)
     compare_with_one_process(everywhere, context_worker.everything(Ranks("cpu", threads=1), quick=False))
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_contexts_of_two_whose_ranks_have_half_of_the_model_each_train_as_one(tmp_path):
+    """Cross entropy, multi-token prediction, policy updates with replayed routes, and a reward model: context x tensor = 2 x 2."""
+    launch(4, HERE / "context_worker.py", tmp_path / "parts.pt", "parts")
+    found, alone = torch.load(tmp_path / "parts.pt"), context_worker.with_parts(Ranks("cpu", threads=1))
+    for job in ("steps", "updates"):
+        for name, case in found[job].items():
+            assert distance(case["gradients"], alone[job][name]["gradients"]) < 5e-6, name  # fp32, in another order
+            assert case["figures"] == pytest.approx(alone[job][name]["figures"], rel=1e-5, abs=1e-5), name
+    assert distance(found["steps"]["late"]["gradients"], alone["steps"]["ragged"]["gradients"]) > 0.1
 
 
 @pytest.mark.slow

@@ -133,8 +133,9 @@ SPLIT = ("--parallel.shard", "0", "--parallel.activation_checkpointing", "true",
 @pytest.mark.multiproc
 @pytest.mark.parametrize(
     "world, changes",
-    [(2, SPLIT), (4, ("--parallel.shard", "2", *SPLIT[2:])), (2, TENSOR), (4, (*TENSOR, *SPLIT, "--parallel.rollout", "split"))],
-    ids=["fsdp", "hsdp", "tensor", "tensor and fsdp"],
+    [(2, SPLIT), (4, ("--parallel.shard", "2", *SPLIT[2:])), (2, TENSOR), (4, (*TENSOR, *SPLIT, "--parallel.rollout", "split")),
+     (4, (*TENSOR, "--parallel.context", "2", "--stages.zero.micro_batch_tokens", "64"))],
+    ids=["fsdp", "hsdp", "tensor", "tensor and fsdp", "tensor and context"],
 )
 def test_a_sharded_run_draws_the_samples_of_one_process(tmp_path, run_alone, world, changes):
     split, _ = run_recipe(tmp_path / "split", world, *changes)

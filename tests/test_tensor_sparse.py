@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import tensor_worker  # noqa: E402
-from sparse_models import FAMILIES, our_logits, packed, random_decoder, sequences  # noqa: E402
+from sparse_models import FAMILIES, random_decoder  # noqa: E402
 from test_tensor_parallel import compare_states, distance, on_ranks  # noqa: E402
 
 from athanor.model.moe import Routes, mixtures, use_fp8_  # noqa: E402

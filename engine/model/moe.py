@@ -150,8 +150,8 @@ class MixtureOfExperts(nn.Module):
         """Every token through its experts (T, k), summed by weight: (T, D)."""
         places = moe_places(ids, self.num_experts, align=self.align(x))
         if x.is_cpu or (self.partial and torch.is_grad_enabled()):
-            # Fewer rows to compute or, on a GPU, to keep.  And reading a number on the host tells a captured step (cpu_graph) that its course depends on
-            # the data: the products below read the offsets on the host too.
+            # Fewer rows to compute or, on a GPU, to keep.  And reading a number on the host tells a captured step (cpu_graph) that its course
+            # depends on the data: the products below read the offsets on the host too.
             places = places._replace(source=places.source[: int(places.offsets[-1])])
         if self.fp8 is not None:
             return self.fp8.routed(x, weights, places, self.gate_up_proj, self.down_proj, gathered=self.gathered)
