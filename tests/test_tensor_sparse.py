@@ -13,6 +13,7 @@ sys.path.insert(0, str(HERE))
 
 import tensor_worker  # noqa: E402
 from sparse_models import FAMILIES, random_decoder  # noqa: E402
+from test_sharding import run_recipe  # noqa: E402
 from test_tensor_parallel import compare_states, distance, on_ranks  # noqa: E402
 
 from athanor.model.moe import Routes, mixtures, use_fp8_  # noqa: E402
@@ -88,3 +89,26 @@ def compare(folder: Path, world: int, alone: dict) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_compute_what_one_does(tmp_path, alone, world):
     compare(tmp_path, world, alone)
+
+
+SPARSE = [word for name, value in dict(
+    architecture="deepseek_v3", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, n_shared_experts=1, kv_lora_rank=8, qk_nope_head_dim=4,
+    qk_rope_head_dim=4, v_head_dim=4, initializer_range=0.2,
+).items() for word in (f"--models.main.{name}", value)]  # fmt: skip
+EVERYTHING = ("--parallel.tensor", "2", "--parallel.context", "2", "--parallel.expert", "2", "--parallel.shard", "0", "--parallel.rollout", "split",
+              "--stages.zero.micro_batch_tokens", "64")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_a_run_of_a_mixture_that_is_split_in_every_way_draws_the_samples_of_one_process(tmp_path):
+    """Base model, RL with a KL term on the sampler's routes, rejection, SFT and a reward model."""
+    options = (*SPARSE, "--stages.zero.routing_replay", "rollout")
+    (alone, _), (split, _) = run_recipe(tmp_path / "one", 1, *options), run_recipe(tmp_path / "split", 4, *options, *EVERYTHING)
+    assert [(row["stage"], row["step"]) for row in alone] == [(row["stage"], row["step"]) for row in split]
+    for one, other in zip(alone, split, strict=True):
+        for name in ("reward", "mean_tokens", "truncated_rate", "accuracy", "format", "zero_advantage_rate", "pair_accuracy", "tokens"):
+            assert one.get(name) == (None if name not in one else pytest.approx(other[name], rel=1e-12)), (name, one, other)
+        for name in ("loss", "entropy", "grad_norm", "kl_ref", "router_imbalance", "route_disagreement"):
+            assert one.get(name) == (None if name not in one else pytest.approx(other[name], rel=1e-3, abs=1e-7)), (name, one, other)
+        assert other.get("logp_gap_max", 0) < 1e-5 and not other.get("rollout_route_disagreement", 0)
