@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from athanor.parallel import Ranks
 
 ROOT = Path(__file__).parents[1]
 RECIPE = Path(__file__).with_name("micro_recipe.toml")
@@ -43,3 +47,28 @@ def test_two_ranks_train_as_one(tmp_path):
     for name, tensor in weights.items():
         torch.testing.assert_close(weights2[name], tensor, rtol=1e-3, atol=1e-4)
     assert list(summary["stages"]) == list(summary2["stages"]) == ["base", "zero"]
+
+
+@pytest.mark.parametrize("context, tensor", [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_neighbours_share_a_batch_and_the_nearest_a_forward(monkeypatch, context, tensor):
+    """Rank = (data, context, tensor), the last one innermost: each view holds the ranks that differ in its own places alone."""
+    world, size = 8, context * tensor
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    for rank in range(world):
+        monkeypatch.setenv("RANK", str(rank))
+        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+        try:
+            ranks = Ranks("cpu", threads=1, context=context, tensor=tensor)
+            alike = {
+                "tensor": [r for r in range(world) if r // tensor == rank // tensor],
+                "context": [r for r in range(world) if r // size == rank // size and r % tensor == rank % tensor],
+                "data": [r for r in range(world) if r % size == rank % size],
+                "copies": [r for r in range(world) if r % tensor == rank % tensor],
+            }
+            for name, members in alike.items():
+                view = getattr(ranks, name)
+                group = dist.get_process_group_ranks(view.group) if view.group is not None or view.world == world else [rank]
+                assert (group, view.rank, view.world) == (members, members.index(rank), len(members)), (name, rank)
+            assert ranks.copies.data.world == ranks.data.world == world // size and ranks.copies.data.rank == ranks.data.rank
+        finally:
+            dist.destroy_process_group()

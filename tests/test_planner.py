@@ -105,6 +105,21 @@ def test_all_to_all_by_counting_every_message():
         assert c.all_to_all_s(sent, size) == pytest.approx(max(inside / 160e9, outside / 50e9))
 
 
+def test_what_tensor_parallel_ranks_of_a_mixture_compute_and_send():
+    """Two sums of each layer and no exchange of tokens; with expert parallel ranks besides, each sends its part of the choices."""
+    config, m, tokens = shape("qwen3-30b-a3b"), machine(gpu="h100", gpus_per_node=16), 4096
+    model, layout, apart = describe(config), Layout(shard=4, tensor=4), Layout(shard=4, tensor=4, expert=4)
+    assert m.forward_s(model, tokens, 0, 0, layout) * 4 == pytest.approx(m.forward_s(model, tokens, 0, 0, Layout(shard=16)))
+    sums = 48 * 2 * 2 * tokens * 2048 * 2 * 3 / 4 / 450e9
+    assert m.exchange_s(model, tokens, layout) == pytest.approx(sums)
+    assert m.exchange_s(model, tokens, apart) == pytest.approx(sums + 2 * 48 * (tokens / 4 * 8 * 2048 * 2) * 3 / 4 / 450e9)
+    both = m.exchange_s(model, tokens, Layout(shard=4, tensor=2, context=2))  # 16 query heads and 2 key heads of each tensor parallel rank
+    traded = 48 * tokens / 2 * (2 * 16 + 2 * 2) * 128 * 2 / 2 / 450e9
+    assert both == pytest.approx(traded + 48 * 4 * tokens / 2 * 2048 * 2 / 2 / 450e9)
+    met = m.decode_step_s(model, 1, 0, 0, Layout(tensor=4)) - 48 * 2 * 2 * 2048 * 2 * 3 / 4 / 450e9
+    assert met == pytest.approx((model.dense + model.head + model.experts / 16) / 4 * 2 / 3350e9, rel=1e-3)  # 8 of 128 experts, a quarter on each
+
+
 @pytest.mark.parametrize("context, keys", [(2, 8), (8, 8), (16, 16)])  # the last has more ranks than key heads, which are then copied
 def test_context_ranks_divide_a_forward_and_trade_its_heads(context, keys):
     m, model, tokens = machine(gpu="h100", gpus_per_node=16), describe(shape("llama-3-8b")), 4096
@@ -196,7 +211,7 @@ def test_no_other_layout_that_fits_is_faster():
     plan = make_plan(config, settings)
     settings = settings.model_copy(update={"workload": settings.workload.over({})})
     planner = _Planner(config, settings, plan.cluster)
-    every = [planner.plan(training, planner.sampling(training, in_place=False)) for training in planner.trainings()]
+    every = [planner.plan(training, planner.sampling(training, in_place=False, built=True)) for training in planner.trainings()]
     assert plan.fits and len(every) > 10 and any(not other.fits for other in every)
     assert plan.step_s == pytest.approx(min(other.step_s for other in every if other.fits))
 
@@ -207,11 +222,25 @@ def test_a_fixed_part_of_the_layout_is_kept_and_one_that_cannot_be_is_refused():
     chosen = make_plan(config, PlanConfig(cluster=where, layout=layout, workload=dict(max_tokens=4096))).training.layout
     assert chosen == Layout(shard=4, replicate=2, tensor=2, activation_checkpointing=True)
     chosen = make_plan(config, PlanConfig(cluster=where, layout=dict(context=4), workload=dict(max_tokens=4096))).training.layout
-    assert (chosen.context, chosen.tensor, chosen.shard * chosen.replicate) == (4, 1, 16)
+    assert chosen.context == 4 and chosen.tensor * chosen.shard * chosen.replicate == 16
     with pytest.raises(UserError, match="plan.layout: .*tensor=3.* cannot be made of 16 ranks"):
         make_plan(config, PlanConfig(cluster=where, layout=dict(tensor=3), workload=dict(max_tokens=4096)))
     with pytest.raises(UserError, match="more than the model's max_position_embeddings = 8192"):
         make_plan(config, PlanConfig(cluster=where, workload=dict(max_tokens=8192)))
+
+
+def test_what_the_engine_runs_comes_first_and_the_rest_where_that_does_not_fit():
+    """A mixture on two nodes is sampled by tensor parallel ranks with their parts; of R1 no node holds the whole."""
+    where, work = dict(gpu="h100", gpus_per_node=8, nodes=2), dict(max_tokens=4096)
+    plan = make_plan(shape("qwen3-30b-a3b"), PlanConfig(cluster=where, workload=work))
+    assert plan.fits and plan.is_built and plan.sampling.layout.tensor == plan.training.layout.tensor > 1 == plan.sampling.layout.expert
+    every = make_plan(shape("qwen3-30b-a3b"), PlanConfig(cluster=where, workload=work, layout=dict(built=False)))
+    assert every.fits and every.step_s <= plan.step_s
+    large = PlanConfig(cluster=dict(gpu="h800", gpus_per_node=8, nodes=64), workload=R1, layout=dict(activation_checkpointing=True))
+    found = make_plan(shape("deepseek-v3"), large)
+    assert found.fits and not found.is_built
+    only = make_plan(shape("deepseek-v3"), large.model_copy(update={"layout": large.layout.model_copy(update={"built": True})}))
+    assert only.is_built and not only.fits
 
 
 def test_a_model_that_does_not_fit_is_said_not_to():

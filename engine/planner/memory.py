@@ -14,7 +14,6 @@ from math import ceil, gcd
 import torch
 
 from athanor.kernels.linear_logprob_cpu import KEPT_LOGITS, KEPT_SHARE, TILE_LOGITS, filled_up, tiles_of
-from athanor.kernels.moe_permute import num_rows
 from athanor.kv_cache import PagedKVCache
 from athanor.model.layers import ROW_STEP
 from athanor.model.transformer import Decoder
@@ -27,9 +26,10 @@ TENSOR_AXIS = {"embed": 0, "lm_head": 0, "qkv_proj": 0, "q_b_proj": 0, "kv_b_pro
 
 @dataclass(frozen=True)
 class Layout:
-    """How ranks share the work.  world = replicate x shard x tensor, tensor innermost; the experts' ranks are the innermost of shard x tensor.
+    """How ranks share the work.  world = replicate x shard x tensor, tensor innermost.
 
-    Context parallel ranks are neighbours among replicate x shard: they share tokens, not parameters.
+    Tensor parallel ranks have different experts, too.  Those of one of them are on `expert` ranks, the innermost of shard.  Context parallel ranks
+    are neighbours among replicate x shard: they share tokens, not parameters.
     """
 
     shard: int = 1
@@ -42,7 +42,12 @@ class Layout:
     @property
     def expert_shard(self) -> int:
         """Ranks over which the parameters of one expert are sharded."""
-        return self.shard * self.tensor // self.expert
+        return self.shard // self.expert
+
+    def is_built(self, config: ModelConfig) -> bool:
+        """Whether the engine trains so: experts that travel are not sharded besides, and what FSDP cuts are whole experts."""
+        experts = config.num_experts // (self.expert * self.tensor)
+        return not experts or ((self.expert == 1 or self.expert_shard == 1) and experts >= self.expert_shard)
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,9 @@ class Weight:
         return int(self.name.split(".")[1]) if self.name.startswith("layers.") else None
 
     def split(self, layout: Layout) -> tuple[int, ...]:
-        """Shape on one rank of the tensor parallel or expert parallel group, before FSDP."""
+        """Shape on one rank of the tensor and expert parallel groups, before FSDP."""
         if self.expert:
-            return (self.shape[0] // layout.expert, *self.shape[1:])
+            return (self.shape[0] // (layout.expert * layout.tensor), *self.shape[1:])
         module = self.name.removesuffix(".weight").removesuffix(".bias").split(".")[-1]
         axis = TENSOR_AXIS.get(module)
         if axis is None or axis >= len(self.shape):
@@ -80,7 +85,7 @@ class Weight:
 
     def fsdp_axis(self, layout: Layout) -> int:
         """Axis that FSDP cuts: the first, but rows of the experts' matrices where a rank has fewer experts than there are shards."""
-        few = self.expert and self.shape[0] // layout.expert < layout.expert_shard and self.shape[1] % layout.expert_shard == 0
+        few = self.expert and self.split(layout)[0] < layout.expert_shard and self.shape[1] % layout.expert_shard == 0
         return 1 if few else 0
 
     def local(self, layout: Layout, index: int = 0) -> int:
@@ -164,7 +169,7 @@ class Kept:
     working: float  # what the backward of one layer needs besides, its activations included where they are computed again
 
 
-def activations(config: ModelConfig, tokens: int, layout: Layout, compute_bytes: int, *, sequence_parallel: bool = True, imbalance: float = 1.0,
+def activations(config: ModelConfig, tokens: int, layout: Layout, compute_bytes: int, *, sequence_parallel: bool = False, imbalance: float = 1.0,
                 on_cpu: bool = False) -> Kept:  # fmt: skip
     """What a forward over `tokens` packed tokens (all of them trained), which context parallel ranks share, keeps on one rank."""
     D, t = config.hidden_size, layout.tensor
@@ -203,11 +208,11 @@ def _attention_bytes(config: ModelConfig, layout: Layout, size: int, on_cpu: boo
 
 def traded_width(config: ModelConfig, layout: Layout) -> int:
     """Numbers per token that context parallel ranks trade around attention: queries, keys with values, results."""
-    H, d = config.num_attention_heads, config.width_per_head
+    H, d = config.num_attention_heads // layout.tensor, config.width_per_head
     if config.latent:
         return H * d + layout.context * config.cache_width + H * config.v_head_dim
-    keys = config.num_key_value_heads * layout.context // gcd(config.num_key_value_heads, layout.context)
-    return (2 * H + 2 * keys) * d
+    K = config.num_key_value_heads // layout.tensor
+    return (2 * H + 2 * K * layout.context // gcd(K, layout.context)) * d
 
 
 def _latent_bytes(config: ModelConfig, H: float, d: int, size: int, on_cpu: bool) -> float:
@@ -230,10 +235,11 @@ def _mlp_bytes(config: ModelConfig, index: int, T: int, layout: Layout, size: in
 
 
 def _expert_rows(config: ModelConfig, T: int, layout: Layout, imbalance: float, on_cpu: bool) -> float:
-    """Rows of experts on one rank: its own tokens' choices on average, since as many leave as come."""
-    if on_cpu:
-        return num_rows(T * config.num_experts_per_tok, config.num_experts, ROW_STEP)
-    return T / layout.tensor * config.num_experts_per_tok * (imbalance if layout.expert > 1 else 1)
+    """Rows of experts on one rank: on average its share of its tokens' choices, since as many leave as come."""
+    slots = T * config.num_experts_per_tok / layout.tensor
+    if on_cpu:  # each expert's filled up to whole row steps
+        return slots + min(config.num_experts / layout.tensor, slots) * (ROW_STEP - 1) / 2
+    return slots * (imbalance if layout.expert * layout.tensor > 1 else 1)
 
 
 def _backward_bytes(config: ModelConfig, index: int, T: int, layout: Layout, size: int, imbalance: float, on_cpu: bool) -> float:

@@ -110,7 +110,7 @@ class Machine:
         pairs: token and token of its context.  trained: tokens that go through the head.  moved_bytes: what is read and written between the products.
         """
         a, peak = self.assume, self.cluster.flops
-        full = a.expert_imbalance if layout.expert > 1 else 1.0
+        full = a.expert_imbalance if layout.expert * layout.tensor > 1 else 1.0
         products = 2 * (model.dense * tokens + model.head * trained) / a.matmul_efficiency
         products += 2 * model.active_experts * tokens * full / a.expert_efficiency
         return (products + model.attention * pairs / a.attention_efficiency) / peak / (layout.tensor * layout.context) + moved_bytes / self.bandwidth
@@ -120,24 +120,26 @@ class Machine:
         c, a, D = self.cluster, self.assume, model.config.hidden_size
         seconds, tokens = 0.0, tokens / layout.context
         if layout.context > 1:  # around attention, there and back
-            once = c.all_to_all_s(tokens * traded_width(model.config, layout) * self.compute_bytes, layout.context) / a.network_efficiency
+            traded = tokens * traded_width(model.config, layout) * self.compute_bytes
+            once = c.all_to_all_s(traded, layout.context, layout.tensor) / a.network_efficiency
             seconds += model.config.num_hidden_layers * (once + 2 * self.latency)
-        if layout.tensor > 1:  # gather and scatter around attention and around the MLP
+        if layout.tensor > 1:  # a sum, which is a gather and a scatter, behind attention and behind the MLP or mixture
             once = c.gather_s(tokens * D * self.compute_bytes, layout.tensor) / a.network_efficiency + self.latency
             seconds += 4 * model.config.num_hidden_layers * once
         if layout.expert > 1 and model.num_sparse:
             copies = model.config.num_experts_per_tok
-            if a.expert_sends and layout.expert > c.members_per_node(layout.expert):
+            if a.expert_sends and layout.expert > c.members_per_node(layout.expert, layout.tensor):
                 copies = min(copies, a.expert_sends)
             sent = tokens / layout.tensor * copies * D * self.compute_bytes * a.expert_imbalance
-            seconds += 2 * model.num_sparse * (c.all_to_all_s(sent, layout.expert) / a.network_efficiency + self.latency)
+            seconds += 2 * model.num_sparse * (c.all_to_all_s(sent, layout.expert, layout.tensor) / a.network_efficiency + self.latency)
         return seconds
 
     def parameters_s(self, model: Model, layout: Layout, size: int) -> float:
         """Gather all parameters, or reduce all gradients, of `size` bytes each, over the ranks that they are sharded over."""
         c = self.cluster
         dense = c.gather_s((model.dense + model.head * self._tables(model)) / layout.tensor * size, layout.shard, layout.tensor)
-        experts = c.gather_s(model.experts / layout.expert * size, layout.expert_shard, layout.expert)
+        apart = layout.expert * layout.tensor
+        experts = c.gather_s(model.experts / apart * size, layout.expert_shard, apart)
         calls = model.config.num_hidden_layers * (2 if model.num_sparse else 1) if layout.shard > 1 else 0
         return (dense + experts) / self.assume.network_efficiency + calls * self.latency
 
@@ -160,7 +162,7 @@ class Machine:
         c, size = self.cluster, self.compute_bytes
         dense = c.gather_s((model.dense + model.head * self._tables(model)) / sampler.tensor * size, owned)
         # neighbours in a node want other experts, so each brings its own over the border
-        experts = model.experts / sampler.expert * size / (c.inter if owned > c.members_per_node(owned) else c.intra)
+        experts = model.experts / (sampler.expert * sampler.tensor) * size / (c.inter if owned > c.members_per_node(owned) else c.intra)
         return (dense + experts) / self.assume.network_efficiency + model.config.num_hidden_layers * self.latency
 
     def decode_step_s(self, model: Model, rows: float, context: float, kv_token_bytes: float, sampler: Layout) -> float:
@@ -169,8 +171,8 @@ class Machine:
         t, size = sampler.tensor, self.compute_bytes
         met = 0.0
         if model.experts:  # experts that at least one of the tokens on the expert group's ranks meets
-            tokens = rows * sampler.expert / t
-            met = model.experts / sampler.expert * (1 - (1 - config.num_experts_per_tok / config.num_experts) ** tokens)
+            tokens = rows * sampler.expert
+            met = model.experts / (sampler.expert * t) * (1 - (1 - config.num_experts_per_tok / config.num_experts) ** tokens)
         read = ((model.dense + model.head) / t + met) * size + rows * context * kv_token_bytes
         # pairs at the rate of decoding: forward_s counts operations per pair
         pairs = rows * context * model.decode_attention / model.attention
@@ -181,7 +183,7 @@ class Machine:
             seconds += 2 * config.num_hidden_layers * once
         if sampler.expert > 1 and model.num_sparse:
             sent = rows / t * config.num_experts_per_tok * config.hidden_size * size * a.expert_imbalance
-            seconds += 2 * model.num_sparse * (self.cluster.all_to_all_s(sent, sampler.expert) / a.network_efficiency + self.latency)
+            seconds += 2 * model.num_sparse * (self.cluster.all_to_all_s(sent, sampler.expert, t) / a.network_efficiency + self.latency)
         return seconds
 
     def decode_s(self, model: Model, lengths: Lengths, prompt: float, samples: float, rows: float, total: float, kv_token_bytes: float,

@@ -5,7 +5,7 @@ from athanor.planner.memory import num_active, num_parameters
 from athanor.planner.search import Plan
 
 GB = 1e9
-UNBUILT = "expert parallelism, and tensor parallelism of latent attention and experts, are planned here and not settings of this engine yet"
+UNBUILT = "not what this engine runs yet: a sampler with expert or tensor parallel ranks of its own, or experts that travel and are sharded besides"
 
 
 def as_data(plan: Plan, name: str) -> dict:
@@ -56,8 +56,6 @@ def as_text(plan: Plan, name: str) -> str:
         f"{plan.training.micro_batch_tokens} tokens per {f'{layout.context} ranks' if layout.context > 1 else 'rank'}",
     ]
     tables = [("training", plan.training.memory)]
-    dense = not (plan.config.latent or plan.config.num_experts)
-    planned = [("tensor", 1 if dense else layout.tensor), ("expert", layout.expert)]
     if sampler:
         lines.append(
             f"rollout     tensor = {sampler.layout.tensor}  expert = {sampler.layout.expert}; in flight {sampler.rows} samples and pages for "
@@ -65,11 +63,8 @@ def as_text(plan: Plan, name: str) -> str:
             f"{sampler.rows * (c.world // sampler.layout.tensor)} samples in all"
         )
         tables.append(("rollout", sampler.memory))
-        built = dense and sampler.layout.tensor in (1, layout.tensor)
-        planned += [("rollout_tensor", 1 if built else sampler.layout.tensor), ("rollout_expert", sampler.layout.expert)]
-    if any(size > 1 for _, size in planned):
-        flags = " ".join(f"--plan.layout.{key} 1" for key, _ in planned)
-        lines.append(f"note        {UNBUILT}; without them: {flags}")
+    if not plan.is_built:
+        lines.append(f"note        {UNBUILT}; without these: --plan.layout.built true")
     lines += ["", f"{'GB per rank':<18}" + "".join(f"{title:>12}" for title, _ in tables)]
     for key in dict.fromkeys(key for _, table in tables for key in table):
         lines.append(f"  {key:<16}" + "".join(f"{_gb(table.get(key)):>12}" for _, table in tables))

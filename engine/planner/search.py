@@ -1,9 +1,12 @@
 """The layout that fits a cluster and has the least predicted time of a step.
 
-Every division of the ranks is looked at: replicas x shards x tensor parallel ranks, or context parallel ranks among replicas x shards, experts over
-a part of them, activation checkpointing, length of a micro-batch; and for the sampler, which holds whole weights in the compute type, tensor and
-expert parallel ranks of its own.  A phase's memory is given to the next one: gradients, optimizer state and shards stay, activations and the
-sampler's weights and KV do not meet.
+Every division of the ranks is looked at: replicas x shards x tensor parallel ranks, context parallel ranks among replicas x shards, experts over a
+part of these, activation checkpointing, length of a micro-batch; and for the sampler, which holds whole weights in the compute type, all tensor
+parallel ranks or none.  A phase's memory is given to the next one: gradients, optimizer state and shards stay, activations and the sampler's weights
+and KV do not meet.
+
+Where nothing fits that the engine runs, layouts are looked at that it does not: a sampler with expert or tensor parallel ranks of its own, and
+experts that travel and are sharded besides.
 """
 
 from collections.abc import Iterator
@@ -47,6 +50,10 @@ class Sampling:
     phases: dict[str, float]
     drain_s: float
 
+    def is_built(self, training: Training) -> bool:
+        """Whether the engine samples so from what it trains so."""
+        return self.layout.expert == 1 and self.layout.tensor in (1, training.layout.tensor)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -74,24 +81,22 @@ class Plan:
     def fits(self) -> bool:
         return self.peak_bytes <= self.cluster.memory * self.assume.usable_memory
 
+    @property
+    def is_built(self) -> bool:
+        """Whether the engine runs so."""
+        return self.training.layout.is_built(self.config) and (self.sampling is None or self.sampling.is_built(self.training))
+
 
 def make_plan(config: ModelConfig, settings: PlanConfig) -> Plan:
     """The fastest layout that fits; where none does, the one that lacks least (`fits` is False).  UserError where the ranks cannot be divided so."""
     settings = settings.model_copy(update={"workload": settings.workload.over({})})
     param_bytes, compute_bytes, *_ = PRECISIONS[settings.workload.precision]
     planner = _Planner(config, settings, resolve_cluster(settings.cluster, compute_bytes))
-    best, best_key = None, (inf, inf)
-    samplers: dict = {}
-    for training in planner.trainings():
-        resident = tuple(training.memory[name] for name in ("parameters", "gradients", "optimizer", "reference"))
-        in_place = training.layout.shard == training.layout.expert_shard == 1 and param_bytes == compute_bytes
-        key = (resident, training.layout.shard, training.layout.tensor, training.layout.expert)
-        if key not in samplers:
-            samplers[key] = planner.sampling(training, in_place)
-        plan = planner.plan(training, samplers[key])
-        lacking = max(0.0, plan.peak_bytes - planner.budget)
-        if (lacking, plan.step_s) < best_key:
-            best, best_key = plan, (lacking, plan.step_s)
+    given = settings.layout.built
+    for built in (True, False) if given is None else (given,):
+        best = planner.best(built, in_place=param_bytes == compute_bytes)
+        if best is not None and best.fits:
+            return best
     if best is None:
         raise UserError(f"plan.layout: {planner.fixed} cannot be made of {planner.cluster.world} ranks, {planner.cluster.gpus_per_node} per node")
     return best
@@ -110,9 +115,6 @@ class _Planner:
         self.lengths = Lengths(w.mean_tokens, w.max_tokens)
         self.samples = w.group_size * (w.prompts_per_step or 1)
         self.on_cpu = cluster.gpu == "cpu"
-        self.dense = not (config.latent or config.num_experts)
-        given = settings.assume.sequence_parallel
-        self.sequence_parallel = not self.dense if given is None else given
         self.budget = cluster.memory * settings.assume.usable_memory
         self.longest = ceil(w.prompt_tokens) + w.max_tokens - 1
         self.owned, self.decode = cache(self._owned), cache(self._decode)  # of few values each, in thousands of layouts
@@ -121,6 +123,28 @@ class _Planner:
         self.tokens = w.prompt_tokens + self.lengths.mean
         self.pairs = (w.prompt_tokens**2 + 2 * w.prompt_tokens * self.lengths.mean + self.lengths.second_moment) / 2
 
+    def best(self, built: bool, in_place: bool) -> Plan | None:
+        """The fastest plan that fits, or the one that lacks least; None where there is none.
+
+        built: only of layouts that the engine runs.  in_place: the sampler can read the trained weights where they are not split.
+        """
+        best, best_key, samplers = None, (inf, inf), {}
+        for training in self.trainings():
+            layout = training.layout
+            if built and not layout.is_built(self.config):
+                continue
+            resident = tuple(training.memory[name] for name in ("parameters", "gradients", "optimizer", "reference"))
+            key = (resident, layout.shard, layout.tensor, layout.expert)
+            if key not in samplers:
+                samplers[key] = self.sampling(training, in_place and layout.shard == layout.expert_shard == 1, built)
+            if samplers[key] is None and self.workload.prompts_per_step:
+                continue
+            plan = self.plan(training, samplers[key])
+            lacking = max(0.0, plan.peak_bytes - self.budget)
+            if (lacking, plan.step_s) < best_key:
+                best, best_key = plan, (lacking, plan.step_s)
+        return best
+
     def trainings(self) -> Iterator[Training]:
         """Every layout of the update that the ranks and the model allow."""
         config, fixed, world = self.config, self.fixed, self.cluster.world
@@ -128,7 +152,7 @@ class _Planner:
         for tensor in _tensor_sizes(config, self.cluster):
             for replicate in _divisors(world // tensor):
                 shard = world // tensor // replicate
-                experts = _divisors(gcd(config.num_experts, shard * tensor)) if config.num_experts else [1]
+                experts = _divisors(gcd(config.num_experts // tensor, shard)) if config.num_experts else [1]
                 for expert, context in product(experts, _context_sizes(config, self.cluster, tensor)):
                     wanted = (fixed.shard, fixed.replicate, fixed.tensor, fixed.expert, fixed.context)
                     if any(given not in (0, have) for given, have in zip(wanted, (shard, replicate, tensor, expert, context), strict=True)):
@@ -157,7 +181,7 @@ class _Planner:
     def _training_memory(self, layout: Layout, tokens: int) -> dict[str, float]:
         local, moments, gathered = self.owned(replace(layout, activation_checkpointing=False, context=1))
         a, size = self.assume, self.compute_bytes
-        kept = memory.activations(self.config, tokens, layout, size, sequence_parallel=self.sequence_parallel, imbalance=a.expert_imbalance,
+        kept = memory.activations(self.config, tokens, layout, size, sequence_parallel=a.sequence_parallel, imbalance=a.expert_imbalance,
                                   on_cpu=self.on_cpu)  # fmt: skip
         rows = tokens if self.workload.prompts_per_step == 0 else ceil(tokens * self.lengths.mean / self.tokens)
         rows = ceil(rows / layout.context)
@@ -180,7 +204,7 @@ class _Planner:
         m, w, model, size = self.machine, self.workload, self.model, self.compute_bytes
         plain = replace(layout, activation_checkpointing=False)
         local, *_ = self.owned(replace(plain, context=1))
-        per_token = memory.activations(self.config, 1024, plain, size, sequence_parallel=self.sequence_parallel).layers / 1024
+        per_token = memory.activations(self.config, 1024, plain, size, sequence_parallel=self.assume.sequence_parallel).layers / 1024
         # A step is over when the rank with the most is: the mean, or the one that has the longest sequence.
         n = w.prompt_tokens + longest
         loads = [(mean * self.tokens, mean * self.pairs), (n, n * n / 2)]
@@ -203,17 +227,19 @@ class _Planner:
             "optimizer": updates * state / m.bandwidth,
         }
 
-    def sampling(self, training: Training, in_place: bool) -> Sampling | None:
-        """The best sampler beside what the training keeps; None for a supervised step."""
+    def sampling(self, training: Training, in_place: bool, built: bool = False) -> Sampling | None:
+        """The best sampler beside what the training keeps; None for a supervised step, and where the engine runs none of those that are wanted."""
         if not self.workload.prompts_per_step:
             return None
         options = []
-        sizes = {1, training.layout.tensor} if self.dense and not self.fixed.rollout_tensor else _tensor_sizes(self.config, self.cluster)
-        for tensor in sorted(sizes):  # a dense model is sampled whole or as it is trained
-            for expert in _divisors(gcd(self.config.num_experts, self.cluster.world)) if self.config.num_experts else [1]:
+        for tensor in sorted({1, training.layout.tensor}) if built else _tensor_sizes(self.config, self.cluster):
+            mine = gcd(self.config.num_experts // tensor, self.cluster.world // tensor)
+            for expert in [1] if built or not self.config.num_experts else _divisors(mine):
                 given = (self.fixed.rollout_tensor, self.fixed.rollout_expert)
-                if given[0] in (0, tensor) and given[1] in (0, expert) and (expert % tensor == 0 or not self.config.num_experts):
+                if given[0] in (0, tensor) and given[1] in (0, expert):
                     options.append(self._sampling(training, Layout(tensor=tensor, expert=expert), in_place))
+        if not options and built:
+            return None
         if not options:
             raise UserError(f"plan.layout: rollout_tensor {self.fixed.rollout_tensor} and rollout_expert {self.fixed.rollout_expert} do not divide "
                             f"the model over {self.cluster.world} ranks")  # fmt: skip
@@ -268,11 +294,11 @@ def _divisors(n: int) -> list[int]:
 
 
 def _context_sizes(config: ModelConfig, cluster: Cluster, tensor: int) -> list[int]:
-    """Inside a node, of heads that go whole; not with tensor parallelism, which splits the heads too."""
-    return [1] if tensor > 1 else _divisors(gcd(config.num_attention_heads, cluster.gpus_per_node))
+    """Inside a node, of heads that go whole."""
+    return _divisors(gcd(config.num_attention_heads // tensor, cluster.gpus_per_node // tensor))
 
 
 def _tensor_sizes(config: ModelConfig, cluster: Cluster) -> list[int]:
-    """Inside a node; heads go whole."""
+    """Inside a node; heads and experts go whole."""
     heads = config.num_attention_heads if config.latent else config.num_key_value_heads
-    return [t for t in _divisors(cluster.gpus_per_node) if heads % t == 0]
+    return [t for t in _divisors(gcd(heads, cluster.gpus_per_node)) if config.num_experts % t == 0]

@@ -70,12 +70,11 @@ class Assumptions(Config):
     layer_latency_us: float = Field(50, ge=0)
     """Time of a layer of a decode step beyond what it reads and computes (Qwen3-0.6B on an H200: 1.98 ms a step, 0.58 by bandwidth, 28 layers)."""
     expert_imbalance: float = Field(1.2, ge=1)
-    """Load of the fullest expert rank over the mean."""
+    """Load of the fullest rank over the mean, where ranks have different experts."""
     expert_sends: int = Field(0, ge=0)
     """Copies of a token that cross the network to its experts; 0 = one for each of them (DeepSeek-V3's dispatch: one for each of at most 4 nodes)."""
-    sequence_parallel: bool | None = None
-    """Tensor parallel ranks split the residual stream between them along the tokens (arXiv 2205.05198); null = not for dense models, whose tensor
-    parallelism is this engine's, which does not."""
+    sequence_parallel: bool = False
+    """Tensor parallel ranks split the residual stream between them along the tokens (arXiv 2205.05198), which this engine's do not."""
     packing: float = Field(0.95, gt=0, le=1)
     """How full micro-batches are."""
     usable_memory: float = Field(0.9, gt=0, le=1)
@@ -94,9 +93,9 @@ class LayoutConfig(Config):
     replicate: int = Field(0, ge=0)
     """Replicas of the sharded model (HSDP)."""
     tensor: int = Field(0, ge=0)
-    """Tensor parallel ranks."""
+    """Tensor parallel ranks, which have different experts, too."""
     expert: int = Field(0, ge=0)
-    """Expert parallel ranks, out of those of shard x tensor."""
+    """Expert parallel ranks, out of those of shard, which share the experts of one tensor parallel rank."""
     context: int = Field(0, ge=0)
     """Context parallel ranks, out of those of shard x replicate."""
     activation_checkpointing: bool | None = None
@@ -104,7 +103,9 @@ class LayoutConfig(Config):
     rollout_tensor: int = Field(0, ge=0)
     """Tensor parallel ranks of the sampler."""
     rollout_expert: int = Field(0, ge=0)
-    """Expert parallel ranks of the sampler."""
+    """Expert parallel ranks of the sampler, which share the experts of one of its tensor parallel ranks."""
+    built: bool | None = None
+    """true: only layouts that this engine runs; false: all that are planned; null = those that run, unless none of them fits."""
 
 
 class PlanConfig(Config):
