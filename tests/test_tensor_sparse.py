@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import tensor_worker  # noqa: E402
-from sparse_models import FAMILIES, random_decoder  # noqa: E402
+from sparse_models import FAMILIES, packed, random_decoder, sequences  # noqa: E402
 from test_sharding import run_recipe  # noqa: E402
 from test_tensor_parallel import compare_states, distance, on_ranks  # noqa: E402
 
 from athanor.model.moe import Routes, mixtures, use_fp8_  # noqa: E402
-from athanor.tensor_parallel import split_  # noqa: E402
+from athanor.tensor_parallel import split_, splits  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -58,6 +59,54 @@ def test_the_experts_of_two_ranks_add_up_to_the_layer(name, mode, no_sums):
     for key in ("y", "dx", "router"):
         torch.testing.assert_close(parts[0][key] + parts[1][key], whole[key], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(parts[0]["y"], whole["y"], atol=0.01)
+
+
+class InThreads:
+    """Two ranks as threads of one process: a sum over them waits for both."""
+
+    world = 2
+
+    def __init__(self, rank: int, barrier: threading.Barrier, addends: list):
+        self.rank, self.barrier, self.addends, self.group = rank, barrier, addends, self
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        self.addends[self.rank] = tensor.detach().clone()
+        self.barrier.wait(30)
+        tensor.copy_(self.addends[0] + self.addends[1])
+        self.barrier.wait(30)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3, mtp", "deepseek_v3, plain queries", "qwen3_moe, four keys"])
+def test_every_gradient_of_two_parts_is_that_of_the_whole(name, monkeypatch):
+    """fp64, with the balance loss, on threads: what a rank has of a matrix, and all of what every rank has, which is there once and not twice."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: group.sum_(tensor))
+    model = random_decoder(tensor_worker.sharding_worker.MODELS[name]).double()
+    ids, positions, attend = packed([x[:40] for x in sequences()])  # 1, 7 and 40 tokens
+    upstream = torch.randn(48, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def run(decoder, found: dict) -> None:
+        routes = Routes(cu_seqlens=attend.cu_seqlens)
+        hidden = decoder(ids, positions, attend, routes)
+        if decoder.mtp is not None:
+            hidden = hidden + decoder.look_ahead(hidden, ids.roll(-1), positions, attend, routes)
+        loss = (hidden * upstream).sum() + torch.stack(routes.balance).sum()
+        loss.backward()
+        found |= {"loss": loss.detach(), **{n: p.grad for n, p in decoder.named_parameters() if p.grad is not None}}
+
+    barrier, addends, wanted, found = threading.Barrier(2), [None, None], {}, [{}, {}]
+    parts = [split_(copy.deepcopy(model), InThreads(rank, barrier, addends)) for rank in (0, 1)]
+    run(model, wanted)
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(parts, found, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank, part in enumerate(parts):
+        assert found[rank].keys() == wanted.keys()
+        of = splits(part)
+        for key, whole in wanted.items():
+            expected = of[key].part(whole, rank) if key in of else whole
+            assert (found[rank][key] - expected).norm() <= 1e-12 * whole.norm(), (rank, key)
 
 
 @pytest.fixture(scope="module")
