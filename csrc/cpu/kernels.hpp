@@ -15,6 +15,10 @@ struct Kernels {
     const char* isa;
     void (*swiglu_fwd)(const float* gate_up, float* y, std::int64_t T, std::int64_t F, std::int64_t stride, int threads);
     void (*swiglu_bwd)(const float* gate_up, const float* dy, float* dgate_up, std::int64_t T, std::int64_t F, std::int64_t stride, int threads);
+    // linear.inl: x (T, K), w (N, K), dy (T, N); bias may be null; add: to what dw has
+    void (*linear_fwd)(Matrix x, Matrix w, const float* bias, float* y, std::int64_t T, std::int64_t N, std::int64_t K, int threads);
+    void (*linear_dx)(Matrix dy, Matrix w, float* dx, std::int64_t T, std::int64_t N, std::int64_t K, int threads);
+    void (*linear_dw)(Matrix dy, Matrix x, float* dw, std::int64_t T, std::int64_t N, std::int64_t K, bool add, int threads);
     // rmsnorm.inl: s is written where there is a residual; dweight may be null
     void (*rmsnorm_fwd)(Rows x, Rows residual, const float* weight, float* s, float* y, float* rstd, std::int64_t N, std::int64_t D, float eps,
                         int threads);

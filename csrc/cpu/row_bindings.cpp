@@ -15,6 +15,18 @@ Logits logits(Address x, Size stride, Size T, Size V, Address targets, Address t
 
 void bind_rows(py::module_& m) {
     using Gil = py::gil_scoped_release;
+    m.def("linear_fwd", [](Address x, Size x_stride, Address w, Size w_stride, Address bias, Address y, Size T, Size N, Size K, int threads) {
+        Gil released;
+        kernels().linear_fwd({at(x), x_stride}, {at(w), w_stride}, at(bias), at(y), T, N, K, threads);
+    });
+    m.def("linear_dx", [](Address dy, Size dy_stride, Address w, Size w_stride, Address dx, Size T, Size N, Size K, int threads) {
+        Gil released;
+        kernels().linear_dx({at(dy), dy_stride}, {at(w), w_stride}, at(dx), T, N, K, threads);
+    });
+    m.def("linear_dw", [](Address dy, Size dy_stride, Address x, Size x_stride, Address dw, Size T, Size N, Size K, bool add, int threads) {
+        Gil released;
+        kernels().linear_dw({at(dy), dy_stride}, {at(x), x_stride}, at(dw), T, N, K, add, threads);
+    });
     m.def("rmsnorm_fwd", [](py::tuple x, py::tuple residual, Address weight, Address s, Address y, Address rstd, Size N, Size D, float eps,
                             int threads) {
         const Rows a = rows(x), b = rows(residual);

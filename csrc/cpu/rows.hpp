@@ -12,6 +12,12 @@ struct Rows {
     const float* row(std::int64_t r) const { return at + r / inner * outer_stride + r % inner * inner_stride; }
 };
 
+// Rows of neighbours, `stride` floats apart.
+struct Matrix {
+    const float* at;
+    std::int64_t stride;
+};
+
 // (T, count, d): row t * count + h is head h of token t.
 struct Heads {
     Rows rows;

@@ -13,7 +13,7 @@ from math import ceil, gcd
 
 import torch
 
-from athanor.kernels.linear_logprob_cpu import KEPT_LOGITS, KEPT_SHARE, TILE_LOGITS, filled_up, tiles_of
+from athanor.kernels.linear_logprob_cpu import KEPT_LOGITS, KEPT_SHARE, TILE_LOGITS, tiles_of
 from athanor.kernels.moe_permute import num_rows
 from athanor.kv_cache import PagedKVCache
 from athanor.model.layers import ROW_STEP
@@ -249,7 +249,7 @@ def linear_logprob_bytes(rows: int, vocab: int, hidden: int, size: int, *, on_cp
     """What linear_logprob allocates over `rows` trained tokens besides the gradient of the head: bytes held from its forward until the backward of
     the whole model is over, and bytes for the time of the call."""
     if on_cpu:
-        tiles = [filled_up(t.stop - t.start) * vocab for t in tiles_of(rows, vocab)]
+        tiles = [(t.stop - t.start) * vocab for t in tiles_of(rows, vocab)]
         room, kept = max(TILE_LOGITS, min(KEPT_LOGITS, rows * vocab // KEPT_SHARE)), 0
         for tile in tiles:
             if kept + tile > room:
