@@ -25,6 +25,12 @@ template <int J, int V>
 inline void product_tile(const float* panel, Scalars scalars, std::int64_t depth, float* sums, bool first) {
     v16 sum[J][V]{};
     for (std::int64_t s = 0; s < depth; ++s) {
+        if (s % kLanes == 0 && scalars.s_stride == 1) {  // the next tile's, once a cache line: weights seldom fit into L2
+#pragma GCC unroll 6
+            for (int j = 0; j < J; ++j) {
+                __builtin_prefetch(scalars.at + (j + J) * scalars.j_stride + s);
+            }
+        }
         v16 lanes[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
