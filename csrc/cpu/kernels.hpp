@@ -41,6 +41,26 @@ struct Kernels {
     void (*paged_attention)(const PagedAttention&, float* out, float* lse);
 };
 
+// What a decode step has of each of its rows; kernels/advance_rows.py says what becomes of it.
+struct DecodeRows {
+    std::int64_t *status, *generated, *slots, *last;
+    std::int32_t* lengths;
+    const std::int32_t* max_lengths;
+    const std::int64_t* eos;
+    std::int64_t num_eos;
+    const bool* drawing;    // null: all
+    std::int64_t* streaks;  // null: nothing stops by repetition
+    const std::int64_t* streak_limits;
+    const float *streak_logps, *full_logps;
+    const std::int64_t* tokens;
+    const float* logps;
+    std::int64_t* token_ring;  // slot s of row r at s * ring_stride + r
+    float* logp_ring;
+    std::int64_t ring_stride;
+};
+void advance_rows(const DecodeRows& rows, std::int64_t count);
+void row_positions(const std::int64_t* status, const std::int32_t* lengths, std::int32_t* positions, std::int64_t count);
+
 // ATHANOR_CPU_ISA (avx512, avx2 or base) asks for less than the machine has.
 const Kernels& kernels();
 

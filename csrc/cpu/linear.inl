@@ -25,7 +25,11 @@ template <int J, int V>
 inline void product_tile(const float* panel, Scalars scalars, std::int64_t depth, float* sums, bool first) {
     v16 sum[J][V]{};
     for (std::int64_t s = 0; s < depth; ++s) {
-        if (s % kLanes == 0 && scalars.s_stride == 1) {  // the next tile's, once a cache line: weights seldom fit into L2
+        // Scalars seldom lie in L2, and no prefetcher of the machine follows short rows: ask for the next tile's once a cache line, or for those of a
+        // later term.
+        if (scalars.s_stride != 1) {
+            __builtin_prefetch(scalars.at + (s + kLanes) * scalars.s_stride);
+        } else if (s % kLanes == 0) {
 #pragma GCC unroll 6
             for (int j = 0; j < J; ++j) {
                 __builtin_prefetch(scalars.at + (j + J) * scalars.j_stride + s);

@@ -73,6 +73,16 @@ void bind_rows(py::module_& m) {
         const Sampled out{at<Size>(tokens), at<Size>(last_kept), at(logps), at(full_logps), at(entropy), at(thresholds)};
         kernels().sample(at(x), stride, B, V, sampling, at<double>(uniforms), out, threads);
     });
+    m.def("row_positions", [](Address status, Address lengths, Address positions, Size count) {
+        row_positions(at<Size>(status), at<std::int32_t>(lengths), at<std::int32_t>(positions), count);
+    });
+    m.def("advance_rows", [](Address status, Address generated, Address slots, Address last, Address lengths, Address max_lengths, Address eos,
+                             Size num_eos, Address drawing, Address streaks, Address streak_limits, Address streak_logps, Address full_logps,
+                             Address tokens, Address logps, Address token_ring, Address logp_ring, Size ring_stride, Size count) {
+        advance_rows({at<Size>(status), at<Size>(generated), at<Size>(slots), at<Size>(last), at<std::int32_t>(lengths), at<std::int32_t>(max_lengths),
+                      at<Size>(eos), num_eos, at<bool>(drawing), at<Size>(streaks), at<Size>(streak_limits), at(streak_logps), at(full_logps),
+                      at<Size>(tokens), at(logps), at<Size>(token_ring), at(logp_ring), ring_stride}, count);
+    });
     m.def("philox_uniform", [](Address seeds, Address positions, Address uniforms, Size count) {
         kernels().philox_uniform(at<Size>(seeds), at<Size>(positions), at<double>(uniforms), count);
     });

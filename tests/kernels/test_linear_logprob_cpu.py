@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from athanor.kernels import linear_logprob_cpu as module
 from athanor.kernels import linear, logprob, sample
+from athanor.kernels import linear_logprob_cpu as module
 from athanor.kernels.linear_logprob_cpu import linear_logprob_cpu, tiles_of
 
 # one row, an odd number, whole tiles of 16, and (with the small tiles of the fixture) several tiles of which the last is short
