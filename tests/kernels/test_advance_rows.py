@@ -97,13 +97,6 @@ def test_rows_move_by_the_rules(backend, with_streaks, with_drawing, generator):
     check(backend, "cpu", generator, with_streaks, with_drawing)
 
 
-@pytest.mark.parametrize("with_drawing", [False, True])
-@pytest.mark.parametrize("with_streaks", [False, True])
-def test_rows_move_by_the_rules_in_triton(with_streaks, with_drawing, triton_device, generator):
-    pytest.importorskip("triton")
-    check("triton", triton_device, generator, with_streaks, with_drawing)
-
-
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_no_rows(backend):
     none, wide = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32)
