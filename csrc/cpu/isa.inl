@@ -23,6 +23,9 @@ const Kernels& table() {
         k.linear_fwd = linear_fwd;
         k.linear_dx = linear_dx;
         k.linear_dw = linear_dw;
+        k.grouped_fwd = grouped_fwd;
+        k.grouped_dx = grouped_dx;
+        k.grouped_dw = grouped_dw;
         k.rmsnorm_fwd = rmsnorm_fwd;
         k.rmsnorm_bwd = rmsnorm_bwd;
         k.rope = rope;

@@ -19,6 +19,10 @@ struct Kernels {
     void (*linear_fwd)(Matrix x, Matrix w, const float* bias, float* y, std::int64_t T, std::int64_t N, std::int64_t K, int threads);
     void (*linear_dx)(Matrix dy, Matrix w, float* dx, std::int64_t T, std::int64_t N, std::int64_t K, int threads);
     void (*linear_dw)(Matrix dy, Matrix x, float* dw, std::int64_t T, std::int64_t N, std::int64_t K, bool add, int threads);
+    // The rows of x (T, K) from ends[e - 1] (0 for e = 0) to ends[e] by w[e] (N, K) of E, and the other way round; what lies in no group is 0
+    void (*grouped_fwd)(Matrix x, const float* w, float* y, const Groups& groups, std::int64_t N, std::int64_t K, int threads);
+    void (*grouped_dx)(Matrix dy, const float* w, float* dx, const Groups& groups, std::int64_t N, std::int64_t K, int threads);
+    void (*grouped_dw)(Matrix dy, Matrix x, float* dw, const Groups& groups, std::int64_t N, std::int64_t K, int threads);
     // rmsnorm.inl: s is written where there is a residual; dweight may be null
     void (*rmsnorm_fwd)(Rows x, Rows residual, const float* weight, float* s, float* y, float* rstd, std::int64_t N, std::int64_t D, float eps,
                         int threads);

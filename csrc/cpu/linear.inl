@@ -188,3 +188,36 @@ inline void linear_dx(Matrix dy, Matrix w, float* dx, std::int64_t T, std::int64
 inline void linear_dw(Matrix dy, Matrix x, float* dw, std::int64_t T, std::int64_t N, std::int64_t K, bool add, int threads) {
     product_of_columns({dy.at, 1, dy.stride}, x, dw, N, K, T, add, threads);
 }
+
+// Call body(expert, first row, number of rows) for all groups that have any, and set to 0 what of out (T, width) lies in none.
+template <typename Body>
+inline void over_groups(const Groups& groups, float* out, std::int64_t width, Body&& body) {
+    const std::int64_t first = groups.at(0), end = groups.at(groups.E);
+    std::fill(out, out + first * width, 0.0f);
+    std::fill(out + end * width, out + groups.T * width, 0.0f);
+    for (std::int64_t e = 0; e < groups.E; ++e) {
+        const std::int64_t from = groups.at(e), count = groups.at(e + 1) - from;
+        if (count > 0) {
+            body(e, from, count);
+        }
+    }
+}
+
+inline void grouped_fwd(Matrix x, const float* w, float* y, const Groups& groups, std::int64_t N, std::int64_t K, int threads) {
+    over_groups(groups, y, N, [=](std::int64_t e, std::int64_t from, std::int64_t count) {
+        linear_fwd({x.at + from * x.stride, x.stride}, {w + e * N * K, K}, nullptr, y + from * N, count, N, K, threads);
+    });
+}
+
+inline void grouped_dx(Matrix dy, const float* w, float* dx, const Groups& groups, std::int64_t N, std::int64_t K, int threads) {
+    over_groups(groups, dx, K, [=](std::int64_t e, std::int64_t from, std::int64_t count) {
+        linear_dx({dy.at + from * dy.stride, dy.stride}, {w + e * N * K, K}, dx + from * K, count, N, K, threads);
+    });
+}
+
+inline void grouped_dw(Matrix dy, Matrix x, float* dw, const Groups& groups, std::int64_t N, std::int64_t K, int threads) {
+    for (std::int64_t e = 0; e < groups.E; ++e) {
+        const std::int64_t from = groups.at(e);
+        linear_dw({dy.at + from * dy.stride, dy.stride}, {x.at + from * x.stride, x.stride}, dw + e * N * K, groups.at(e + 1) - from, N, K, false, threads);
+    }
+}

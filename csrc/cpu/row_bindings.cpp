@@ -27,6 +27,21 @@ void bind_rows(py::module_& m) {
         Gil released;
         kernels().linear_dw({at(dy), dy_stride}, {at(x), x_stride}, at(dw), T, N, K, add, threads);
     });
+    m.def("grouped_fwd", [](Address x, Size x_stride, Address w, Address y, Address offsets, bool wide, bool led, Size E, Size T, Size N, Size K,
+                            int threads) {
+        Gil released;
+        kernels().grouped_fwd({at(x), x_stride}, at(w), at(y), {at<void>(offsets), wide, led, E, T}, N, K, threads);
+    });
+    m.def("grouped_dx", [](Address dy, Size dy_stride, Address w, Address dx, Address offsets, bool wide, bool led, Size E, Size T, Size N, Size K,
+                           int threads) {
+        Gil released;
+        kernels().grouped_dx({at(dy), dy_stride}, at(w), at(dx), {at<void>(offsets), wide, led, E, T}, N, K, threads);
+    });
+    m.def("grouped_dw", [](Address dy, Size dy_stride, Address x, Size x_stride, Address dw, Address offsets, bool wide, bool led, Size E, Size T,
+                           Size N, Size K, int threads) {
+        Gil released;
+        kernels().grouped_dw({at(dy), dy_stride}, {at(x), x_stride}, at(dw), {at<void>(offsets), wide, led, E, T}, N, K, threads);
+    });
     m.def("rmsnorm_fwd", [](py::tuple x, py::tuple residual, Address weight, Address s, Address y, Address rstd, Size N, Size D, float eps,
                             int threads) {
         const Rows a = rows(x), b = rows(residual);

@@ -22,7 +22,7 @@ from athanor.config import ModelConfig
 from athanor.kernels import grouped_gemm, linear, moe_permute, moe_places, moe_route, moe_unpermute, swiglu
 from athanor.kernels.moe_route import scores_of
 from athanor.model.fp8 import Fp8Products
-from athanor.model.layers import ROW_STEP, Swiglu
+from athanor.model.layers import ROW_STEP, Swiglu, rows_of_their_own
 
 
 class Routes:
@@ -151,7 +151,7 @@ class MixtureOfExperts(nn.Module):
             places = moe_places(ids, self.num_experts, align=self.align(x))
             return self.fp8.routed(x, weights, places, self.gate_up_proj, self.down_proj, gathered=self.gathered)
         rows, places = moe_permute(x, ids, self.num_experts, align=self.align(x))
-        if x.is_cpu:
+        if x.is_cpu and not rows_of_their_own(x):
             # Fewer rows to compute.  And reading a number on the host tells a captured step (cpu_graph) that its course depends on the data: the
             # products below read the offsets on the host too.
             rows = rows[: int(places.offsets[-1])]
@@ -160,9 +160,10 @@ class MixtureOfExperts(nn.Module):
     def align(self, x: Tensor) -> int:
         """What the number of every expert's rows is a multiple of.
 
-        On a CPU whole row steps: what an expert computes for a token does not depend on how many others it got.
+        On a CPU whole row steps, unless the products see to it themselves: what an expert computes for a token does not depend on how many others it
+        got.
         """
-        wanted = ROW_STEP if x.is_cpu else 1
+        wanted = ROW_STEP if x.is_cpu and not (self.fp8 is None and rows_of_their_own(x)) else 1
         return wanted if self.fp8 is None else max(wanted, self.fp8.align(torch.is_grad_enabled()))
 
     def experts(self, rows: Tensor, offsets: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from math import ceil, gcd
 import torch
 
 from athanor.kernels.linear_logprob_cpu import KEPT_LOGITS, KEPT_SHARE, TILE_LOGITS, tiles_of
-from athanor.kernels.moe_permute import num_rows
 from athanor.kv_cache import PagedKVCache
 from athanor.model.layers import ROW_STEP
 from athanor.model.transformer import Decoder
@@ -233,7 +232,7 @@ def _mlp_bytes(config: ModelConfig, index: int, T: int, layout: Layout, size: in
 def _expert_rows(config: ModelConfig, T: int, layout: Layout, imbalance: float, on_cpu: bool) -> float:
     """Rows of experts on one rank: its own tokens' choices on average, since as many leave as come."""
     if on_cpu:
-        return num_rows(T * config.num_experts_per_tok, config.num_experts, ROW_STEP)
+        return T * config.num_experts_per_tok
     return T / layout.tensor * config.num_experts_per_tok * (imbalance if layout.expert > 1 else 1)
 
 
