@@ -62,7 +62,7 @@ class CpuGraph(TorchDispatchMode):
             self.valid = False
             return result
         self._kept.append(result)
-        if DEPENDS_ON_DATA & set(func.tags) or not isinstance(result, Tensor | tuple | list):  # what comes as a number decides on something
+        if _depends_on_data(func, args) or not isinstance(result, Tensor | tuple | list):  # what comes as a number decides on something
             self.valid = False
         elif func._schema.is_mutable:
             self._calls.append(partial(func, *args, **kwargs))
@@ -85,6 +85,13 @@ class CpuGraph(TorchDispatchMode):
                 old.copy_(value)
 
         return again
+
+
+def _depends_on_data(func, args: tuple) -> bool:
+    """Whether shapes or course of the call depend on what its tensors hold.  Indices do not, masks do."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return bool(DEPENDS_ON_DATA & set(func.tags))
 
 
 def _is_view(result, args: tuple) -> bool:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from athanor.config import SpeculationConfig
 from athanor.cpu_graph import CpuGraph
-from athanor.kernels import Sampled, is_strict, linear_sample, sample
+from athanor.kernels import Sampled, advance_rows, is_strict, linear_sample, row_positions, sample
 from athanor.kernels._dispatch import requested_backend
+from athanor.kernels.advance_rows import ERROR, LENGTH, REPETITION, RUNNING, STOP, Streaks
 from athanor.kernels.mla_decode import CHUNK as LATENT_CHUNK
 from athanor.kernels.paged_attention import CHUNK
 from athanor.kv_cache import DecodeAttention, DraftedAttention, PagedKVCache, SharedPrefix, to_device
@@ -29,7 +30,6 @@ from athanor.model.moe import Routes
 from athanor.model.transformer import ROW_STEP, Decoder, fill_rows
 from athanor.speculation import Draft, MtpDraft, NgramDraft, Runs
 
-RUNNING, HELD, LENGTH, STOP, REPETITION, ERROR = range(6)  # of `status`.  HELD: its prompt is not in the cache yet.  From STOP on: by what it drew
 DRAWN = ("last", "generated", "lengths", "streak", "status")  # what a step changes
 PARAMETERS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
 CAPTURED_BYTES = 1 << 27  # of captured steps on a CPU, which keep every intermediate: what is larger has arithmetic enough to hide the calls
@@ -208,10 +208,10 @@ class DecodeRows:
         """States of the last tokens of rows 0..n-1, or of (width > 1) these and the drafts behind them, row by row."""
         if width > 1:
             return self._drafted_forward(n, limit, width)
-        positions = torch.where(self.status[:n] == RUNNING, self.lengths[:n] - 1, -1)
+        positions = row_positions(self.status[:n], self.lengths[:n])
         attend = DecodeAttention(self.cache, self.table[:n], positions, limit, self.shared and self.shared.first(n))
         routes = None if self.routes is None else Routes()
-        hidden = self.model(self.last[:n], positions.clamp_min(0), attend, routes)
+        hidden = self.model(self.last[:n], positions, attend, routes)  # whatever a row without a position becomes, nobody reads it
         if routes is not None:
             self.routes[:n].copy_(routes.by_token)
         return hidden
@@ -243,7 +243,7 @@ class DecodeRows:
             forward, hidden, append = self.graphs[key]
             if forward.valid:
                 forward.replay()
-            else:  # a mixture of experts: which rows it multiplies is known when it runs
+            else:  # its course depends on the data, or ranks wait for each other in it
                 hidden.copy_(self._forward(n, limit, width))  # where the captured rest reads it
         else:
             forward, append = CpuGraph(), CpuGraph()
@@ -295,15 +295,27 @@ class DecodeRows:
     def _append(self, hidden: Tensor, rows: slice, width: int = 1, *, drawing: Tensor | None = None, limit: int | None = None) -> None:
         """Draw for m rows, or for those of them that are `drawing` (m,), from hidden (at least m width, D), and account for what counts: the first
         token, and with drafts (width > 1) each further one as long as the draft before it is what was drawn there and ends nothing."""
-        m = rows.stop - rows.start
-        status, lengths = self.status[rows], self.lengths[rows]
-        drawn = self._draw(hidden, rows, width)
-        slots = (self.slot[rows, None] + self.ahead_of[:width]).T
+        m, drawn = rows.stop - rows.start, self._draw(hidden, rows, width)
+        slots = (self.slot[rows, None] + self.ahead_of[:width]).T if width > 1 or len(self.ring) > 2 else None
         for name, ring in self.ring.items():
+            if width == 1 and name in ("tokens", "logps"):
+                continue  # `advance_rows` writes these
             values = (self.routes[rows] if width == 1 else self.drafted_routes[: m * width]) if name == "routes" else getattr(drawn, name)
             values = values.view(m, width, *values.shape[1:]).transpose(0, 1)
             ring[:, rows].scatter_(0, slots.view(width, m, *[1] * (values.ndim - 2)).expand_as(values), values)
-        live = status == RUNNING if drawing is None else (status == RUNNING) & drawing
+        if width > 1:
+            return self._append_drafted(hidden, drawn, rows, width, limit)
+        if self.draft is not None:
+            live = self.status[rows] == RUNNING
+            self.draft.follow(rows, hidden, drawn.tokens[:, None], (live if drawing is None else live & drawing).long(), limit)
+        streaks = Streaks(self.streak[rows], self.streak_limit[rows], self.streak_logp[rows], drawn.full_logps) if self.repeats else None
+        state = {"status": self.status, "lengths": self.lengths, "max_lengths": self.max_lengths, "generated": self.generated, "slots": self.slot}
+        state = {name: x[rows] for name, x in (state | {"last": self.last, "eos": self.eos}).items()}
+        advance_rows(drawn.tokens, drawn.logps, self.ring["tokens"][:, rows], self.ring["logps"][:, rows], drawing=drawing, streaks=streaks, **state)
+
+    def _append_drafted(self, hidden: Tensor, drawn: Sampled, rows: slice, width: int, limit: int) -> None:
+        m, status, lengths = rows.stop - rows.start, self.status[rows], self.lengths[rows]
+        live = status == RUNNING
         tokens, logps = drawn.tokens.view(m, width), drawn.logps.view(m, width)
         became = torch.where(lengths[:, None] + (self.ahead_of[:width] + 1) >= self.max_lengths[rows, None], LENGTH, RUNNING)
         if self.repeats:
@@ -312,19 +324,15 @@ class DecodeRows:
             became = torch.where((streaks >= most) & (most > 0), REPETITION, became)
         became = torch.where((tokens[..., None] == self.eos[rows, None]).any(2), STOP, became)
         became = torch.where(logps.isnan(), ERROR, became)
-        if width == 1:
-            gained, last = live.long(), None
-        else:
-            goes_on = (became[:, :-1] == RUNNING) & (self.drafts[rows] == tokens[:, :-1])
-            last = goes_on.long().cumprod(1).sum(1, keepdim=True)
-            gained = (last[:, 0] + 1) * live
-            self.forwards[rows].add_(live)
+        goes_on = (became[:, :-1] == RUNNING) & (self.drafts[rows] == tokens[:, :-1])
+        last = goes_on.long().cumprod(1).sum(1, keepdim=True)
+        gained = (last[:, 0] + 1) * live
+        self.forwards[rows].add_(live)
 
         def at_the_end(x: Tensor) -> Tensor:  # what its last token that counts gave each row
-            return x[:, 0] if last is None else x.gather(1, last)[:, 0]
+            return x.gather(1, last)[:, 0]
 
-        if self.draft is not None:
-            self.draft.follow(rows, hidden, tokens, gained, limit)
+        self.draft.follow(rows, hidden, tokens, gained, limit)
         for count in (self.slot[rows], self.generated[rows], lengths):
             count += gained
         self.last[rows].copy_(torch.where(live, at_the_end(tokens), self.last[rows]))

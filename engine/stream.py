@@ -17,7 +17,8 @@ import torch
 
 from athanor._host import Events, Scheduler
 from athanor.config import SamplingConfig
-from athanor.decode import ERROR, HELD, LENGTH, NEUTRAL, PARAMETERS, REPETITION, RUNNING, STOP, Launched
+from athanor.decode import NEUTRAL, PARAMETERS, Launched
+from athanor.kernels.advance_rows import ERROR, HELD, LENGTH, REPETITION, RUNNING, STOP
 from athanor.model.moe import refresh_fp8_
 from athanor.prefill import Prefill, Stretch
 from athanor.samples import Completion, Finished, Request

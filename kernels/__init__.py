@@ -6,6 +6,7 @@ The public functions bear the names of their files, so `from athanor.kernels.rms
 
 from ._dispatch import is_strict, strict_mode, use_backend
 from ._philox import philox_uniform
+from .advance_rows import advance_rows, row_positions
 from .attention import attention
 from .fp8_grouped_gemm import fp8_grouped_gemm, fp8_grouped_matmul, fp8_grouped_wgrad
 from .fp8_mixture import fp8_mixture
@@ -33,10 +34,10 @@ from .sample import Sampled, sample
 from .swiglu import swiglu
 
 __all__ = [
-    "LogProbs", "LossVariant", "Places", "Produced", "Quantized", "Routing", "Sampled", "Support", "attention", "empty_kv_cache",
+    "LogProbs", "LossVariant", "Places", "Produced", "Quantized", "Routing", "Sampled", "Support", "advance_rows", "attention", "empty_kv_cache",
     "fp8_grouped_gemm", "fp8_grouped_matmul", "fp8_grouped_wgrad", "fp8_mixture", "fp8_permute", "fp8_quantize", "fp8_quantize_dual", "fp8_rmsnorm",
     "fp8_swiglu", "fp8_swiglu_backward", "group_advantage", "grouped_gemm", "grouped_wgrad", "grpo_loss", "is_strict", "kv_append", "linear",
     "linear_grpo", "linear_logprob", "linear_logprob_parallel", "linear_sample", "logits_grpo", "logprob", "mla_decode", "moe_dots", "moe_permute",
-    "moe_places", "moe_route", "moe_unpermute", "paged_attention", "philox_uniform", "policy_loss", "qkv_append", "rmsnorm", "rope", "sample",
-    "strict_mode", "swiglu", "use_backend",
+    "moe_places", "moe_route", "moe_unpermute", "paged_attention", "philox_uniform", "policy_loss", "qkv_append", "rmsnorm", "rope",
+    "row_positions", "sample", "strict_mode", "swiglu", "use_backend",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ whatever they hold.  Left out: a bias, and gathering the rows of x by index, whi
 import torch
 from torch import Tensor
 
+from ._cpu import why_not_cpu
 from ._dispatch import Backend, check, late, register
 from ._triton import why_not_triton
 
@@ -78,6 +79,6 @@ def why_not_grouped(call: dict) -> str | None:
 
 
 op = register("grouped_gemm", triton=Backend(late("grouped_gemm_triton.grouped_gemm_triton"), why_not_grouped),
-              reference=Backend(grouped_gemm_reference))  # fmt: skip
+              cpu=Backend(late("grouped_gemm_cpu.grouped_gemm_cpu"), why_not_cpu), reference=Backend(grouped_gemm_reference))  # fmt: skip
 wgrad_op = register("grouped_wgrad", triton=Backend(late("grouped_gemm_triton.grouped_wgrad_triton"), why_not_grouped),
-                    reference=Backend(grouped_wgrad_reference))  # fmt: skip
+                    cpu=Backend(late("grouped_gemm_cpu.grouped_wgrad_cpu"), why_not_cpu), reference=Backend(grouped_wgrad_reference))  # fmt: skip

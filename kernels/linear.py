@@ -1,14 +1,17 @@
 """Linear layer:  y = x weight^T + bias.
 
-Usually that is the library's product.  cuBLAS, though, picks its kernel, and whether to split the sum over K, by the shape of the call: the bits of a
-row depend on how many other rows there are.  In strict mode the Triton kernel serves on CUDA (linear_triton.py), which gives a row the same bits in a
-decode step of one token as in a packed batch of thousands.  Only the forward feeds log-probs: gradients are the library's products either way.
+On CUDA that usually is the library's product.  cuBLAS, though, picks its kernel, and whether to split the sum over K, by the shape of the call: the
+bits of a row depend on how many other rows there are.  In strict mode the Triton kernel serves (linear_triton.py), which gives a row the same bits in
+a decode step of one token as in a packed batch of thousands.  Only the forward feeds log-probs: gradients are the library's products either way.
+
+MKL does the same on a CPU, and takes AVX2 on an AMD machine that has AVX-512: there the C++ kernel serves fp32 (linear_cpu.py).
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._cpu import why_not_cpu
 from ._dispatch import Backend, check, is_strict, late, register, requested_backend
 from ._triton import why_not_triton
 
@@ -26,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: 
     check(bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype),
           lambda: f"linear: bias is {None if bias is None else (*bias.shape, bias.dtype)}; wanted ({weight.shape[0]},) {x.dtype}")  # fmt: skip
     if out_dtype in (None, x.dtype):
-        if not is_strict() and requested_backend(backend, "linear") is None:
+        if not x.is_cpu and not is_strict() and requested_backend(backend, "linear") is None:
             return F.linear(x, weight, bias)  # what auto would take, without asking: a small product costs less than the asking
         return op(backend, x=x, weight=weight, bias=bias, out_dtype=x.dtype)
     check(out_dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16) and bias is None,
@@ -52,5 +55,9 @@ def why_not_linear(call: dict) -> str | None:
     return why_not_triton(call)
 
 
+def why_not_linear_cpu(call: dict) -> str | None:
+    return "out_dtype is not that of x" if call["out_dtype"] != call["x"].dtype else why_not_cpu(call)
+
+
 op = register("linear", triton=Backend(late("linear_triton.linear_triton"), why_not_linear, strict=True, usual=False),
-              reference=Backend(linear_reference))  # fmt: skip
+              cpu=Backend(late("linear_cpu.linear_cpu"), why_not_linear_cpu), reference=Backend(linear_reference))  # fmt: skip

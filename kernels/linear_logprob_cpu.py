@@ -1,9 +1,7 @@
 """Log-probability and entropy straight from hidden states and the lm_head, for CPU tensors in fp32; the equations are those of logprob.py.
 
-A tile of rows with the whole vocabulary at a time: its logits are a BLAS product into a buffer that is used again, then the C++ row function of
-logprob_cpu.py.  So a row has the bits that `logprob` and `sample` have on the same logits.  BLAS rounds a row in one way in products of 16 rows or
-more, in another where there are only one or two: tiles are whole multiples of 16 rows, the last one filled up with zeros.  With few columns (V up to
-100, no multiple of 16) BLAS also rounds by the number of threads: such rows have the sampler's bits under the same number only.
+A tile of rows with the whole vocabulary at a time: its logits are the product of linear_cpu.py, into a buffer that is used again, then the C++ row
+function of logprob_cpu.py.  So a row has the bits that `linear` with `logprob` or `sample` gives it.
 
 Backward: each tile's logits again, or those of the first tiles, which are kept; dlogits in their place; then two products.
 """
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._cpu import address, dense, dense_rows, native, run
+from .linear_cpu import input_gradient, product, weight_gradient
 from .logprob_cpu import described
 
 TILE_LOGITS, LEAST_ROWS = 1 << 22, 64  # 16 MiB, unless the vocabulary is so large that 64 rows have more
@@ -25,26 +24,13 @@ def linear_logprob_cpu(hidden: Tensor, weight: Tensor, targets: Tensor, temperat
     return run(LinearLogprobCpuFunction, hidden, weight, targets, temperature, return_argmax, *(support or (None, None)), keep)
 
 
-def filled_up(rows: int) -> int:
-    return -(-rows // 16) * 16
-
-
 def tiles_of(T: int, V: int) -> list[slice]:
     rows = max(LEAST_ROWS, TILE_LOGITS // max(V, 1) // 16 * 16)
     return [slice(start, min(start + rows, T)) for start in range(0, T, rows)]
 
 
 def buffer_for(hidden: Tensor, tiles: list[slice], V: int) -> Tensor:
-    return hidden.new_empty(max((filled_up(rows.stop - rows.start) for rows in tiles), default=0) * V)
-
-
-def product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """hidden @ weight.T of one tile, in the memory of out."""
-    (n, D), V = hidden.shape, weight.shape[0]
-    rows = filled_up(n)
-    if rows > n:
-        hidden = torch.cat((hidden, hidden.new_zeros(rows - n, D)))
-    return torch.mm(hidden, weight.T, out=out[: rows * V].view(rows, V))[:n]
+    return hidden.new_empty(max((rows.stop - rows.start for rows in tiles), default=0), V)
 
 
 class LinearLogprobCpuFunction(torch.autograd.Function):
@@ -57,9 +43,9 @@ class LinearLogprobCpuFunction(torch.autograd.Function):
         tiles, ctx.kept = tiles_of(T, V), []
         buffer = buffer_for(hidden, tiles, V)
         for rows in tiles:
-            size = filled_up(rows.stop - rows.start) * V
-            kept, keep = size <= keep, keep - size  # once a tile is not kept, none after it is: the first ones are
-            logits = product(hidden[rows], weight, hidden.new_empty(size) if kept else buffer)
+            n = rows.stop - rows.start
+            kept, keep = n * V <= keep, keep - n * V  # once a tile is not kept, none after it is: the first ones are
+            logits = product(hidden[rows], weight, out=hidden.new_empty(n, V) if kept else buffer[:n])
             if kept:
                 ctx.kept.append(logits)
             targets_here, *support = (x if x is None else x[rows] for x in small)
@@ -79,13 +65,13 @@ class LinearLogprobCpuFunction(torch.autograd.Function):
         dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
         buffer = buffer_for(hidden, tiles, V)
         for i, rows in enumerate(tiles):
-            logits = ctx.kept[i] if i < len(ctx.kept) else product(hidden[rows], weight, buffer)
-            dlogits = buffer[: logits.numel()].view(logits.shape)  # kept logits stay: there may be a second backward
+            dlogits = buffer[: rows.stop - rows.start]  # kept logits stay: there may be a second backward
+            logits = ctx.kept[i] if i < len(ctx.kept) else product(hidden[rows], weight, out=dlogits)
             targets, *support = (x if x is None else x[rows] for x in small)
             native().logprob_bwd(*described(logits, targets, ctx.temperature, *support),
                                  *map(address, (dlogps[rows], largest[rows], inverse_sum[rows], dlogits)), V, torch.get_num_threads())  # fmt: skip
             if dhidden is not None:
-                torch.mm(dlogits, weight, out=dhidden[rows])
+                input_gradient(dlogits, weight, out=dhidden[rows])
             if dweight is not None:
-                dweight.addmm_(dlogits.T, hidden[rows])
+                weight_gradient(dlogits, hidden[rows], add_to=dweight)
         return dhidden, dweight, *[None] * 6

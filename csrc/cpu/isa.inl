@@ -6,6 +6,7 @@ namespace athanor::cpu::ATHANOR_ISA {
 #include "attention_row.inl"
 #include "attention.inl"
 #include "attention_bwd.inl"
+#include "linear.inl"
 #include "logprob.inl"
 #include "paged_attention.inl"
 #include "rmsnorm.inl"
@@ -19,6 +20,12 @@ const Kernels& table() {
         k.isa = ATHANOR_ISA_NAME;
         k.swiglu_fwd = swiglu_fwd;
         k.swiglu_bwd = swiglu_bwd;
+        k.linear_fwd = linear_fwd;
+        k.linear_dx = linear_dx;
+        k.linear_dw = linear_dw;
+        k.grouped_fwd = grouped_fwd;
+        k.grouped_dx = grouped_dx;
+        k.grouped_dw = grouped_dw;
         k.rmsnorm_fwd = rmsnorm_fwd;
         k.rmsnorm_bwd = rmsnorm_bwd;
         k.rope = rope;

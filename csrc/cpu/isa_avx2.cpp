@@ -4,5 +4,6 @@
 #pragma GCC target("avx2,fma")
 #define ATHANOR_ISA avx2
 #define ATHANOR_ISA_NAME "avx2"
+#define ATHANOR_AVX2
 #include "isa.inl"
 #endif

@@ -15,6 +15,14 @@ struct Kernels {
     const char* isa;
     void (*swiglu_fwd)(const float* gate_up, float* y, std::int64_t T, std::int64_t F, std::int64_t stride, int threads);
     void (*swiglu_bwd)(const float* gate_up, const float* dy, float* dgate_up, std::int64_t T, std::int64_t F, std::int64_t stride, int threads);
+    // linear.inl: x (T, K), w (N, K), dy (T, N); bias may be null; add: to what dw has
+    void (*linear_fwd)(Matrix x, Matrix w, const float* bias, float* y, std::int64_t T, std::int64_t N, std::int64_t K, int threads);
+    void (*linear_dx)(Matrix dy, Matrix w, float* dx, std::int64_t T, std::int64_t N, std::int64_t K, int threads);
+    void (*linear_dw)(Matrix dy, Matrix x, float* dw, std::int64_t T, std::int64_t N, std::int64_t K, bool add, int threads);
+    // The rows of x (T, K) from ends[e - 1] (0 for e = 0) to ends[e] by w[e] (N, K) of E, and the other way round; what lies in no group is 0
+    void (*grouped_fwd)(Matrix x, const float* w, float* y, const Groups& groups, std::int64_t N, std::int64_t K, int threads);
+    void (*grouped_dx)(Matrix dy, const float* w, float* dx, const Groups& groups, std::int64_t N, std::int64_t K, int threads);
+    void (*grouped_dw)(Matrix dy, Matrix x, float* dw, const Groups& groups, std::int64_t N, std::int64_t K, int threads);
     // rmsnorm.inl: s is written where there is a residual; dweight may be null
     void (*rmsnorm_fwd)(Rows x, Rows residual, const float* weight, float* s, float* y, float* rstd, std::int64_t N, std::int64_t D, float eps,
                         int threads);
@@ -36,6 +44,26 @@ struct Kernels {
     void (*attention_bwd)(const PackedAttention&, const float* out, const float* stats, const float* dout, float* dq, float* dk, float* dv);
     void (*paged_attention)(const PagedAttention&, float* out, float* lse);
 };
+
+// What a decode step has of each of its rows; kernels/advance_rows.py says what becomes of it.
+struct DecodeRows {
+    std::int64_t *status, *generated, *slots, *last;
+    std::int32_t* lengths;
+    const std::int32_t* max_lengths;
+    const std::int64_t* eos;
+    std::int64_t num_eos;
+    const bool* drawing;    // null: all
+    std::int64_t* streaks;  // null: nothing stops by repetition
+    const std::int64_t* streak_limits;
+    const float *streak_logps, *full_logps;
+    const std::int64_t* tokens;
+    const float* logps;
+    std::int64_t* token_ring;  // slot s of row r at s * ring_stride + r
+    float* logp_ring;
+    std::int64_t ring_stride;
+};
+void advance_rows(const DecodeRows& rows, std::int64_t count);
+void row_positions(const std::int64_t* status, const std::int32_t* lengths, std::int32_t* positions, std::int64_t count);
 
 // ATHANOR_CPU_ISA (avx512, avx2 or base) asks for less than the machine has.
 const Kernels& kernels();

@@ -15,6 +15,33 @@ Logits logits(Address x, Size stride, Size T, Size V, Address targets, Address t
 
 void bind_rows(py::module_& m) {
     using Gil = py::gil_scoped_release;
+    m.def("linear_fwd", [](Address x, Size x_stride, Address w, Size w_stride, Address bias, Address y, Size T, Size N, Size K, int threads) {
+        Gil released;
+        kernels().linear_fwd({at(x), x_stride}, {at(w), w_stride}, at(bias), at(y), T, N, K, threads);
+    });
+    m.def("linear_dx", [](Address dy, Size dy_stride, Address w, Size w_stride, Address dx, Size T, Size N, Size K, int threads) {
+        Gil released;
+        kernels().linear_dx({at(dy), dy_stride}, {at(w), w_stride}, at(dx), T, N, K, threads);
+    });
+    m.def("linear_dw", [](Address dy, Size dy_stride, Address x, Size x_stride, Address dw, Size T, Size N, Size K, bool add, int threads) {
+        Gil released;
+        kernels().linear_dw({at(dy), dy_stride}, {at(x), x_stride}, at(dw), T, N, K, add, threads);
+    });
+    m.def("grouped_fwd", [](Address x, Size x_stride, Address w, Address y, Address offsets, bool wide, bool led, Size E, Size T, Size N, Size K,
+                            int threads) {
+        Gil released;
+        kernels().grouped_fwd({at(x), x_stride}, at(w), at(y), {at<void>(offsets), wide, led, E, T}, N, K, threads);
+    });
+    m.def("grouped_dx", [](Address dy, Size dy_stride, Address w, Address dx, Address offsets, bool wide, bool led, Size E, Size T, Size N, Size K,
+                           int threads) {
+        Gil released;
+        kernels().grouped_dx({at(dy), dy_stride}, at(w), at(dx), {at<void>(offsets), wide, led, E, T}, N, K, threads);
+    });
+    m.def("grouped_dw", [](Address dy, Size dy_stride, Address x, Size x_stride, Address dw, Address offsets, bool wide, bool led, Size E, Size T,
+                           Size N, Size K, int threads) {
+        Gil released;
+        kernels().grouped_dw({at(dy), dy_stride}, {at(x), x_stride}, at(dw), {at<void>(offsets), wide, led, E, T}, N, K, threads);
+    });
     m.def("rmsnorm_fwd", [](py::tuple x, py::tuple residual, Address weight, Address s, Address y, Address rstd, Size N, Size D, float eps,
                             int threads) {
         const Rows a = rows(x), b = rows(residual);
@@ -60,6 +87,16 @@ void bind_rows(py::module_& m) {
         const Sampling sampling{{temperature, at(temperatures)}, {top_k, at<Size>(top_ks)}, {top_p, at<double>(top_ps)}, {min_p, at<double>(min_ps)}};
         const Sampled out{at<Size>(tokens), at<Size>(last_kept), at(logps), at(full_logps), at(entropy), at(thresholds)};
         kernels().sample(at(x), stride, B, V, sampling, at<double>(uniforms), out, threads);
+    });
+    m.def("row_positions", [](Address status, Address lengths, Address positions, Size count) {
+        row_positions(at<Size>(status), at<std::int32_t>(lengths), at<std::int32_t>(positions), count);
+    });
+    m.def("advance_rows", [](Address status, Address generated, Address slots, Address last, Address lengths, Address max_lengths, Address eos,
+                             Size num_eos, Address drawing, Address streaks, Address streak_limits, Address streak_logps, Address full_logps,
+                             Address tokens, Address logps, Address token_ring, Address logp_ring, Size ring_stride, Size count) {
+        advance_rows({at<Size>(status), at<Size>(generated), at<Size>(slots), at<Size>(last), at<std::int32_t>(lengths), at<std::int32_t>(max_lengths),
+                      at<Size>(eos), num_eos, at<bool>(drawing), at<Size>(streaks), at<Size>(streak_limits), at(streak_logps), at(full_logps),
+                      at<Size>(tokens), at(logps), at<Size>(token_ring), at(logp_ring), ring_stride}, count);
     });
     m.def("philox_uniform", [](Address seeds, Address positions, Address uniforms, Size count) {
         kernels().philox_uniform(at<Size>(seeds), at<Size>(positions), at<double>(uniforms), count);

@@ -12,6 +12,26 @@ struct Rows {
     const float* row(std::int64_t r) const { return at + r / inner * outer_stride + r % inner * inner_stride; }
 };
 
+// Rows of neighbours, `stride` floats apart.
+struct Matrix {
+    const float* at;
+    std::int64_t stride;
+};
+
+// T rows of which those from at(e) to at(e + 1) belong to expert e < E, in ascending order.
+struct Groups {
+    const void* offsets;  // (E + 1,) or, `led` false, (E,): without the 0 in front
+    bool wide, led;       // int64, else int32
+    std::int64_t E, T;
+    std::int64_t at(std::int64_t e) const {
+        if (!led && e == 0) {
+            return 0;
+        }
+        e -= led ? 0 : 1;
+        return wide ? static_cast<const std::int64_t*>(offsets)[e] : static_cast<const std::int32_t*>(offsets)[e];
+    }
+};
+
 // (T, count, d): row t * count + h is head h of token t.
 struct Heads {
     Rows rows;

@@ -4,10 +4,17 @@ import torch
 from torch import Tensor, nn
 
 from athanor.kernels import linear, rmsnorm, swiglu
+from athanor.kernels._cpu import native_there
+from athanor.kernels._dispatch import requested_backend
 
 # Products of few rows, or of an odd number of rows per CPU thread, take other paths in BLAS and round differently (seen with 5-27 rows on AMD and
 # 1-7 on Intel).  Rollout and trainer therefore run the model on multiples of this many rows, the last ones filler that nobody reads.
 ROW_STEP = 16
+
+
+def rows_of_their_own(x: Tensor) -> bool:
+    """Whether products of CPU tensors like x give every row bits that do not depend on the number of rows: the C++ kernels' do, BLAS's do not."""
+    return x.dtype == torch.float32 and native_there() and requested_backend(None, "products") in (None, "cpu")
 
 
 def fill_rows(x: Tensor, value: float = 0, step: int = ROW_STEP) -> Tensor:

@@ -22,7 +22,7 @@ from athanor.config import ModelConfig
 from athanor.kernels import grouped_gemm, linear, moe_permute, moe_places, moe_route, moe_unpermute, swiglu
 from athanor.kernels.moe_route import scores_of
 from athanor.model.fp8 import Fp8Products
-from athanor.model.layers import ROW_STEP, Swiglu
+from athanor.model.layers import ROW_STEP, Swiglu, rows_of_their_own
 
 
 class Routes:
@@ -149,9 +149,9 @@ class MixtureOfExperts(nn.Module):
     def routed(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Every token through its experts (T, k), summed by weight: (T, D)."""
         places = moe_places(ids, self.num_experts, align=self.align(x))
-        if x.is_cpu or (self.partial and torch.is_grad_enabled()):
-            # Fewer rows to compute or, on a GPU, to keep.  And reading a number on the host tells a captured step (cpu_graph) that its course
-            # depends on the data: the products below read the offsets on the host too.
+        if (self.partial and torch.is_grad_enabled()) or (x.is_cpu and self.align(x) > 1):
+            # Fewer rows to compute or to keep.  And reading a number on the host tells a captured step (cpu_graph) that its course depends on the
+            # data: products that want aligned rows read the offsets on the host too.
             places = places._replace(source=places.source[: int(places.offsets[-1])])
         if self.fp8 is not None:
             return self.fp8.routed(x, weights, places, self.gate_up_proj, self.down_proj, gathered=self.gathered)
@@ -161,9 +161,10 @@ class MixtureOfExperts(nn.Module):
     def align(self, x: Tensor) -> int:
         """What the number of every expert's rows is a multiple of.
 
-        On a CPU whole row steps: what an expert computes for a token does not depend on how many others it got.
+        On a CPU whole row steps, unless the products see to it themselves: what an expert computes for a token does not depend on how many others it
+        got.
         """
-        wanted = ROW_STEP if x.is_cpu else 1
+        wanted = ROW_STEP if x.is_cpu and not (self.fp8 is None and rows_of_their_own(x)) else 1
         return wanted if self.fp8 is None else max(wanted, self.fp8.align(torch.is_grad_enabled()))
 
     def experts(self, rows: Tensor, offsets: Tensor) -> Tensor:

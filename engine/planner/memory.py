@@ -13,7 +13,7 @@ from math import ceil, gcd
 
 import torch
 
-from athanor.kernels.linear_logprob_cpu import KEPT_LOGITS, KEPT_SHARE, TILE_LOGITS, filled_up, tiles_of
+from athanor.kernels.linear_logprob_cpu import KEPT_LOGITS, KEPT_SHARE, TILE_LOGITS, tiles_of
 from athanor.kv_cache import PagedKVCache
 from athanor.model.layers import ROW_STEP
 from athanor.model.transformer import Decoder
@@ -237,9 +237,7 @@ def _mlp_bytes(config: ModelConfig, index: int, T: int, layout: Layout, size: in
 def _expert_rows(config: ModelConfig, T: int, layout: Layout, imbalance: float, on_cpu: bool) -> float:
     """Rows of experts on one rank: on average its share of its tokens' choices, since as many leave as come."""
     slots = T * config.num_experts_per_tok / layout.tensor
-    if on_cpu:  # each expert's filled up to whole row steps
-        return slots + min(config.num_experts / layout.tensor, slots) * (ROW_STEP - 1) / 2
-    return slots * (imbalance if layout.expert * layout.tensor > 1 else 1)
+    return slots if on_cpu else slots * (imbalance if layout.expert * layout.tensor > 1 else 1)
 
 
 def _backward_bytes(config: ModelConfig, index: int, T: int, layout: Layout, size: int, imbalance: float, on_cpu: bool) -> float:
@@ -254,7 +252,7 @@ def linear_logprob_bytes(rows: int, vocab: int, hidden: int, size: int, *, on_cp
     """What linear_logprob allocates over `rows` trained tokens besides the gradient of the head: bytes held from its forward until the backward of
     the whole model is over, and bytes for the time of the call."""
     if on_cpu:
-        tiles = [filled_up(t.stop - t.start) * vocab for t in tiles_of(rows, vocab)]
+        tiles = [(t.stop - t.start) * vocab for t in tiles_of(rows, vocab)]
         room, kept = max(TILE_LOGITS, min(KEPT_LOGITS, rows * vocab // KEPT_SHARE)), 0
         for tile in tiles:
             if kept + tile > room:
