@@ -131,8 +131,14 @@ class Generator:
                     progress(done, total)
         return results
 
-    def stream(self, requests: Sequence[Request], sampling: SamplingConfig = SamplingConfig(), *, full_logps: bool = False) -> "Stream":
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingConfig = SamplingConfig(), *, full_logps: bool = False, on_demand: bool = False,
+        max_rows: int | None = None,
+    ) -> "Stream":  # fmt: skip
         """Iterate over samples in the order in which they finish.
+
+        on_demand: decode what its `submit` names, samples of these requests, and be read by `step` until it is closed.  max_rows: fewer than the
+        generator's.
 
         When the weights change between two steps, the KV of all running samples is dropped and computed again with the new ones; their tokens stay,
         those of windows that were launched before the change included.
@@ -141,7 +147,7 @@ class Generator:
         """
         if self.running() is not None:
             raise ValueError("Generator: another stream is open; read it to its end or close() it")
-        stream = Stream(self, list(requests), sampling, full_logps)
+        stream = Stream(self, list(requests), sampling, full_logps, on_demand, max_rows)
         self.running = weakref.ref(stream)
         return stream
 

@@ -9,7 +9,7 @@ host has ended, paused or loaded anew in between is dropped.  A paused row draws
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -34,8 +34,11 @@ NOWHERE = -1  # in place of a row
 class Stream(Iterator[Finished]):
     """What Generator.stream returns: iterate over samples in the order in which they finish; `abort` some, `close` all.  A context manager."""
 
-    def __init__(self, generator, requests: list[Request], sampling: SamplingConfig, full_logps: bool):
-        self.generator, self.requests = generator, requests
+    def __init__(
+        self, generator, requests: list[Request], sampling: SamplingConfig, full_logps: bool, on_demand: bool = False, max_rows: int | None = None
+    ):
+        self.generator, self.requests, self.on_demand = generator, requests, on_demand
+        self.max_rows = min(generator.max_rows, max_rows or generator.max_rows)
         self.sampling = [request.sampling or sampling for request in requests]
         for i, (request, own) in enumerate(zip(requests, self.sampling, strict=True)):
             generator.check(i, request, own)
@@ -52,7 +55,7 @@ class Stream(Iterator[Finished]):
         g, requests, all_sampling = self.generator, self.requests, self.sampling
         active = [i for i, request in enumerate(requests) if len(request.seeds)]
         longest = max(len(requests[i].prompt_ids) + all_sampling[i].max_tokens for i in active)
-        num_rows = min(g.max_rows, len(self._request_of))
+        num_rows = min(self.max_rows, len(self._request_of))
         num_blocks = g.pool_blocks(self._blocks_wanted(active, num_rows))
         lookahead = g.window * (1 + g.ahead) * (1 + g.speculation.tokens)
         self.scheduler = Scheduler(
@@ -95,16 +98,22 @@ class Stream(Iterator[Finished]):
         self._prompt_routes: dict[int, Callable[[], np.ndarray] | np.ndarray] = {}  # of samples whose prompt was run; as of the last time
         self._carried: dict[int, dict[str, np.ndarray]] = {}  # columns of waiting samples that were under way before
         self._told: dict[int, list[np.ndarray]] = {}  # request -> tokens of its samples that have finished, for drafts
-        # The scheduler's (request, member) is sample _flat[_offset[request] + member].
-        self._flat, self._offset = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        # The scheduler's (request, member) is sample _flat[_offset[request] + member]; _place has it by sample, as of the last time.
+        self._flat, self._offset, self._place = np.zeros(0, np.int64), np.zeros(0, np.int64), np.full((len(self._request_of), 2), -1)
         self._version = g.version
-        for i in active:
-            for sample, partial in zip(range(self._base[i], self._base[i + 1]), requests[i].partial or (), strict=False):
-                if partial is not None:
-                    self._carried[sample], self._streak[sample] = _columns_of(partial, tuple(self._columns)), partial.streak
-                    if g.record_routes:
-                        self._prompt_routes[sample] = partial.routes[0]
-            self._submit(i, np.arange(self._base[i], self._base[i + 1]))
+        for i in [] if self.on_demand else active:
+            self.submit(i, range(len(requests[i].seeds)), {m: c for m, c in enumerate(requests[i].partial or ()) if c is not None})
+
+    def submit(self, request: int, members: Sequence[int], partial: Mapping[int, Completion] = {}) -> None:
+        """Queue samples of a request; on demand, each is submitted once, or again after an `abort`.  partial: what some have so far, by member."""
+        base = self._base[request]
+        for member, so_far in partial.items():
+            self._carried[base + member], self._streak[base + member] = _columns_of(so_far, tuple(self._columns)), so_far.streak
+            if self.generator.record_routes:
+                self._prompt_routes[base + member] = so_far.routes[0]
+        samples = base + np.array(members, np.int64)
+        self._slot_of[samples] = WAITING
+        self._submit(request, samples)
 
     def _blocks_wanted(self, active: list[int], num_rows: int) -> int:
         """Blocks that suffice for the num_rows largest samples at once."""
@@ -125,6 +134,7 @@ class Stream(Iterator[Finished]):
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"generate: request {i}: {error}") from None
+        self._place[samples] = np.stack((np.full(len(samples), len(self._offset)), np.arange(len(samples))), 1)
         self._offset = np.append(self._offset, len(self._flat))
         self._flat = np.concatenate((self._flat, samples))
 
@@ -148,8 +158,8 @@ class Stream(Iterator[Finished]):
         return self.scheduler.num_active - len(self._held) if self._open else 0
 
     @torch.inference_mode()
-    def abort(self, request: int | None = None, member: int | None = None) -> None:
-        """End a request, one of its samples, or everything; what they have is yielded with finish "abort".  What has finished stays as it is.
+    def abort(self, request: int | None = None, member: int | Sequence[int] | None = None) -> None:
+        """End a request, some of its samples, or everything; what they have is yielded with finish "abort".  What has finished stays as it is.
 
         Such completions go into `Request.partial` to go on later, here or elsewhere.  A prompt that has run in part is dropped with its request; for
         one of its samples it runs to the end first.
@@ -157,18 +167,17 @@ class Stream(Iterator[Finished]):
         if not self._open:
             return
         self._notice_new_weights()
-        for id, start in enumerate(self._offset.tolist()):
-            i = int(self._request_of[self._flat[start]])
-            if request not in (None, i) or id not in self.scheduler:
-                continue
-            if member is None:
-                self._finish(self.scheduler.abort(id))
-                continue
-            at = np.flatnonzero(self._flat[start:] == self._base[i] + member)
-            while len(at) and self._slot_of[self._base[i] + member] in self._held:
+        samples = np.arange(len(self._request_of))
+        if request is not None:
+            samples = samples[self._base[request] : self._base[request + 1]]
+        if member is not None:
+            samples = samples[np.isin(samples - self._base[self._request_of[samples]], member)]
+        for sample in samples.tolist():
+            while member is not None and self._slot_of[sample] in self._held:
                 self._admit()
-            if len(at) and self._slot_of[self._base[i] + member] != FINISHED:
-                self._finish(self.scheduler.abort(id, int(at[0])))
+            id, at = self._place[sample].tolist()
+            if self._slot_of[sample] != FINISHED and id in self.scheduler:
+                self._finish(self.scheduler.abort(id) if member is None else self.scheduler.abort(id, at))
         self._load_rows()
 
     @property
@@ -185,12 +194,13 @@ class Stream(Iterator[Finished]):
         return self._ready.popleft()
 
     def step(self) -> list[Finished]:
-        """Launch one window and return what has finished in what the host has read by then, often nothing."""
+        """Launch one window and return what has finished in what the host has read by then, often nothing.  At its end the stream closes itself, but
+        not on demand."""
         if not self._ready and not self.finished:
             self._advance()
         done = list(self._ready)
         self._ready.clear()
-        if self.finished:
+        if self.finished and not self.on_demand:
             self.close()
         return done
 
