@@ -357,6 +357,9 @@ class ParallelConfig(Config):
     rollout: Literal["whole", "split"] = "whole"
     """Weights that sampling reads: a whole copy on every rank, or the parts of tensor parallelism, whose ranks then sample together: for models that
     do not fit one GPU."""
+    dispatch: Literal["group", "sample", "static"] = "group"
+    """How ranks share the samples of a rollout.  group, sample: whoever has rows free takes more of what is left, whole groups, which compute their
+    prompt once, or single samples, and ranks without work take over samples that run long.  static: each rank has its share and nothing else."""
     activation_checkpointing: bool = False
     """Keep the inputs of the layers alone and compute the rest again in backward."""
     offload: bool = False

@@ -48,7 +48,8 @@ class Generator:
     record_routes: completions say which experts each token went to (`Completion.routes`), at 2 bytes per token, sparse layer and choice.
     speculation: draft tokens where few samples decode and check several at a time, which gives the same samples; see `speculation.py`.  `drafting`
     counts the forwards of a sample that had drafts, and the tokens that they gave.
-    `timings` adds up seconds: prefill_s, forward_s (on CUDA the whole step), sample_s, host_s; `num_prefill_tokens` counts what prefills ran over.
+    `timings` adds up seconds: prefill_s, forward_s (on CUDA the whole step), sample_s, host_s; `num_prefill_tokens` counts what prefills ran over;
+    `dispatched` adds up what `dispatch.Dispatch` says.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Generator:
         self.max_rows, self.kv_tokens, self.policy, self.max_prefill_tokens = max_rows, kv_tokens, policy, max_prefill_tokens
         self.block_size, self.window, self.ahead = block_size or (16 if on_cpu else 64), window, ahead
         self.timings = dict.fromkeys(("prefill_s", "forward_s", "sample_s", "host_s"), 0.0)
+        self.dispatched = {"busy_s": 0.0, "wall_s": 0.0, "handed_over": 0}
         self.num_prefill_tokens = 0
         self.cache: PagedKVCache | None = None
         self.rows: DecodeRows | None = None

@@ -68,13 +68,17 @@ class Ranks:
 
     context x tensor neighbours train on the same micro-batches.  tensor: those of them, neighbours too, that have other parts of the model and the
     same tokens as this one.  context: those with other tokens and the same part.  data: one of each such group, those with this rank's place in it,
-    or these ranks themselves.  copies: all that have the same part of the model.  All are Ranks over a part of the processes.  Raises UserError for
-    numbers that do not divide the ranks.
+    or these ranks themselves.  copies: all that have the same part of the model.  All are Ranks over a part of the processes.  dispatch:
+    `parallel.dispatch`.  Raises UserError for numbers that do not divide the ranks.
     """
 
     group: dist.ProcessGroup | None = None  # None = of all ranks
+    _num_boards = 0  # of this process
 
-    def __init__(self, device: str = "auto", threads: int = 0, timeout_s: float = 600.0, context: int = 1, tensor: int = 1):
+    def __init__(
+        self, device: str = "auto", threads: int = 0, timeout_s: float = 600.0, context: int = 1, tensor: int = 1, dispatch: str = "group"
+    ):
+        self.dispatch = dispatch
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         size = context * tensor
         if self.world % size:
@@ -202,6 +206,23 @@ class Ranks:
         payload = torch.frombuffer(bytearray(b"".join(data)), dtype=torch.uint8)
         dist.all_to_all_single(incoming, payload, received.tolist(), sizes.tolist(), group=self.group)
         return [pickle.loads(part.numpy().tobytes()) for part in incoming.split(received.tolist())]
+
+    @collective
+    def send(self, item, rank: int) -> None:
+        """Give an object to one rank, which waits for it in `receive`."""
+        dist.send_object_list([item], group=self.group, device=torch.device("cpu"), group_dst=rank)
+
+    @collective
+    def receive(self, rank: int):
+        """What that rank sends."""
+        box = [None]
+        dist.recv_object_list(box, group=self.group, device=torch.device("cpu"), group_src=rank)
+        return box[0]
+
+    def board(self) -> dist.Store:
+        """A key-value store that these ranks share, empty at first: the n-th one of each rank is the same.  Whoever is the last deletes its keys."""
+        Ranks._num_boards += 1
+        return dist.PrefixStore(f"board-{Ranks._num_boards}", dist.distributed_c10d._get_default_store())
 
     @collective
     def broadcast(self, item):

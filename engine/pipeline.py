@@ -66,7 +66,7 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
     deadlines_s = recipe.deadlines.by_phase()
     # The process group's own timeout comes after the watchdog, which can say more.
     ranks = Ranks(recipe.device, recipe.threads, timeout_s=deadlines_s["collective"] + watchdog.GRACE_S,
-                  context=recipe.parallel.context, tensor=recipe.parallel.tensor)  # fmt: skip
+                  context=recipe.parallel.context, tensor=recipe.parallel.tensor, dispatch=recipe.parallel.dispatch)  # fmt: skip
     will_split(recipe.parallel, ranks)  # sizes that do not divide the ranks
     run_dir = Path(recipe.run_root) / recipe.name
     console = Console(len(recipe.stages) + len(recipe.evaluation.stages))

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from athanor import watchdog
 from athanor.config import MixEntry, SamplingConfig, SpeculationConfig
+from athanor.dispatch import Dispatch
 from athanor.generator import Generator
 from athanor.model.transformer import Decoder
 from athanor.parallel import Ranks
@@ -73,64 +73,48 @@ def sample_groups(
     sampling: SamplingConfig,
     ranks: Ranks,
     *key: int | str,
-    progress: Callable[[int, int], None] | None = None,
     on_sample: Callable[[Sample], None] | None = None,
 ) -> list[list[Sample]]:
-    """Draw `group_size` samples for this rank's share of `problems`; seeds follow (key, task, split, problem id, sample).
+    """Draw `group_size` samples for this rank's share of `problems`, on whatever rank; seeds follow (key, task, split, problem id, sample).
 
-    on_sample: called with each sample as it finishes, while the others decode (a reward service's `submit`).
+    on_sample: called with each sample of the share, while others decode (a reward service's `submit`), or at the end if another rank has finished it.
     """
-    mine = ranks.share(problems)
-    asked, first = together(generator, mine)
-    own = range(first, first + len(mine))
+    problems, dispatch = asked(generator, tokenizer, problems, group_size, sampling, ranks, *key)
+    groups: dict[int, list] = {i: [None] * group_size for i in range(len(problems)) if dispatch.owns(i)}
+    outgoing: list[list] = [[] for _ in range(ranks.world)]
 
-    def arrived(i: int, sample: Sample) -> None:
-        if on_sample and i in own:
+    def arrived(i: int, member: int, sample: Sample) -> None:
+        groups[i][member] = sample
+        if on_sample:
             on_sample(sample)
 
-    groups = dict(stream_groups(generator, tokenizer, asked, group_size, sampling, *key, progress=progress, on_sample=arrived))
-    return [groups[i] for i in own]
+    for i, member, sample in stream_samples(dispatch, problems, tokenizer):
+        if dispatch.owns(i):
+            arrived(i, member, sample)
+        elif dispatch.brings(i):
+            outgoing[dispatch.owner(i)].append((i, member, dataclasses.replace(sample, problem=None, prompt_ids=None)))
+    if dispatch.moves:
+        for i, member, sample in sum(ranks.exchange(outgoing), []):
+            arrived(i, member, dataclasses.replace(sample, problem=problems[i], prompt_ids=dispatch.requests[i].prompt_ids))
+        dispatch.clear()
+    return list(groups.values())
 
 
-def together(generator: Generator, mine: list) -> tuple[list, int]:
-    """What a generator must be asked for this rank to get `mine`, and where that begins: where ranks have a part of the model each, what they all
-    want."""
-    return generator.peers.concatenate(mine) if generator.peers else (mine, 0)
-
-
-def stream_groups(
-    generator: Generator,
-    tokenizer: Tokenizer,
-    problems: Sequence[Problem],
-    group_size: int,
-    sampling: SamplingConfig,
-    *key: int | str,
-    progress: Callable[[int, int], None] | None = None,
-    on_sample: Callable[[int, Sample], None] | None = None,
-) -> Iterator[tuple[int, list[Sample]]]:
-    """Yield (index into `problems`, its samples) as groups are complete; `progress(done, total)` counts samples.  Seeds as in `sample_groups`.
-
-    on_sample: called with (index into `problems`, sample).
-    """
+def asked(
+    generator: Generator, tokenizer: Tokenizer, problems: Sequence[Problem], group_size: int, sampling: SamplingConfig, ranks: Ranks, *key: int | str
+) -> tuple[list[Problem], Dispatch]:
+    """The problems as the model sees them, and who samples them.  Seeds as in `sample_groups`."""
     problems = [as_asked(problem, tokenizer) for problem in problems]
     prompts = [np.array(tokenizer.encode_prompt(problem.prompt), np.int64) for problem in problems]
     requests = [Request(ids, sample_seeds(group_size, *key, p.task, p.split, p.id)) for ids, p in zip(prompts, problems, strict=True)]
-    groups: list[list] = [[None] * group_size for _ in problems]
-    missing, done = [group_size] * len(problems), 0
-    with watchdog.phase("rollout") as alive, generator.stream(requests, sampling) as stream:
-        for i, member, c in stream:
-            alive()
-            text = tokenizer.decode([t for t in c.token_ids.tolist() if t not in tokenizer.eos_ids])
-            groups[i][member] = Sample(problems[i], text, c.token_ids, c.logps, c.finish, prompts[i], c.support, c.routes)
-            if on_sample:
-                on_sample(i, groups[i][member])
-            missing[i] -= 1
-            done += 1
-            if progress:
-                progress(done, len(problems) * group_size)
-            if not missing[i]:
-                yield i, groups[i]
-                groups[i] = []
+    return problems, Dispatch(generator, requests, sampling, ranks)
+
+
+def stream_samples(dispatch: Dispatch, problems: Sequence[Problem], tokenizer: Tokenizer) -> Iterator[tuple[int, int, Sample]]:
+    """Yield (index into `problems`, index in its group, sample) of what this rank finishes; close it to leave early."""
+    for i, member, c in dispatch:
+        text = tokenizer.decode([t for t in c.token_ids.tolist() if t not in tokenizer.eos_ids])
+        yield i, member, Sample(problems[i], text, c.token_ids, c.logps, c.finish, dispatch.requests[i].prompt_ids, c.support, c.routes)
 
 
 def as_asked(problem: Problem, tokenizer: Tokenizer) -> Problem:

@@ -1,10 +1,11 @@
 """Sampling that survives a kill: every group goes to disk as soon as it is complete, and a second start samples only what is missing.
 
-FOLDER/samples.jsonl has one line per problem (rank r > 0 appends to samples.<r>.jsonl until the end):
+FOLDER/samples.jsonl has one line per problem (until the end rank r > 0 appends to samples.<r>.jsonl; what several ranks drew comes then):
 {"index", "task", "split", "id", "prompt", "answer", "samples": [{"text", "finish", "token_ids"}, ...]}.  Sampled log-probs are not kept.
 As seeds are a function of the problem and the sample, the finished file is the same wherever and on however many ranks the sampling was interrupted.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from athanor.config import SamplingConfig
 from athanor.errors import UserError
 from athanor.generator import Generator
 from athanor.parallel import Ranks
-from athanor.rollout import as_asked, stream_groups, together
+from athanor.rollout import as_asked, asked, stream_samples
 from athanor.samples import Problem, Sample
 from athanor.tokenizer import Tokenizer
 
@@ -44,37 +45,47 @@ def resumable_groups(
     problems = [as_asked(problem, tokenizer) for problem in problems]
     groups, beyond = _collect(folder, problems, group_size) if ranks.is_main else ({}, {})
     found = set(ranks.broadcast(sorted(groups)))  # the others wait here until the files are in order
-    mine = ranks.share([i for i in range(len(problems)) if i not in found])
-    if ranks.sum_int(len(mine)):
+    missing = [i for i in range(len(problems)) if i not in found]
+    if missing:
         path = folder / (SAMPLES_NAME if ranks.is_main else f"samples.{ranks.rank}.jsonl")
         generator = generator if isinstance(generator, Generator) else generator()
-        asked, first = together(generator, mine)
-        if asked:
-            before, per_sample = len(found) * group_size, ranks.world * len(mine) / len(asked)
-            stream = stream_groups(
-                generator, tokenizer, [problems[i] for i in asked], group_size, sampling, *key,
-                progress=lambda done, _: progress and progress(before + round(done * per_sample)),
-            )  # fmt: skip
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(path, "ab") as file:
-                    for position, group in stream:
-                        if first <= position < first + len(mine):
-                            groups[asked[position]] = group
-                            file.write(_line(asked[position], group))
-                            file.flush()
-                        if preemption.asked(generator.peers) if generator.peers else preemption.asked_here():
-                            break
-            except OSError as error:
-                raise UserError(f"cannot write {path}: {error.strerror or error}; the groups before are kept") from error
+        still, dispatch = asked(generator, tokenizer, [problems[i] for i in missing], group_size, sampling, ranks, *key)
+        drawn: dict[int, dict[int, Sample]] = {i: {} for i in missing}  # by member; those of a group may be drawn on several ranks
+        saved, done, peers = len(groups), 0, generator.peers
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(path, "ab") as file, contextlib.closing(stream_samples(dispatch, still, tokenizer)) as stream:
+                for position, member, sample in stream:
+                    i = missing[position]
+                    drawn[i][member] = sample
+                    done += 1
+                    if progress:
+                        progress(len(found) * group_size + min(done * dispatch.num_consumers, dispatch.total))
+                    if len(drawn[i]) == group_size and dispatch.leads:
+                        saved += 1
+                        file.write(_line(i, _in_order(drawn[i])))
+                        file.flush()
+                    if preemption.asked(peers) if peers else preemption.asked_here():
+                        break
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}; the groups before are kept") from error
         if preemption.asked(ranks):
-            preemption.stop(ranks, f"with {ranks.sum_int(len(groups))} of {len(problems)} groups of samples saved")
-        groups = dict(ranks.concatenate(list(groups.items()))[0])
+            preemption.stop(ranks, f"with {ranks.sum_int(saved)} of {len(problems)} groups of samples saved")
+        parts = [(i, dict(enumerate(group))) for i, group in groups.items()] + (list(drawn.items()) if dispatch.leads else [])
+        whole: dict[int, dict[int, Sample]] = {i: {} for i in range(len(problems))}
+        for i, members in ranks.concatenate(parts)[0]:
+            whole[i] |= members
+        groups = {i: _in_order(members) for i, members in whole.items()}
+        dispatch.clear()
         if ranks.is_main:
             _write(folder, groups, beyond)
     else:
         groups = ranks.broadcast(groups)
     return [groups[i] for i in range(len(problems))]
+
+
+def _in_order(members: dict[int, Sample]) -> list[Sample]:
+    return [members[m] for m in range(len(members))]
 
 
 def _collect(folder: Path, problems: Sequence[Problem], group_size: int) -> tuple[dict[int, list[Sample]], dict[int, bytes]]:

@@ -10,7 +10,7 @@ function, in which alone calls are counted; rank; after, strike when the call ha
   slow   a second later
 Processes that torchrun started anew have no faults.
 
-A trace: FOLDER/trace.RANK.jsonl, [key, SHA-256] of every group of samples (tokens and log-probs) and, after every update, of weights and
+A trace: FOLDER/trace.RANK.jsonl, [key, SHA-256] of every sample (tokens and log-probs) and, after every update, of weights and
 optimizer state.
 """
 
@@ -116,12 +116,12 @@ def follow() -> None:
 
 
 def trace(folder: Path) -> None:
-    """Write digests as the run goes; must come before the modules that import `stream_groups`."""
+    """Write digests as the run goes; must come before the modules that import `stream_samples`."""
     from athanor import rollout
     from athanor.optim import Optimizer
 
     file = open(folder / f"trace.{RANK}.jsonl", "a")
-    stream, step = rollout.stream_groups, Optimizer.step
+    stream, step = rollout.stream_samples, Optimizer.step
     updates: dict = {}  # of this process, by stage and step
 
     def record(key: list, *arrays) -> None:
@@ -130,11 +130,10 @@ def trace(folder: Path) -> None:
             digest.update(array.tobytes())
         print(json.dumps([key, digest.hexdigest()]), file=file, flush=True)
 
-    def streamed(generator, tokenizer, problems, group_size, sampling, *key, **options):
-        for i, group in stream(generator, tokenizer, problems, group_size, sampling, *key, **options):
-            problem = [where["stage"], *key, problems[i].task, problems[i].split, problems[i].id]
-            record(["samples", *problem], *(array for sample in group for array in (sample.token_ids, sample.logps)))
-            yield i, group
+    def streamed(dispatch, problems, tokenizer):
+        for i, member, sample in stream(dispatch, problems, tokenizer):
+            record(["samples", where["stage"], int(dispatch.requests[i].seeds[member]), problems[i].id], sample.token_ids, sample.logps)
+            yield i, member, sample
 
     def stepped(self, lr):
         norm = step(self, lr)
@@ -145,7 +144,7 @@ def trace(folder: Path) -> None:
         record(["update", *place, updates[place], RANK], *(tensor.detach().cpu().numpy() for tensor in tensors))
         return norm
 
-    rollout.stream_groups, Optimizer.step = streamed, stepped
+    rollout.stream_samples, Optimizer.step = streamed, stepped
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Samples of an update on several ranks, which are threads here: the same ones as on one rank, each once, and about as much work for each."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,25 +12,8 @@ from athanor.parallel import Ranks, spread
 from athanor.samples import Problem, Sample
 from athanor.stages.distribution import shares
 
-
-class ThreadRanks:
-    """`concatenate` and `exchange` among threads, `peers` neighbours of which train on the same samples."""
-
-    def __init__(self, rank: int, world: int, peers: int, board: dict, barrier: threading.Barrier):
-        self.rank, self.world, self.board, self.barrier = rank, world, board, barrier
-        self.data = SimpleNamespace(world=world // peers)
-
-    def _all(self, name: str, value) -> list:
-        self.board[name, self.rank] = value
-        self.barrier.wait()
-        return [self.board[name, rank] for rank in range(self.world)]
-
-    def concatenate(self, items: list) -> tuple[list, int]:
-        parts = self._all("concatenate", items)
-        return sum(parts, []), sum(map(len, parts[: self.rank]))
-
-    def exchange(self, outgoing: list[list]) -> list[list]:
-        return [given[self.rank] for given in self._all("exchange", outgoing)]
+sys.path.append(str(Path(__file__).parent))  # tests/ is no package
+from thread_ranks import on_threads
 
 
 def rollout(num_groups: int, G: int) -> tuple[list[list[Sample]], torch.Tensor]:
@@ -48,16 +30,14 @@ def rollout(num_groups: int, G: int) -> tuple[list[list[Sample]], torch.Tensor]:
 
 def spread_over(world: int, groups, advantages, updates: int, all_live: bool, context: int = 1, **options):
     """Per rank its shares."""
-    G, board, barrier = len(groups[0]), {}, threading.Barrier(world)
+    G = len(groups[0])
 
-    def one(rank: int):
-        mine = list(range(len(groups)))[rank::world]
+    def one(ranks):
+        mine = list(range(len(groups)))[ranks.rank :: world]
         own = torch.cat([advantages[g * G : (g + 1) * G] for g in mine]) if mine else advantages[:0]
-        ranks = ThreadRanks(rank, world, context, board, barrier)
         return shares([groups[g] for g in mine], own, updates, ranks, hidden_size=64, all_live=all_live, **options)
 
-    with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(one, range(world)))
+    return on_threads(world, one, peers=context)[0]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])  # the last has a rank without a group

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -127,16 +128,17 @@ def test_ranks_with_a_part_of_the_model_each_draw_what_one_process_draws(folder,
 
 def test_finished_problems_are_not_sampled_again(folder, tmp_path, monkeypatch):
     whole = command(arguments(folder, tmp_path / "whole"))["results"]
-    original, drawn = sample_store.stream_groups, []
+    original, drawn, members = sample_store.stream_samples, [], Counter()
 
-    def counting(generator, tokenizer, problems, *rest, die=False, **options):
-        for item in original(generator, tokenizer, problems, *rest, **options):
-            drawn.append(problems[item[0]].id)
+    def counting(dispatch, problems, tokenizer, die=False):
+        for item in original(dispatch, problems, tokenizer):
+            members[problems[item[0]].id] += 1
+            drawn.extend([problems[item[0]].id] * (members[problems[item[0]].id] == 4))
             yield item
             if die and len(drawn) == 2:
                 raise Killed
 
-    monkeypatch.setattr(sample_store, "stream_groups", lambda *a, **k: counting(*a, die=True, **k))
+    monkeypatch.setattr(sample_store, "stream_samples", lambda *a: counting(*a, die=True))
     with pytest.raises(Killed):
         command(arguments(folder, tmp_path / "killed"))
     samples = tmp_path / "killed" / TASK / "samples.jsonl"
@@ -145,7 +147,8 @@ def test_finished_problems_are_not_sampled_again(folder, tmp_path, monkeypatch):
     with open(samples, "ab") as file:
         file.write(b'{"index": 5, "task')  # half a line
     drawn.clear()
-    monkeypatch.setattr(sample_store, "stream_groups", counting)
+    members.clear()
+    monkeypatch.setattr(sample_store, "stream_samples", counting)
     assert command(arguments(folder, tmp_path / "killed"))["results"] == whole
     assert sorted(drawn) == sorted(set(range(6)) - finished)
     assert samples.read_bytes() == (tmp_path / "whole" / TASK / "samples.jsonl").read_bytes()

@@ -20,7 +20,7 @@ FLOORS = {
     2: "advantages contamination detectors judging losses metrics_eval rewards sandbox tasks",
     3: "checkpoint context_parallel expert_parallel mla model moe optim sharding tensor_parallel tokenizer weights",
     4: "chat cpu_graph decode generate generative_judge generator kv_cache prefill reward_models speculation stops stream",
-    5: "rollout sample_store transcript_log",
+    5: "dispatch rollout sample_store transcript_log",
     6: "stages",
     7: "__main__ adapters catalogue doctor dry_run evaluation evaluation_report launch pipeline planner published recipes report report_charts "
     "shapes transcripts",

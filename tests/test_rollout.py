@@ -1,6 +1,8 @@
 """Which problems a step asks, and what comes back."""
 
 import collections
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,9 @@ from athanor.parallel import Ranks
 from athanor.rollout import ProblemStream, rollout_generator, sample_groups
 from athanor.tasks.arithmetic import ArithmeticTask
 from athanor.tokenizer import symbol_tokenizer
+
+sys.path.append(str(Path(__file__).parent))  # tests/ is no package
+from thread_ranks import Turns, on_threads
 
 
 def counting_task(name, size=None):
@@ -79,12 +84,14 @@ def test_samples_do_not_depend_on_the_number_of_ranks():
     model = Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1, initializer_range=0.3)).initialize_(0)
     problems, sampling = [task.problem("train", i) for i in range(7)], SamplingConfig(max_tokens=9)
 
-    def drawn(rank, world):
-        ranks = SimpleNamespace(share=lambda items: items[rank::world])
+    def drawn(ranks):
         groups = sample_groups(rollout_generator(model, tokenizer, 512, 4), tokenizer, problems, 4, sampling, ranks, 0, "zero", 5)
-        return {(s.problem.id, i): (s.token_ids.tolist(), s.logps.tolist()) for group in groups for i, s in enumerate(group)}
+        return [[(s.problem.id, s.token_ids.tolist(), s.logps.tolist()) for s in group] for group in groups]
 
-    assert drawn(0, 1) == drawn(0, 2) | drawn(1, 2) == drawn(0, 3) | drawn(1, 3) | drawn(2, 3)
+    alone = drawn(Ranks(threads=1))
+    for world in (2, 3):
+        found, _ = on_threads(world, drawn, turns=Turns([]), dispatch="static")
+        assert found == [alone[rank::world] for rank in range(world)]
 
 
 def test_samples_are_handed_over_as_they_finish_and_are_the_ones_that_come_back():

@@ -1,0 +1,298 @@
+"""Dispatch: every sample is drawn once wherever it ends up, in any order of events, and its tokens are those of one rank."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from athanor import dispatch as dispatching
+from athanor.config import ModelConfig, SamplingConfig
+from athanor.dispatch import Dispatch, pays, tokens_left
+from athanor.model.transformer import Decoder
+from athanor.parallel import Ranks
+from athanor.rollout import rollout_generator, sample_groups
+from athanor.samples import Completion, Finished, Request
+from athanor.tasks.arithmetic import ArithmeticTask
+from athanor.tokenizer import symbol_tokenizer
+
+sys.path.append(str(Path(__file__).parent))  # tests/ is no package
+from thread_ranks import Turns, on_threads
+
+TASK = ArithmeticTask()
+TOKENIZER = symbol_tokenizer(list(TASK.symbols))
+ALWAYS = {"FEW_ROWS": 1, "PREFILL_COST": 0, "HANDOVER_STEPS": 0, "LOOK_STEPS": 1, "POLL_S": (0, 0)}  # hand over whenever it could pay
+
+
+@pytest.fixture(autouse=True, scope="module")
+def always():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ALWAYS.items():
+            patch.setattr(dispatching, name, value)
+        yield
+
+
+class FakeStream:
+    """A token a step for each sample that has a row; a sample's token t is (its seed, t), and it ends at the length that its seed says."""
+
+    def __init__(self, requests, max_rows):
+        self.requests, self.max_rows = requests, max_rows
+        self.tokens, self.ready, self.num_steps, self.num_drawn = {}, [], 0, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def submit(self, i, members, partial):
+        assert list(members) == sorted(members) and not self.tokens.keys() & {(i, m) for m in members}
+        self.tokens |= {(i, m): partial[i_m].token_ids.tolist() if (i_m := m) in partial else [] for m in members}
+
+    def tokens_of(self, i, member):
+        return self.tokens[i, member]
+
+    def end(self, sample, finish):
+        ids = np.array(self.tokens.pop(sample), np.int64)
+        self.ready.append(Finished(*sample, Completion(ids, ids.astype(np.float32), finish, ids.astype(np.int32))))
+
+    def abort(self, i, members):
+        for m in members:
+            self.end((i, m), "abort")
+
+    def step(self):
+        if not self.ready:
+            self.num_steps += bool(self.tokens)
+            for i, m in list(self.tokens)[: self.max_rows]:
+                self.num_drawn += 1
+                self.tokens[i, m].append(1000 * self.requests[i].seeds[m] + len(self.tokens[i, m]))
+                if len(self.tokens[i, m]) == self.requests[i].seeds[m] % 100:
+                    self.end((i, m), "stop")
+        done, self.ready = self.ready, []
+        return done
+
+
+def fake_generator(max_rows: int):
+    generator = SimpleNamespace(peers=None, max_rows=max_rows, window=1, dispatched={"busy_s": 0.0, "wall_s": 0.0, "handed_over": 0})
+    generator.stream = lambda requests, sampling, on_demand, max_rows: FakeStream(requests, max_rows)
+    return generator
+
+
+def fake_requests(lengths: list[list[int]]) -> list[Request]:
+    return [Request(np.arange(3), np.array([100 * (len(row) * i + m + 1) + n for m, n in enumerate(row)])) for i, row in enumerate(lengths)]
+
+
+@st.composite
+def rollouts(draw):
+    """(ranks, lengths by request and member, max_rows, portions, who goes on when)."""
+    world, G = draw(st.integers(2, 3)), draw(st.integers(1, 3))
+    num_requests = draw(st.integers(1, 5))
+    lengths = draw(st.lists(st.lists(st.sampled_from([1, 2, 3, 9]), min_size=G, max_size=G), min_size=num_requests, max_size=num_requests))
+    choices = draw(st.lists(st.integers(0, 2), max_size=120))
+    return world, lengths, draw(st.integers(G, 2 * G + 1)), draw(st.sampled_from(["group", "sample"])), choices
+
+
+@settings(max_examples=60, deadline=None)
+@given(rollouts())
+def test_every_sample_is_finished_once_in_any_order_of_events(rollout):
+    world, lengths, max_rows, portion, choices = rollout
+    requests = fake_requests(lengths)
+
+    def draw(ranks):
+        work = Dispatch(fake_generator(max_rows), requests, SamplingConfig(max_tokens=50), ranks)
+        return work, [(i, m, completion.token_ids.tolist()) for i, m, completion in work]
+
+    found, store = on_threads(world, draw, turns=Turns(choices), dispatch=portion)
+    everything = [row for _, rows in found for row in rows]
+    wanted = [(i, m, [1000 * int(r.seeds[m]) + t for t in range(lengths[i][m])]) for i, r in enumerate(requests) for m in range(len(r.seeds))]
+    assert sorted(everything) == wanted
+    assert store
+    found[0][0].store.wait = lambda: None
+    found[0][0].clear()
+    assert not store
+
+
+@settings(max_examples=25, deadline=None)
+@given(rollouts(), st.integers(0, 5), st.integers(0, 2))
+def test_when_a_rank_leaves_early_the_others_end_without_what_it_leaves(rollout, after, leaver):
+    world, lengths, max_rows, portion, choices = rollout
+    requests = fake_requests(lengths)
+
+    def draw(ranks):
+        rows = []
+        for row in Dispatch(fake_generator(max_rows), requests, SamplingConfig(max_tokens=50), ranks):
+            if ranks.rank == leaver and len(rows) == after:
+                break
+            rows.append(tuple(row)[:2])
+        return rows
+
+    found, _ = on_threads(world, draw, turns=Turns(choices), dispatch=portion)
+    everything = sum(found, [])
+    assert len(everything) == len(set(everything)) and len(found[leaver] if leaver < world else []) <= max(after, 0) or leaver >= world
+    if leaver >= world:
+        assert len(everything) == sum(map(len, lengths))
+
+
+def slowest(lengths, world: int, max_rows: int, portion: str) -> tuple[int, int, int]:
+    """(most steps of a rank, most tokens of a rank, samples handed over) where ranks take turns step by step."""
+    requests, steps, given = fake_requests(lengths), {}, {}
+
+    def draw(ranks):
+        generator = fake_generator(max_rows)
+        make = generator.stream
+
+        def stream(*args, **kwargs):
+            steps[ranks.rank] = make(*args, **kwargs)
+            step = steps[ranks.rank].step
+            steps[ranks.rank].step = lambda: (ranks.board().check([]), step())[1]  # a turn for each step
+            return steps[ranks.rank]
+
+        generator.stream = stream
+        for _ in Dispatch(generator, requests, SamplingConfig(max_tokens=90), ranks):
+            pass
+        given[ranks.rank] = generator.dispatched["handed_over"]
+
+    on_threads(world, draw, turns=Turns([]), dispatch=portion)
+    return max(s.num_steps for s in steps.values()), max(s.num_drawn for s in steps.values()), sum(given.values())
+
+
+def test_queues_are_shared_by_what_is_left():
+    # Two ranks of four rows; rank 0 has all the long groups.  By itself it would need 5 x 40 steps, rank 1 5 x 4.
+    lengths = [[40 if i % 2 == 0 else 4] * 4 for i in range(10)]
+    steps, _, given = slowest(lengths, 2, 4, "group")
+    assert steps <= 3 * 40 + 8 + 4 and given <= 4
+
+
+def test_a_group_is_split_where_the_recipe_says_so():
+    assert slowest([[30] * 8], 2, 4, "sample")[0] <= 31  # one group, all of it on rank 0 otherwise: rows for half of it at a time
+
+
+def test_stragglers_go_to_idle_ranks_until_nobody_has_more_than_its_part(monkeypatch):
+    # 24 rows on rank 0 decode for 80 steps, those of rank 1 for 2: 1,920 tokens and 48.
+    lengths = [[80] * 24, [2] * 24]
+    monkeypatch.setattr(dispatching, "FEW_ROWS", 4)
+    monkeypatch.setattr(dispatching, "HANDOVER_STEPS", 3)
+    _, tokens, given = slowest(lengths, 2, 24, "group")
+    assert tokens < 1200 and 12 <= given <= 30
+    monkeypatch.setattr(dispatching, "FEW_ROWS", 24)
+    assert slowest(lengths, 2, 24, "group")[1:] == (1920, 0)  # steps would not be cheaper
+
+
+def test_a_handover_pays_where_fewer_rows_save_more_than_the_prefill_costs(monkeypatch):
+    monkeypatch.setattr(dispatching, "FEW_ROWS", 16)
+    monkeypatch.setattr(dispatching, "PREFILL_COST", 0.25)
+    monkeypatch.setattr(dispatching, "HANDOVER_STEPS", 16)
+    assert not pays(16, 8, 0, 1e9)  # a step of 8 rows costs what one of 16 does
+    # 64 rows, half of them given away: 32 rows less for 100 steps, against 0.25 a token and 16 steps of 32 rows
+    assert pays(64, 32, 10_000, 100) and not pays(64, 32, 11_000, 100)
+    assert not pays(64, 32, 0, 16) and pays(64, 32, 0, 17)
+    assert pays(64, 8, 900, 100) == pays(64, 56, 900, 100) is False  # the slower of the two ranks counts
+
+
+def test_what_a_sample_still_gets_is_learnt_from_longer_ones():
+    finished = np.array([10, 20, 60])
+    assert tokens_left(15, 100, finished) == 25 and tokens_left(20, 100, finished) == 40
+    assert tokens_left(70, 100, finished) == 30 and tokens_left(40, 1000, finished) == 20 and tokens_left(70, 1000, finished) == 70
+    assert tokens_left(0, 100, np.zeros(0)) == 0
+
+
+SAMPLING = {
+    "plain": SamplingConfig(max_tokens=24),
+    "truncated": SamplingConfig(max_tokens=24, top_p=0.9, temperature=1.5),
+    "stop": SamplingConfig(max_tokens=24, stop=["1", "+ 3"], repetition_tokens=3, repetition_probability=0.3),
+}
+
+
+def facts(samples) -> list:
+    """All bits of samples."""
+    return [
+        (s.problem.id, s.text, s.finish, s.token_ids.tolist(), s.logps.tolist(), s.prompt_ids.tolist())
+        + tuple(None if pair is None else tuple(part.tolist() for part in pair) for pair in (s.support, s.routes))
+        for s in samples
+    ]
+
+
+def small_model(**shape) -> Decoder:
+    shape = {"vocab_size": TOKENIZER.vocab_size, "hidden_size": 32, "num_hidden_layers": 1, "initializer_range": 0.3} | shape
+    return Decoder(ModelConfig(**shape)).initialize_(0)
+
+
+SPARSE = dict(architecture="qwen3_moe", num_hidden_layers=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+
+
+@pytest.mark.parametrize("world, portion, kind", [(2, "group", "truncated"), (3, "sample", "stop"), (2, "sample", "routes")])
+def test_samples_are_those_of_one_rank_to_the_bit(world, portion, kind):
+    model, sampling = small_model(**SPARSE if kind == "routes" else {}), SAMPLING.get(kind, SAMPLING["plain"])
+    problems, handed_over, seen = [TASK.problem("train", i) for i in range(8)], [], []
+
+    def drawn(ranks):
+        generator = rollout_generator(model, TOKENIZER, 8, 4, record_routes=kind == "routes")
+        groups = sample_groups(generator, TOKENIZER, problems, 4, sampling, ranks, 0, "zero", 5, on_sample=seen.append)
+        assert all(sample.problem is problem for problem, group in zip(problems[ranks.rank :: world], groups, strict=True) for sample in group)
+        handed_over.append(generator.dispatched["handed_over"])
+        return groups
+
+    one = Ranks(threads=1)
+    generator = rollout_generator(model, TOKENIZER, 8, 4, record_routes=kind == "routes")
+    wanted = sample_groups(generator, TOKENIZER, problems, 4, sampling, one, 0, "zero", 5)
+    quick = np.random.default_rng(1).choice(world, 3000, p=[0.9] + [0.1 / (world - 1)] * (world - 1))  # rank 0 is: others hand over to it
+    found, store = on_threads(world, drawn, turns=Turns(quick.tolist()), dispatch=portion)
+    assert [[facts(group) for group in groups] for groups in found] == [[facts(group) for group in wanted[rank::world]] for rank in range(world)]
+    assert sum(handed_over) > 0 and not store
+    assert sorted(map(id, seen)) == sorted(id(sample) for groups in found for group in groups for sample in group)
+
+
+def start(folder: Path, world: int, kind: str) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, Path(__file__).with_name("dispatch_worker.py"), folder, kind]
+    return [subprocess.Popen(command, env=environment | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(world)]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    import dispatch_worker
+
+    return json.loads(json.dumps(dispatch_worker.main(tmp_path_factory.mktemp("one"), "")))
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_over_gloo_draw_what_one_rank_does(tmp_path, world, one_rank):
+    workers = start(tmp_path, world, "")
+    errors = [worker.communicate(timeout=400)[1] for worker in workers]
+    assert not any(worker.returncode for worker in workers), "\n".join(errors)[-3000:]
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
+    for name, wanted in one_rank.items():
+        for rank in range(world):
+            own = found[rank][name]
+            if not name.startswith("parts"):
+                assert own["rollouts"] == [groups[rank::world] for groups in wanted["rollouts"]], (name, rank)
+            else:  # sums over the parts of a layer round otherwise
+                assert [[s[:4] for s in g] for groups in own["rollouts"] for g in groups] == [
+                    [s[:4] for s in g] for groups in wanted["rollouts"] for g in groups[rank::world]
+                ]
+            assert own["stored"] == wanted["stored"] and own["file"] == wanted["file"] and own["left"] == []
+        moved = sum(rank[name]["handed_over"] for rank in found)
+        assert not moved if "static" in name or name == "parts" and world == 2 else moved, name
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_a_dead_rank_ends_those_that_wait_for_it(tmp_path):
+    begun = time.monotonic()
+    workers = start(tmp_path, 2, "dead")
+    error = workers[0].communicate(timeout=100)[1]
+    assert workers[1].wait(60) == 7 and workers[0].returncode == 1 and time.monotonic() - begun < 60
+    assert "TimeoutError: rollout: nothing from the other ranks for 4 s" in error
