@@ -106,6 +106,8 @@ def note(row: dict) -> str:
         return "skipped: " + row["skipped"].split("cannot serve this call: ")[-1]
     parts = [f"WRONG {row['wrong']}"] if "wrong" in row else ["correct"] if row.get("correct") else []
     parts += [f"largest gap {max(gap for gap, _ in row['errors']):.1e}"] if "family" in row and row.get("errors") else []
+    parts += [f"slowest rank {row['slowest_row_steps']:.0f} row steps, mean {row['mean_row_steps']:.0f}, {row['handed_over']:.0f} handed over"
+              for _ in range("slowest_row_steps" in row)]
     parts += [f"goal {row['goal']:g} x {row['rival']}"] if row["kind"] == "backend" and "goal" in row else []
     return "; ".join(parts + ([] if row.get("queued", True) else ["host-bound: holds Python's time"]))
 

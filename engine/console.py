@@ -14,7 +14,8 @@ from rich.table import Table
 
 from athanor.metrics import rank_from_environment
 
-LABELS = {"mean_tokens": "length", "reflection_rate": "reflection", "logp_gap_max": "logp gap", "tokens_per_s": "tokens/s"}  # of a step's figures
+LABELS = {"mean_tokens": "length", "reflection_rate": "reflection", "logp_gap_max": "logp gap", "tokens_per_s": "tokens/s",
+          "rollout_idle_share": "idle"}  # of a step's figures
 TABLE_COLUMNS = ("pass@1", "pass@1_t1", "cons@16", "mean_tokens", "reflection_rate", "format_rate", "language_consistency", "wall_s")
 
 
@@ -119,9 +120,9 @@ class _StageProgress:
             self._bar.stop()
 
     def step(self, done: int, figures: dict | None = None) -> None:
-        """Tell that `done` steps of the stage are behind us, with up to six figures to show."""
+        """Tell that `done` steps of the stage are behind us, with up to seven figures to show."""
         self.done = done
-        shown = list((figures or {}).items())[:6]
+        shown = list((figures or {}).items())[:7]
         self.last_figures = "".join(f"  {LABELS.get(name, name)} {format_figure(value)}" for name, value in shown)
         now = time.perf_counter()
         text = self._describe(now) + self.last_figures

@@ -151,11 +151,10 @@ class Dispatch:
                 self.unreported += 1
                 self.finished.append(len(done.completion.token_ids))
                 yield done
-            if ticket is not None:
+            if ticket is not None and self.leads:
                 self.generator.dispatched["handed_over"] += len(gift)
-                if self.leads:
-                    self.store.set(f"gift/{ticket}", str(self.ranks.rank))
-                    self.ranks.send(gift, int(self.store.get(f"rank/{ticket}")))
+                self.store.set(f"gift/{ticket}", str(self.ranks.rank))
+                self.ranks.send(gift, int(self.store.get(f"rank/{ticket}")))
 
     def _take(self, stream: Stream) -> None:
         """Fill free rows from the queues, when the scheduler would: not for a few of many."""

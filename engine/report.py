@@ -46,6 +46,7 @@ TIME_PARTS = {  # metric, seconds per step: heading
     "rollout_forward_s": "decode: forward",
     "rollout_sample_s": "decode: sampling",
     "rollout_host_s": "decode: host",
+    "rollout_idle_s": "waiting for other ranks",
     "reward_wait_s": "waiting for rewards",
     "train_s": "update",
 }
@@ -172,7 +173,8 @@ def _tiles(stages: dict, run: dict) -> list[dict]:
 def _time_split(rows: list[dict], stages: dict) -> dict[str, dict[str, float]]:
     """Seconds per part of each RL stage's steps; `other` is rewards, decoding of text and everything else."""
     split = {}
-    headings = {m: heading for m, heading in TIME_PARTS.items() if m != "reward_wait_s" or any(row.get(m) is not None for row in rows)}
+    sometimes = ("rollout_idle_s", "reward_wait_s")
+    headings = {m: heading for m, heading in TIME_PARTS.items() if m not in sometimes or any(row.get(m) is not None for row in rows)}
     for name, stage in stages.items():
         steps = [row for row in rows if row["stage"] == name and row.get("rollout_s") is not None and row.get("step_s") is not None]
         if stage["kind"] == "grpo" and steps:

@@ -25,6 +25,9 @@ SHORT = {
 }  # fmt: skip
 
 
+OF_TIME = ("rollout_idle_share", "rollout_handed_over")  # metrics besides seconds
+
+
 @dataclass(frozen=True)
 class Point:
     """Where a process dies: at the call-th call of a function in a stage, before it or after."""
@@ -128,7 +131,8 @@ def outcome(folder: Path, result: subprocess.CompletedProcess | None = None) -> 
     for line in (run / "metrics.jsonl").read_text().splitlines(keepends=True) if (run / "metrics.jsonl").exists() else ():
         if line.endswith("\n"):
             row = json.loads(line)
-            found[f"metrics {row['stage']} {row['step']}"] = {key: value for key, value in row.items() if not key.endswith("_s")}
+            same = {key: value for key, value in row.items() if not key.endswith("_s") and key not in OF_TIME}
+            found[f"metrics {row['stage']} {row['step']}"] = same
     if result is None:
         return found
     found["order of the metrics lines"] = [key for key in found if key.startswith("metrics")]

@@ -36,7 +36,7 @@ from athanor.stages.training import TrainingLoop
 from athanor.transcript_log import rewind_transcripts, transcript_path, write_transcripts
 from athanor.weights import weights_hash
 
-SHOWN = ("reward", "mean_tokens", "pass@1", "reflection_rate", "logp_gap_max", "tokens_per_s")
+SHOWN = ("reward", "mean_tokens", "pass@1", "reflection_rate", "logp_gap_max", "tokens_per_s", "rollout_idle_share")
 
 
 def run(context: StageContext, config: GRPOConfig) -> dict:
@@ -74,12 +74,13 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
         start = time.perf_counter()
         if trained is not None and weights_hash(generator.model) != trained:
             raise UserError(f"stage {context.name}, step {step + 1}: the sampler's weights are not those of the last optimizer step")
-        before, drafted_before = dict(generator.timings), dict(generator.drafting)
+        before, drafted_before, dispatched_before = dict(generator.timings), dict(generator.drafting), dict(generator.dispatched)
         groups, scores, refills = _rollout(context, config, rewards, generator, stream, step, attempts)
         rollout_s = time.perf_counter() - start
         metrics |= _reward_figures(context, rewards, scores, loop)
         metrics |= {f"rollout_{name}": generator.timings[name] - before[name] for name in before}
         metrics |= _drafting(context, {name: generator.drafting[name] - drafted_before[name] for name in drafted_before})
+        metrics |= _dispatching(context, {name: generator.dispatched[name] - dispatched_before[name] for name in dispatched_before})
         advantages = _advantages(context, config, preset, groups, scores, step)
         metrics |= _describe(context, groups, scores, advantages) | {"refills": refills}
         start = time.perf_counter()
@@ -236,6 +237,21 @@ def _drafting(context: StageContext, counts: dict[str, int]) -> dict[str, float]
         return {}
     per_forward = tokens / forwards
     return {"drafted_tokens_per_forward": per_forward, "draft_acceptance": (per_forward - 1) / context.recipe.speculation.tokens}
+
+
+def _dispatching(context: StageContext, figures: dict[str, float]) -> dict[str, float]:
+    """How the ranks shared the rollout; {} on one rank.
+
+    rollout_idle_share: of all ranks' time until the last sample, what they did not sample in.  rollout_idle_s: this rank's.  rollout_handed_over:
+    samples that began on one rank and went on on another.
+    """
+    if context.ranks.world == 1:
+        return {}
+    everyone, _ = context.ranks.concatenate([figures])
+    whole = max(rank["wall_s"] for rank in everyone)
+    idle = [whole - rank["busy_s"] for rank in everyone]
+    shared = {"rollout_idle_share": sum(idle) / max(whole * len(idle), 1e-9), "rollout_idle_s": idle[context.ranks.rank]}
+    return shared | {"rollout_handed_over": sum(rank["handed_over"] for rank in everyone)}
 
 
 def _describe(context: StageContext, groups: list[list[Sample]], scores: RewardScores, advantages: Tensor) -> dict:
