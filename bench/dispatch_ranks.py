@@ -22,10 +22,10 @@ from athanor.parallel import Ranks
 MEANS = 256, 24  # tokens of a long sample, of another one
 
 
-def requests_of(vocab_size: int, prompts: int, group_size: int, length: int, num_long: int) -> list[Request]:
+def requests_of(vocab_size: int, prompts: int, group_size: int, length: int, run: int) -> list[Request]:
     """Prompts whose samples end at one of so many end tokens that they have the wanted mean length if all tokens are about as likely."""
-    rng = np.random.default_rng(0)
-    is_long = set(rng.permutation(prompts)[:num_long].tolist())
+    rng = np.random.default_rng(run)
+    is_long = set(rng.permutation(prompts)[: prompts // 4].tolist())
     eos = [frozenset(range(max(1, round(vocab_size / MEANS[i not in is_long])))) for i in range(prompts)]
     return [
         Request(rng.integers(vocab_size, size=length), np.arange(group_size) + i * group_size, eos_ids=eos[i]) for i in range(prompts)
@@ -39,12 +39,12 @@ def digest(completion: Completion) -> str:
 class Rollout:
     """One rank's part."""
 
-    def __init__(self, model: dict, prompts: int, G: int, prompt: int, long: int, rows: int, new: int, mode: str, **_):
+    def __init__(self, model: dict, prompts: int, G: int, prompt: int, rows: int, new: int, mode: str, **_):
         from rollout_engine import random_model
 
         self.ranks = Ranks("cpu", threads=1, dispatch=mode)
         model = random_model(model, "cpu", torch.float32).requires_grad_(False)
-        self.requests = requests_of(model.config.vocab_size, prompts, G, prompt, long)
+        self.asked, self.num_runs = (model.config.vocab_size, prompts, G, prompt), 0
         self.sampling = SamplingConfig(max_tokens=new, temperature=8.0)  # so that all tokens are about as likely
         self.generator = Generator(model, {0}, max_rows=rows)
         self.row_steps = 0
@@ -58,10 +58,11 @@ class Rollout:
 
     def run(self) -> dict:
         """Samples by digest, and what it took: over all ranks where there are several."""
+        requests, self.num_runs = requests_of(*self.asked, self.num_runs), self.num_runs + 1
         self.ranks.barrier()
         self.row_steps, prefilled, handed_over = 0, self.generator.num_prefill_tokens, self.generator.dispatched["handed_over"]
         start = time.perf_counter()
-        work = dispatch.Dispatch(self.generator, self.requests, self.sampling, self.ranks)
+        work = dispatch.Dispatch(self.generator, requests, self.sampling, self.ranks)
         own = [(f"{i}/{member}", digest(completion), len(completion.token_ids)) for i, member, completion in work]
         busy = self.row_steps + dispatch.PREFILL_COST * (self.generator.num_prefill_tokens - prefilled)
         own, facts = self.ranks.concatenate(own)[0], self.ranks.concatenate([(busy, self.generator.dispatched["handed_over"] - handed_over)])[0]

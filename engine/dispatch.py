@@ -135,13 +135,15 @@ class Dispatch:
 
     def _work(self, stream: Stream) -> Iterator[Finished]:
         """Finish what this consumer holds and what it can take."""
-        windows = 0
+        windows, look = 0, self.every
         while True:
             self._take(stream)
             if not self.held:
                 return
-            windows += 1
-            ticket = None if windows % self.every else self._give(stream)
+            windows, ticket = windows + 1, None
+            if windows >= look:
+                ticket = self._give(stream)
+                look = windows + (self.every if ticket is None else 1)  # there may be more who wait
             gift = []
             for done in stream.step():
                 self.held.discard((done.request, done.member))

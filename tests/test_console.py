@@ -35,7 +35,7 @@ def test_a_long_line_is_not_wrapped_in_a_log():
     file = io.StringIO()
     with Console(1, file=file).stage("zero", 1) as progress:
         progress.step(1, {f"a_long_name_of_a_figure_{i}": 0.5 for i in range(9)})
-    assert file.getvalue().splitlines()[0].count("a_long_name") == 6
+    assert file.getvalue().splitlines()[0].count("a_long_name") == 7
 
 
 def test_a_terminal_shows_a_live_line_and_leaves_one_when_done(monkeypatch):

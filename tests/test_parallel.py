@@ -44,6 +44,8 @@ def test_two_ranks_train_as_one(tmp_path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3), (a, b)
         for name in ("loss", "reward", "mean_tokens", "entropy", "zero_advantage_rate"):
             assert a.get(name) == (None if name not in a else pytest.approx(b[name], rel=1e-4)), (name, a, b)
+        if a["stage"] == "zero":
+            assert "rollout_idle_share" not in a and 0 <= b["rollout_idle_share"] < 1 and b["rollout_idle_s"] >= 0 and b["rollout_handed_over"] >= 0
     for name, tensor in weights.items():
         torch.testing.assert_close(weights2[name], tensor, rtol=1e-3, atol=1e-4)
     assert list(summary["stages"]) == list(summary2["stages"]) == ["base", "zero"]

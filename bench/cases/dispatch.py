@@ -1,16 +1,16 @@
 """dispatch: one rollout on several ranks, whose samples are dispatched as they have room and handed over when they run long, beside fixed shares.
 
-Some prompts ask for long samples, and how long each becomes nobody knows: after every token a sample of a prompt ends with the same probability, so
-that lengths are geometric, and a prompt's mean is one of two.  Ranks are processes of one thread each over gloo.  Where they have to share cores,
-seconds say little about ranks that have a device each; the row steps of the slowest rank (per step its rows, at least 16, as `dispatch.pays` has
-it, and a quarter of each prefilled token) do not depend on that.
+A quarter of the prompts asks for long samples, other ones in every run, and how long each becomes nobody knows: after every token a sample of a
+prompt ends with the same probability, so that lengths are geometric, and a prompt's mean is one of two.  Ranks are processes of one thread each over
+gloo.  Where they have to share cores, seconds say little about ranks that have a device each; the row steps of the slowest rank (per step its rows,
+at least 16, as `dispatch.pays` has it, and a quarter of each prefilled token) do not depend on that.
 """
 
 import torch
 from cases.rollout import MODELS
 from workloads import Contender, Workload
 
-SIZES = {"model": "0.8M", "prompts": 24, "G": 8, "prompt": 32, "long": 5, "rows": 32, "new": 512}  # long: prompts with long samples; new: at most
+SIZES = {"model": "0.8M", "prompts": 16, "G": 16, "prompt": 32, "rows": 64, "new": 512}  # new: at most
 
 
 def workloads(device: str) -> list[Workload]:
@@ -19,7 +19,7 @@ def workloads(device: str) -> list[Workload]:
 
 def dispatch(device: str, sizes: dict) -> Workload:
     def contender(mode: str, ours: bool = False) -> Contender:
-        arguments = {name: sizes[name] for name in ("prompts", "G", "prompt", "long", "rows", "new", "ranks")}
+        arguments = {name: sizes[name] for name in ("prompts", "G", "prompt", "rows", "new", "ranks")}
         return Contender("dispatch_ranks:RankedRollout", lambda: {"model": MODELS[sizes["model"]], **arguments, "mode": mode}, ours=ours)
 
     return Workload(
