@@ -144,19 +144,20 @@ class Dispatch:
             if windows >= look:
                 ticket = self._give(stream)
                 look = windows + (self.every if ticket is None else 1)  # there may be more who wait
-            gift = []
-            for done in stream.step():
-                self.held.discard((done.request, done.member))
-                if done.completion.finish == "abort":
-                    gift.append(tuple(done))
-                    continue
-                self.unreported += 1
-                self.finished.append(len(done.completion.token_ids))
-                yield done
-            if ticket is not None and self.leads:
-                self.generator.dispatched["handed_over"] += len(gift)
-                self.store.set(f"gift/{ticket}", str(self.ranks.rank))
-                self.ranks.send(gift, int(self.store.get(f"rank/{ticket}")))
+            found = stream.step()
+            if ticket is not None:  # first of all: who leaves at a `yield` owes it to nobody
+                gift = [tuple(done) for done in found if done.completion.finish == "abort"]
+                self.held -= {(i, member) for i, member, _ in gift}
+                if self.leads:
+                    self.generator.dispatched["handed_over"] += len(gift)
+                    self.store.set(f"gift/{ticket}", str(self.ranks.rank))
+                    self.ranks.send(gift, int(self.store.get(f"rank/{ticket}")))
+            for done in found:
+                if done.completion.finish != "abort":
+                    self.held.remove((done.request, done.member))
+                    self.unreported += 1
+                    self.finished.append(len(done.completion.token_ids))
+                    yield done
 
     def _take(self, stream: Stream) -> None:
         """Fill free rows from the queues, when the scheduler would: not for a few of many."""
