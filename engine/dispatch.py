@@ -9,17 +9,18 @@ and an even part of all samples, so that whoever starts first does not take what
     sample   as many samples as there are rows free, so that a group may be split over ranks, each of which computes its prompt
     static   a rank samples its share and nothing else
 
-When the queues are empty and a rank has nothing left, it takes a ticket and waits.  A rank that has more than its fair part of all unfinished samples
-ends some of its own (`abort`) and sends tokens, log-probs, supports and routes to who holds the next ticket, where they go on behind a prefill with
-the same bits.  The fewest tokens go first, up to the fair part, if it pays (`pays`).
+When the queues are empty and a rank has few samples left, it takes a ticket, and when it has none, it waits.  A rank that has more than its fair
+part of all unfinished samples ends some of its own (`abort`) and sends tokens, log-probs, supports and routes to who holds a ticket, where they go on
+behind a prefill with the same bits.  Those with the fewest tokens go first, until either has the fair part, if it pays (`pays`).
 
 What is taken, finished and waited for are counters in the store of the process group: an atomic addition each, no rank waits for another between
-steps.  The samples travel from rank to rank over gloo.  Whoever finishes the last sample releases those who wait; a rank that waits is in the
+steps.  The samples travel from rank to rank over gloo.  Whoever finishes the last sample ends those who wait; a rank that waits is in the
 watchdog's phase `collective` meanwhile, and gives up after the process group's timeout.
 
 Ranks that have a part of the model each (`Generator.peers`) are one consumer with one queue: the first talks to the store and tells the others.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -35,9 +36,10 @@ from athanor.stream import Stream
 FEW_ROWS = 16  # a step costs the same for fewer: whole row steps on a CPU; on a GPU weights are what is read
 PREFILL_COST = 0.25  # of a token that is prefilled, in tokens that are decoded among many rows
 LOOK_STEPS = 8  # between two looks for ranks that wait
-HANDOVER_STEPS = 16  # in which a sample that travels does not grow
+HANDOVER_STEPS = 8  # in which a sample that travels does not grow
 POLL_S = (0.001, 0.05)  # between two looks of a rank that waits, first and longest
-END = b"end"
+MOST_ASKED = 8  # who want more that a look considers
+NOTHING, END = b"nothing", b"end"
 
 
 class Dispatch:
@@ -63,7 +65,7 @@ class Dispatch:
         self.held: set[tuple[int, int]] = set()  # (request, member) that this consumer has to finish
         self.finished: list[int] = []  # tokens of those that it has
         self.unreported = 0  # of these, not in the store yet
-        self.ticket = 0  # all up to it are taken
+        self.asked, self.gone = 0, set()  # this consumer's own ticket; those that are known to be answered
         self.waited_s = 0.0
         self.store = ranks.board() if self.moves and self.total else None
 
@@ -98,7 +100,7 @@ class Dispatch:
         """Empty the store; called when all ranks have ended their iteration."""
         if self.store is None or self.ranks.rank:
             return
-        tickets = range(1, self.store.add("tickets", 0) + self.num_consumers)
+        tickets = range(1, self.store.add("tickets", 0) + self.num_consumers + 1)
         names = [f"{kind}/{ticket}" for ticket in tickets for kind in ("taken", "rank", "gift")]
         for name in ["tickets", "finished", *(f"next/{consumer}" for consumer in range(self.num_consumers)), *names]:
             self.store.delete_key(name)
@@ -127,7 +129,7 @@ class Dispatch:
                         self.waited_s += time.perf_counter() - start
                     if gift is None:
                         return
-                    self._submit(stream, [(i, m) for i, m, _ in gift], {(i, m): c for i, m, c in gift if len(c.token_ids)})
+                    self._receive(stream, gift)
         except GeneratorExit:
             if self.leads:
                 self._leave()
@@ -140,18 +142,18 @@ class Dispatch:
             self._take(stream)
             if not self.held:
                 return
-            windows, ticket = windows + 1, None
+            windows, given = windows + 1, None
             if windows >= look:
-                ticket = self._give(stream)
-                look = windows + (self.every if ticket is None else 1)  # there may be more who wait
+                gift, waiting, finished = self._agreed(self._look)
+                self._receive(stream, gift)
+                given = self._give(stream, waiting, finished)
+                look = windows + (self.every if given is None else 1)  # there may be more who wait
             found = stream.step()
-            if ticket is not None:  # first of all: who leaves at a `yield` owes it to nobody
+            if given is not None:  # first of all: who leaves at a `yield` owes it to nobody
                 gift = [tuple(done) for done in found if done.completion.finish == "abort"]
                 self.held -= {(i, member) for i, member, _ in gift}
                 if self.leads:
-                    self.generator.dispatched["handed_over"] += len(gift)
-                    self.store.set(f"gift/{ticket}", str(self.ranks.rank))
-                    self.ranks.send(gift, int(self.store.get(f"rank/{ticket}")))
+                    self._send(gift, *given)
             for done in found:
                 if done.completion.finish != "abort":
                     self.held.remove((done.request, done.member))
@@ -199,34 +201,64 @@ class Dispatch:
             still.discard(source)
         return [], still
 
-    def _give(self, stream: Stream) -> int | None:
-        """End what somebody else should go on with; the ticket of who waits, or None."""
-        tickets, finished = self._agreed(self._look)
-        if tickets <= self.ticket:
+    def _look(self) -> tuple[list, list[tuple[int, int, int]], int]:
+        """What somebody has given; (ticket, rank, samples that it has) of some who want more; if there are any, how many samples are finished."""
+        gift = []
+        if self.asked:
+            if self.store.check([f"gift/{self.asked}"]):
+                gift = self._opened()
+            else:
+                self.store.set(f"rank/{self.asked}", f"{self.ranks.rank} {len(self.held)}")
+        elif not self.open and len(self.held) < max(FEW_ROWS, self.rows // 4):
+            self._ask()
+        tickets = range(1, self.store.add("tickets", 0) + 1)
+        waiting = [ticket for ticket in tickets if ticket not in self.gone and ticket != self.asked][:MOST_ASKED]
+        return gift, [(ticket, *map(int, self.store.get(f"rank/{ticket}").split())) for ticket in waiting], self._report(0) if waiting else 0
+
+    def _ask(self) -> None:
+        self.asked = self.store.add("tickets", 1)
+        self.store.set(f"rank/{self.asked}", f"{self.ranks.rank} {len(self.held)}")
+
+    def _give(self, stream: Stream, waiting: list[tuple[int, int, int]], finished: int) -> tuple[int, int] | None:
+        """End what somebody else should go on with; (ticket, rank) of who that is, or None."""
+        if not waiting:
             return None
         fair = -(-(self.total - finished) // self.num_consumers)
         samples = {sample: len(stream.tokens_of(*sample)) for sample in sorted(self.held)}
-        chosen = sorted(samples, key=samples.get)[: max(0, min(fair, len(samples) - fair))]
-        if not chosen or not self._pays(samples, chosen):
-            return None
-        self.ticket, ticket = self._agreed(lambda: self._next_ticket(tickets))
-        if ticket is not None:
-            for i in dict.fromkeys(i for i, _ in chosen):
-                stream.abort(i, [m for j, m in chosen if j == i])
-        return ticket
+        for ticket, rank, has in waiting:
+            chosen = sorted(samples, key=samples.get)[: max(0, min(fair - has, len(samples) - fair))]
+            if chosen and self._pays(samples, chosen, has) and self._agreed(lambda ticket=ticket: self._claims(ticket)):
+                for i in dict.fromkeys(i for i, _ in chosen):
+                    stream.abort(i, [m for j, m in chosen if j == i])
+                return ticket, rank
+        return None
 
-    def _pays(self, samples: dict[tuple[int, int], int], chosen: list[tuple[int, int]]) -> bool:
+    def _pays(self, samples: dict[tuple[int, int], int], chosen: list[tuple[int, int]], has: int) -> bool:
         again = sum(samples[sample] for sample in chosen) + sum(len(self.requests[i].prompt_ids) for i in {i for i, _ in chosen})
         left = [tokens_left(samples[i, m], self._limit(i), np.array(self.finished)) for i, m in chosen]
-        return pays(len(samples), len(chosen), again, float(np.mean(left)))
+        return pays(len(samples), len(chosen), has, again, float(np.mean(left)))
 
     def _limit(self, i: int) -> int:
         return (self.requests[i].sampling or self.sampling).max_tokens
 
-    def _look(self) -> tuple[int, int]:
-        """Tickets that were ever given out; where one is new, samples that are finished."""
-        tickets = self.store.add("tickets", 0)
-        return tickets, self._report(0) if tickets > self.ticket else 0
+    def _claims(self, ticket: int) -> bool:
+        """Is this rank the one that answers the ticket?"""
+        self.gone.add(ticket)
+        return self.store.add(f"taken/{ticket}", 1) == 1
+
+    def _send(self, gift: list[tuple[int, int, Completion]], ticket: int, rank: int) -> None:
+        self.generator.dispatched["handed_over"] += len(gift)
+        self.store.set(f"gift/{ticket}", str(self.ranks.rank) if gift else NOTHING)  # they may all have finished meanwhile
+        if gift:
+            self.ranks.send(gift, rank)
+
+    def _opened(self) -> list[tuple[int, int, Completion]] | None:
+        """What lies there for this rank's ticket; None: all samples are finished."""
+        answer, self.asked = self.store.get(f"gift/{self.asked}"), 0
+        return None if answer == END else [] if answer == NOTHING else self.ranks.receive(int(answer))
+
+    def _receive(self, stream: Stream, gift: list[tuple[int, int, Completion]]) -> None:
+        self._submit(stream, [(i, m) for i, m, _ in gift], {(i, m): c for i, m, c in gift if len(c.token_ids)})
 
     def _report(self, more: int) -> int:
         """Count what has finished here; all that is finished anywhere."""
@@ -236,38 +268,37 @@ class Dispatch:
             self._release()
         return finished
 
-    def _next_ticket(self, last: float) -> tuple[int, int | None]:
-        """Take the first ticket up to `last` that is to be had, also one that will be given out.  With it, up to where all are taken."""
-        for ticket in range(self.ticket + 1, last + 1):
-            if self.store.add(f"taken/{ticket}", 1) == 1:
-                return ticket, ticket
-        return max(self.ticket, last), None
-
     def _wait(self) -> list[tuple[int, int, Completion]] | None:
         """Say that there is nothing left here; what another rank gives, or None when all samples are finished."""
         if self._report(0) == self.total:
             return None
-        ticket = self.store.add("tickets", 1)
-        self.store.set(f"rank/{ticket}", str(self.ranks.rank))
+        if self.asked:
+            self.store.set(f"rank/{self.asked}", f"{self.ranks.rank} 0")
+        else:
+            self._ask()
+        return self._wait_for_gift()
+
+    def _wait_for_gift(self) -> list[tuple[int, int, Completion]] | None:
         end, pause = time.monotonic() + self.ranks.timeout.total_seconds(), POLL_S[0]
-        while not self.store.check([f"gift/{ticket}"]):  # `get` would hold the connection, which a watchdog of NCCL's may need
+        while not self.store.check([f"gift/{self.asked}"]):  # `get` would hold the connection, which a watchdog of NCCL's may need
             if time.monotonic() > end:
                 raise TimeoutError(f"rollout: nothing from the other ranks for {self.ranks.timeout.total_seconds():g} s")
             time.sleep(pause)
             pause = min(2 * pause, POLL_S[1])
-        gift = self.store.get(f"gift/{ticket}")
-        return None if gift == END else self.ranks.receive(int(gift))
+        return self._opened()
 
     def _release(self) -> None:
         """The last samples are finished: end the others, each of which has a ticket, is about to take one, or will see that there is nothing left."""
-        for _ in range(self.num_consumers - 1):
-            self.ticket, ticket = self._next_ticket(1 << 30)
+        tickets = (ticket for ticket in itertools.count(1) if ticket not in self.gone and self._claims(ticket))
+        for ticket in itertools.islice(tickets, self.num_consumers):
             self.store.set(f"gift/{ticket}", END)
 
     def _leave(self) -> None:
         """Count as finished what this rank leaves behind, and what nobody has taken so that nobody does."""
-        untaken = sum(max(0, n - self.store.add(f"next/{consumer}", n) + n) for consumer, n in enumerate(self.lengths))
-        self._report(len(self.held) + untaken)
+        left = len(self.held) + sum(max(0, n - self.store.add(f"next/{consumer}", n) + n) for consumer, n in enumerate(self.lengths))
+        if self.asked and not self._claims(self.asked):  # what is under way must be taken
+            left += len(self._wait_for_gift() or ())
+        self._report(left)
 
     def _agreed(self, decide: Callable):
         """What the consumer's first rank decides."""
@@ -276,13 +307,14 @@ class Dispatch:
         return self.peers.broadcast(decide() if self.leads else None)
 
 
-def pays(num_rows: int, num_given: int, tokens_again: int, tokens_left: float) -> bool:
-    """Does it pay to hand over num_given of num_rows samples, with tokens_again to prefill and a mean of tokens_left still to draw?
+def pays(num_rows: int, num_given: int, num_there: int, tokens_again: int, tokens_left: float) -> bool:
+    """Does it pay to hand over num_given of num_rows samples to a rank that has num_there, with tokens_again to prefill and a mean of tokens_left
+    still to draw?
 
     The cost of a step is taken as its rows, at least FEW_ROWS; the slower of the two ranks counts.  What becomes cheaper are the tokens_left
-    steps, less HANDOVER_STEPS in which nothing is drawn; what is paid is the prefill, PREFILL_COST a token.
+    steps; what is paid is the prefill, PREFILL_COST a token, and HANDOVER_STEPS in which nothing of it is drawn.
     """
-    after = max(num_rows - num_given, num_given, FEW_ROWS)
+    after = max(num_rows - num_given, num_there + num_given, FEW_ROWS)
     saved = (max(num_rows, FEW_ROWS) - after) * tokens_left
     return saved > PREFILL_COST * tokens_again + HANDOVER_STEPS * after
 

@@ -15,6 +15,9 @@ class Turns:
         self.choices, self.most, self.threads, self.waiting, self.turn = list(choices), most, set(), set(), None
         self.changed = threading.Condition()
 
+    def pick(self, waiting: list[int], taken: int) -> int:
+        return waiting[(self.choices[taken] if taken < len(self.choices) else taken) % len(waiting)]
+
     def wait(self, rank: int) -> None:
         with self.changed:
             self.waiting.add(rank)
@@ -36,8 +39,7 @@ class Turns:
                 assert self.changed.wait_for(lambda: self.turn is None and self.waiting == self.threads, 60), "a thread has stopped"
                 if not self.threads:
                     return
-                waiting = sorted(self.waiting)
-                self.turn = waiting[(self.choices[taken] if taken < len(self.choices) else taken) % len(waiting)]
+                self.turn = self.pick(sorted(self.waiting), taken)
                 taken += 1
                 self.most -= 1
                 self.changed.notify_all()
