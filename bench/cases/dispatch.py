@@ -10,7 +10,7 @@ import torch
 from cases.rollout import MODELS
 from workloads import Contender, Workload
 
-SIZES = {"model": "0.8M", "prompts": 16, "G": 16, "prompt": 32, "rows": 64, "new": 512}  # new: at most
+SIZES = {"model": "0.8M", "prompts": 8, "G": 32, "prompt": 32, "rows": 64, "new": 512}  # new: at most
 
 
 def workloads(device: str) -> list[Workload]:
