@@ -160,6 +160,32 @@ def test_one_sample_or_one_request_can_be_aborted():
     assert sum(c.finish == "abort" for c in done.values()) >= 2
 
 
+@pytest.mark.parametrize("window, ahead", [(1, 0), (3, 1)])
+def test_on_demand_samples_of_a_request_come_in_parts_and_go_on_after_an_abort(window, ahead):
+    asked = requests(3, samples=4)
+    whole = Generator(make_model(), {EOS}).generate(asked, SAMPLING)
+    generator, done, aborted = Generator(make_model(), {EOS}, window=window, ahead=ahead), {}, 0
+    with generator.stream(asked, SAMPLING, on_demand=True, max_rows=6) as stream:
+        assert stream.step() == [] and stream.finished
+        for i, members in ((1, [1, 3]), (0, [0, 1, 2, 3]), (1, [0]), (2, [2])):
+            stream.submit(i, members)
+        while len(done) < 8:
+            for i, m, completion in stream.step():
+                if completion.finish == "abort":
+                    aborted += 1
+                    stream.submit(i, [m], {m: completion} if len(completion.token_ids) else {})
+                else:
+                    done[i, m] = completion
+            if aborted < 6:
+                stream.abort(1, [0, 3])  # the scheduler has them in other requests behind each abort
+        stream.submit(1, [2])  # after everything
+        while not stream.finished:
+            done.update({(i, m): c for i, m, c in stream.step()})
+    assert sorted(done) == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (2, 2)] and aborted >= 4
+    for (i, m), completion in done.items():
+        same(completion, whole[i][m])
+
+
 @pytest.mark.parametrize("window, ahead", [(1, 0), (2, 1)])
 def test_new_weights_drop_the_keys_and_values_of_the_old_ones(window, ahead):
     """After a change the rest of a sample is what a new generator gives behind the tokens that were there."""
