@@ -208,7 +208,8 @@ def test_a_mixture_is_balanced_while_it_learns_to_judge(tmp_path, objective):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows(10)))
     else:
         path, task = tmp_path / "pairs.jsonl", "preferences"
-        pairs = [{"prompt": f"User: greet {a} {b} ?", "chosen": f"hi {a}", "rejected": "oi"} for a in ("tom", "ann", "bob") for b in ("eve", "lin", "tom")]
+        names = ("tom", "ann", "bob")
+        pairs = [{"prompt": f"User: greet {a} {b} ?", "chosen": f"hi {a}", "rejected": "oi"} for a in names for b in names]
         path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     context = stage_context(tmp_path, make_task(task, train=str(path), validation_share=0, test_share=0))
     shape = FAMILIES["deepseek_v3"].model_copy(update={"vocab_size": TOKENIZER.vocab_size, "num_nextn_predict_layers": 1})
