@@ -52,7 +52,7 @@ class SplitMuon(torch.optim.Optimizer):
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
                 buffer.lerp_(p.grad, 1 - momentum)
                 update = p.grad.lerp(buffer, momentum)
-                if p.dim() == 3 and isinstance(p, DTensor):
+                if p.dim() == 3 and isinstance(p, DTensor) and p not in self.splits:
                     assert all(placement == Replicate() or placement == Shard(0) for placement in p.placements)
                     _muon_step_(p.to_local(), update.to_local(), **options)
                     continue
