@@ -92,8 +92,9 @@ def test_two_ranks_draw_the_samples_of_one(tmp_path, threads, parallel, changes)
     assert [(row["stage"], row["step"]) for row in alone] == [(row["stage"], row["step"]) for row in split]
     for one, other in zip(alone, split, strict=True):
         # Rewards, lengths and the like are means over samples, equal as long as each sample is; choices of experts are counted.
-        for name in ("reward", "mean_tokens", "truncated_rate", "format", "zero_advantage_rate", "tokens", "router_imbalance"):
-            assert one.get(name) == (None if name not in one else pytest.approx(other[name], rel=1e-12)), (name, one, other)
+        for name in ("reward", "mean_tokens", "truncated_rate", "format", "zero_advantage_rate", "tokens", "router_imbalance", "label_accuracy"):
+            judged = name == "reward" and one["stage"] == "general_rl"  # by models that were trained in another order of sums
+            assert one.get(name) == (None if name not in one else pytest.approx(other[name], rel=1e-6 if judged else 1e-12)), (name, one, other)
         for name in ("loss", "mtp_loss", "entropy", "grad_norm", "kl_ref"):
             assert one.get(name) == (None if name not in one else pytest.approx(other[name], rel=1e-3, abs=1e-7)), (name, one, other)
         assert other.get("logp_gap_max", 0) < 1e-5
