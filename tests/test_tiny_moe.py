@@ -110,7 +110,7 @@ def test_the_whole_recipe_lifts_a_mixture_as_it_lifts_a_dense_model(tmp_path):
     stages = json.loads(result.stdout.splitlines()[-1])["stages"]
     right, careful = ({name: stage[key] for name, stage in stages.items()} for key in ("pass@1", "pass@1_t1"))
     assert right["base"] < 0.2 and right["zero"] > right["base"] + 0.4 and stages["zero"]["mean_tokens"] > 2 * stages["base"]["mean_tokens"]
-    assert careful["base"] < careful["zero"] < careful["reasoning_rl"] and careful["cold_start"] < careful["reasoning_rl"]
+    assert careful["base"] < careful["zero"] < min(careful["reasoning_rl"], careful["general_rl"])
     assert min(right[name] for name in ("cold_start", "reasoning_rl", "rejection_sft", "general_rl")) > 0.7
     assert right["distill"] > right["student_rl"] + 0.1
     assert stages["general_rl"]["open_ended_reward"] > stages["rejection_sft"]["open_ended_reward"]
