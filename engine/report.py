@@ -7,6 +7,7 @@ of a run that is not finished.  Model text is untrusted: everything is escaped, 
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from athanor.atomic import read_json, write_file
@@ -40,6 +41,9 @@ CHARTS = [  # metrics (the first that a stage has), title, what it says, options
     (("entropy",), "Entropy", "Nats per token of the sampled distribution", {}),
     (("language_consistency", "language"), "One language", "Language consistency of the rollouts", {"percent": True}),
     (("logp_gap_max",), "Rollout vs. trainer", "Largest log-prob difference of a token, nats", {"log_scale": True}),
+    # of mixtures of experts alone
+    (("router_imbalance",), "Expert load", "Fullest expert's tokens / mean - 1, in the worst layer", {}),
+    (("route_disagreement",), "Expert choices", "Share of replayed ones that the router would not make again, last update of a rollout", {}),
 ]
 TIME_PARTS = {  # metric, seconds per step: heading
     "rollout_prefill_s": "prefill",
@@ -271,7 +275,19 @@ def _supervised_charts(rows: list[dict], stages: dict) -> list[dict]:
             charts.append(
                 {"title": stage["title"], "says": "Training loss by step", "svg": _svg([line], f"Loss, {stage['title']}", f"loss-{name}", {})}
             )
-    return charts
+    return charts + _load_chart(rows, stages)
+
+
+def _load_chart(rows: list[dict], stages: dict) -> list[dict]:
+    """One chart of how evenly experts are loaded in all stages but RL, by percent of a stage's steps; none without experts."""
+    sparse = [name for name, stage in stages.items() if stage["kind"] != "grpo" and any(r["stage"] == name and "router_imbalance" in r for r in rows)]
+    lines = [_series(rows, name, "router_imbalance", stages[name]["title"], slot) for slot, name in enumerate(sparse)]
+    lines = [replace(line, steps=[100 * step / line.steps[-1] for step in line.steps]) for line in lines]
+    if not lines:
+        return []
+    says = "Fullest expert's tokens / mean - 1, in the worst layer; the axis is percent of the stage's steps"
+    legend = {line.name: line.slot % NUM_SERIES for line in lines}
+    return [{"title": "Expert load", "says": says, "svg": _svg(lines, "Expert load", "expert-load", {}), "legend": legend}]
 
 
 def _series(rows: list[dict], stage: str, metric: str, name: str, slot: int) -> Series:

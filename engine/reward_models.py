@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from athanor.context_parallel import part_of
 from athanor.errors import UserError
+from athanor.model.moe import Routes
 from athanor.model.transformer import Decoder, PackedAttention, fill_tokens
 from athanor.rewards import Reward
 from athanor.rewards.verdicts import final_reply
@@ -42,12 +43,12 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         self.mean, self.std = 0.0, 1.0
 
-    def forward(self, input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """r (S,) fp32 of packed sequences, read at each one's last token."""
+    def forward(self, input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, routes: Routes | None = None) -> Tensor:
+        """r (S,) fp32 of packed sequences, read at each one's last token.  routes: for the routers of a mixture of experts."""
         part, last = part_of(self.decoder, len(input_ids)), cu_seqlens[1:].long() - 1
         own, rows = part.own(last)
         input_ids, positions, cu_seqlens = fill_tokens(input_ids, positions, cu_seqlens, part.step)
-        hidden = self.decoder(part.rows(input_ids), part.rows(positions), part.attend(PackedAttention(cu_seqlens)))
+        hidden = self.decoder(part.rows(input_ids), part.rows(positions), part.attend(PackedAttention(cu_seqlens)), routes)
         return part.joined(self.value_head(hidden[rows])[:, 0].float(), own, len(last))
 
     @torch.no_grad()

@@ -144,6 +144,7 @@ def cases(world: int) -> dict[str, tuple]:
         "fsdp, untied": (("qwen2, untied", "adamw"), 48, {"shard": 0}),
         "fsdp, muon": (("qwen3", "muon"), 48, {"shard": 0}),
         "fsdp, sparse": (("deepseek_v3", "adamw"), 48, {"shard": 0}),
+        "fsdp, sparse, muon": (("deepseek_v3", "muon"), 48, {"shard": 0}),
         "fsdp, sparse, recomputed": (("deepseek_v3", "adamw"), 48, {"shard": 0, "activation_checkpointing": True}),
     }
     sparse, ahead = ("deepseek_v3", "adamw"), ("deepseek_v3, fp8, mtp", "adamw")
@@ -151,6 +152,7 @@ def cases(world: int) -> dict[str, tuple]:
     if world > 1:
         found["experts, fsdp, recomputed"] = sparse, 48, {"expert": 2, "shard": 0, "activation_checkpointing": True}
         found["experts, fp8, mtp"] = ahead, 48, {"expert": 2}
+        found["experts, muon"] = ("deepseek_v3", "muon"), 48, {"expert": 2}
     if world == 4:
         found |= {"hsdp": (qwen3, 48, {"shard": 2}), "hsdp, one batch": (qwen3, 1000, {"shard": 2}), "experts": (sparse, 48, {"expert": 2})}
     return found

@@ -56,11 +56,12 @@ def sparse_cases(world: int) -> dict[str, tuple]:
     """The same of mixtures of experts and latent attention."""
     deepseek, plain, qwen3 = (tuple((name, "adamw", torch.float64) for name in
                               ("deepseek_v3, mtp", "deepseek_v3, plain queries", "qwen3_moe, four keys")))  # fmt: skip
-    again = {"activation_checkpointing": True}
+    again, muon = {"activation_checkpointing": True}, ("deepseek_v3, mtp", "muon")
     if world < 4:
-        return {"deepseek": (deepseek, {}), "plain": (plain, {}), "qwen3": (qwen3, again if world > 1 else {})}
+        return {"deepseek": (deepseek, {}), "muon": (muon, {}), "plain": (plain, {}), "qwen3": (qwen3, again if world > 1 else {})}
     return {
         "deepseek": (deepseek, {}),
+        "muon, experts of parts, fsdp": (muon, {"tensor": 2, "expert": 2, "shard": 0}),
         "qwen3, two groups, fsdp": (qwen3, {"tensor": 2, "shard": 0, **again}),
         "plain, contexts": (plain, {"tensor": 2, "context": 2, **again}),
         "qwen3, contexts and experts": (qwen3, {"tensor": 1, "context": 2, "expert": 2}),

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from athanor.config import OptimizerConfig
-from athanor.errors import UserError
 from athanor.optim import Optimizer, learning_rate
 from athanor.parallel import Ranks
 
@@ -36,14 +35,38 @@ class Net(nn.Module):
         return self.second(self.first(self.embed(ids)).tanh())
 
 
-def test_stacks_of_experts_decay_like_matrices_and_are_refused_by_muon():
+def a_mixture(shape=(2, 3, 4)):
     net = nn.Module()
-    net.experts, net.norm = nn.Parameter(torch.ones(2, 3, 4)), nn.Parameter(torch.ones(3))
+    net.experts, net.norm = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0))), nn.Parameter(torch.ones(3))
     net.bias = nn.Parameter(torch.zeros(2), requires_grad=False)
-    (adamw,) = Optimizer(net, OptimizerConfig(weight_decay=0.1), Ranks()).parts
+    return net
+
+
+def test_stacks_of_experts_decay_like_matrices():
+    (adamw,) = Optimizer(a_mixture(), OptimizerConfig(weight_decay=0.1), Ranks()).parts
     assert [(g["weight_decay"], [p.shape for p in g["params"]]) for g in adamw.param_groups] == [(0.1, [(2, 3, 4)]), (0.0, [(3,)])]
-    with pytest.raises(UserError, match="muon, which takes no stacks of matrices such as experts"):
-        Optimizer(net, OptimizerConfig(name="muon"), Ranks())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), (3, 24, 16), (5, 16, 40)])  # one row, tall, wide
+def test_muon_updates_each_expert_of_a_stack_as_a_matrix_of_its_own(shape):
+    net = a_mixture(shape)
+    start = net.experts.detach().clone()
+    alone = [nn.Parameter(expert.clone()) for expert in start]
+    theirs = torch.optim.Muon(alone, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    optimizer = Optimizer(net, OptimizerConfig(name="muon", lr=0.01, weight_decay=0.1, grad_clip=0.0), Ranks(threads=1))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        # scales far apart: one norm for the whole stack would be another update
+        gradient = torch.randn(shape, generator=generator) * 10.0 ** torch.arange(shape[0])[:, None, None]
+        net.experts.grad, net.norm.grad = gradient.clone(), torch.zeros(3)
+        for expert, own in zip(alone, gradient, strict=True):
+            expert.grad = own
+        optimizer.step(0.01)
+        theirs.step()
+    for expert, own, before in zip(net.experts, alone, start, strict=True):
+        # bf16: a last bit is 2^-9 of an update, and five iterations pass it on
+        assert (expert - own).detach().norm() < 2e-2 * (own - before).detach().norm()
+    assert sorted(optimizer.state_tensors()) == ["experts.momentum_buffer", "norm.exp_avg", "norm.exp_avg_sq", "norm.step"]
 
 
 def loss_of(net):

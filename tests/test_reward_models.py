@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from athanor.checkpoint import export_model
 from athanor.config import ModelConfig, RecipeConfig, RewardModelConfig
 from athanor.console import Console
 from athanor.errors import UserError
-from athanor.metrics import MetricsWriter
-from athanor.model.transformer import Decoder
+from athanor.metrics import MetricsWriter, read_metrics
+from athanor.model.moe import Routes, routers
+from athanor.model.transformer import Decoder, PackedAttention, fill_tokens
 from athanor.parallel import Ranks
 from athanor.reward_models import Preference, RewardModel, Safety, batches, judged_tokens, load_reward, packed, save_reward_head
 from athanor.samples import Problem, Sample
@@ -23,6 +26,9 @@ from athanor.tasks import make_task
 from athanor.tasks.courtesy import CourtesyTask
 from athanor.tasks.discretion import SECRET, DiscretionTask
 from athanor.tokenizer import symbol_tokenizer
+
+sys.path.append(str(Path(__file__).parent))  # tests/ is no package
+from sparse_models import FAMILIES  # noqa: E402
 
 TASK, DISCRETION = CourtesyTask(), DiscretionTask()
 TOKENIZER, WITH_MINUS = symbol_tokenizer(list(TASK.symbols)), symbol_tokenizer(list(DISCRETION.symbols))
@@ -195,13 +201,53 @@ def test_micro_batches_change_nothing(tmp_path):
     torch.testing.assert_close(*heads, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("objective", ["pairwise", "pointwise"])
+def test_a_mixture_is_balanced_while_it_learns_to_judge(tmp_path, objective):
+    if objective == "pointwise":
+        path, task = tmp_path / "rows.jsonl", "labelled"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows(10)))
+    else:
+        path, task = tmp_path / "pairs.jsonl", "preferences"
+        names = ("tom", "ann", "bob")
+        pairs = [{"prompt": f"User: greet {a} {b} ?", "chosen": f"hi {a}", "rejected": "oi"} for a in names for b in names]
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    context = stage_context(tmp_path, make_task(task, train=str(path), validation_share=0, test_share=0))
+    shape = FAMILIES["deepseek_v3"].model_copy(update={"vocab_size": TOKENIZER.vocab_size, "num_nextn_predict_layers": 1})
+    policy = Decoder(shape).initialize_(0)
+    policy.train_mtp_(False)
+    export_model(policy, TOKENIZER, tmp_path / "policy")
+    settings = dict(kind="reward_model", objective=objective, task="rows", init=str(tmp_path / "policy"), steps=1, micro_batch_tokens=32)
+    config = RewardModelConfig(**settings, router_bias_rate=0.01, balance_loss=0.5, optimizer={"lr": 1e-3, "warmup_steps": 0})
+    collect = reward_model_stage._pairs if objective == "pairwise" else reward_model_stage._labelled
+    examples = collect(context, config)
+    with context.metrics:
+        reward_model_stage.run(context, config)
+    (row,) = read_metrics(context.run_dir)
+    sequences = [ids for example in examples[len(examples) // 5 :] for ids in example.sequences]
+    balances, counts = [], 0
+    for ids in sequences:  # one at a time, by forwards of their own
+        routes = Routes(num_tokens=len(ids), cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32))
+        with torch.no_grad():
+            token_ids, positions, cu_seqlens = fill_tokens(*packed([ids], torch.device("cpu")))
+            policy(token_ids, positions, PackedAttention(cu_seqlens), routes)
+        balances.append(torch.stack(routes.balance).mean())
+        counts = counts + torch.stack(routes.counts)
+    # The head is zero at first, so every margin is.
+    assert row["loss"] == pytest.approx(math.log(2) + 0.5 * float(torch.stack(balances).mean()), rel=1e-5)
+    assert row["router_imbalance"] == pytest.approx(float((counts.amax(1) / counts.double().mean(1)).max()) - 1) and counts.sum() > 0
+    judge = load_reward("preference" if objective == "pairwise" else "safety", context.checkpoint_dir, TOKENIZER, torch.device("cpu")).model
+    for before, after, count in zip(routers(policy), routers(judge.decoder), counts.double(), strict=True):
+        torch.testing.assert_close(after.bias - before.bias, 0.01 * torch.sign(count.mean() - count).float(), rtol=0, atol=1e-6)
+    assert judge.decoder.mtp is not None  # a layer for multi-token prediction stays in the folder, untrained
+
+
 def test_the_pointwise_loss_is_the_logistic_one():
     model = RewardModel(reward_model().decoder, "pointwise")
     torch.nn.init.normal_(model.value_head.weight)
     problem = TASK.problem("train", 0)
     ids = judged_tokens(TOKENIZER, problem, "hello", "pointwise")
     examples = [reward_model_stage.Example((ids,), safe) for safe in (True, False)]
-    loss = -torch.nn.functional.logsigmoid(reward_model_stage._margins(model, examples, torch.device("cpu")))
+    loss = -torch.nn.functional.logsigmoid(reward_model_stage._margins(model(*packed([ids, ids], torch.device("cpu"))), examples))
     p = 1 / (1 + math.exp(-model.score([ids])[0]))
     np.testing.assert_allclose(loss.detach().numpy(), [-math.log(p), -math.log(1 - p)], rtol=1e-5)
     np.testing.assert_allclose(Safety(model, TOKENIZER)([sample(problem, "hello")]), [p], rtol=1e-5)

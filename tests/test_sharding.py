@@ -64,15 +64,19 @@ def test_recomputing_activations_changes_no_bit(alone):
 
 # Layouts that are one on one process, by the one that ran there.
 ALONE = {"hsdp": "fsdp", "hsdp, one batch": "fsdp, one batch", "experts": "fsdp, sparse", "experts, fsdp, recomputed": "fsdp, sparse, recomputed",
-         "experts, fp8, mtp": "fsdp, fp8, mtp, recomputed"}  # fmt: skip
+         "experts, fp8, mtp": "fsdp, fp8, mtp, recomputed", "experts, muon": "fsdp, sparse, muon"}  # fmt: skip
+
+
+SPARSE_MUON = ("fsdp, sparse, muon", "experts, muon")
 
 
 def compare_with_one_process(found: dict, alone: dict) -> None:
     for name, case in found.items():
         wanted = alone.get(name) or alone[ALONE[name]]
         assert distance(case["gradients"], wanted["gradients"]) < 1e-6, name
-        # Muon multiplies in bf16: a last bit of the gradient is up to 2^-9 of an update.
-        assert distance(case["weights"], wanted["weights"]) < (2e-3 if "muon" in name else 1e-6), name
+        # Muon multiplies in bf16: a last bit of the gradient is up to 2^-9 of an update, and more where the gradient has not full rank, as of experts
+        # with few tokens; three updates are as long as a small matrix, so a wrong one is far beyond.
+        assert distance(case["weights"], wanted["weights"]) < (5e-2 if name in SPARSE_MUON else 2e-3 if "muon" in name else 1e-6), name
         for (loss, norm), (one_loss, one_norm) in zip(case["figures"], wanted["figures"], strict=True):
             assert loss == pytest.approx(one_loss, rel=1e-4 if "muon" in name else 2e-6), name
             assert norm == pytest.approx(one_norm, rel=1e-3 if "muon" in name else 2e-6), name

@@ -121,10 +121,11 @@ def compare(folder: Path, world: int, alone: dict) -> None:
     found = on_ranks(folder, world, "sparse", case)
     for name in layouts:
         wanted = alone[name.split(", ")[0]]
-        assert distance(found[name]["gradients"], wanted["gradients"]) < 1e-12, name
-        assert distance(found[name]["weights"], wanted["weights"]) < 1e-12, name
+        muon = name.startswith("muon")  # in fp32, and in bf16 where gradients of few tokens have not full rank (test_sharding)
+        assert distance(found[name]["gradients"], wanted["gradients"]) < (2e-6 if muon else 1e-12), name
+        assert distance(found[name]["weights"], wanted["weights"]) < (5e-2 if muon else 1e-12), name
         for step, one in zip(found[name]["figures"], wanted["figures"], strict=True):  # losses, that of multi-token prediction with them, and norm
-            assert step == pytest.approx(one, rel=1e-12), name
+            assert step == pytest.approx(one, rel=1e-3 if muon else 1e-12), name
     with pytest.raises(AssertionError):  # the comparison can fail
         assert distance(found["deepseek"]["weights"], {n: x + 1e-9 for n, x in alone["deepseek"]["weights"].items()}) < 1e-12
     for name, one in alone["samples"].items():

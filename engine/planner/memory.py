@@ -145,7 +145,7 @@ def moments(config: ModelConfig, layout: Layout, optimizer: str) -> int:
     """Numbers of optimizer state that a rank owns: two for each trained parameter, one for what Muon updates (`Optimizer`)."""
     muon = optimizer == "muon"
     per_weight = ((w, count * w.local(layout)) for w, count in _kinds(config) if w.trained)
-    return sum(numbers * (1 if muon and len(w.shape) == 2 and not w.table else 2) for w, numbers in per_weight)
+    return sum(numbers * (1 if muon and len(w.shape) > 1 and not w.table else 2) for w, numbers in per_weight)
 
 
 def gathered(config: ModelConfig, layout: Layout, compute_bytes: int, grad_bytes: int) -> float:

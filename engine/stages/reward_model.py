@@ -25,6 +25,7 @@ from athanor.samples import Problem
 from athanor.seeds import derive_seed
 from athanor.sharding import WholeParameters, missing_forwards
 from athanor.stages.context import StageContext
+from athanor.stages.routing import RouterBalance
 from athanor.stages.training import TrainingLoop, optimizer_step
 
 SOURCES = {"pairwise": ("pair", "preferred"), "pointwise": ("labelled", "judged_safe")}  # powers of a task, one of which the objective needs
@@ -58,10 +59,15 @@ def run(context: StageContext, config: RewardModelConfig) -> dict:
         mine = context.ranks.data.share(drawn, [example.num_tokens for example in drawn])
         shares = []  # of this rank's parts in the accuracy
 
-        def loss_of(part: list[Example], shares=shares) -> Tensor:
-            margin = _margins(model, part or training[:1], context.ranks.device)[: len(part)]
+        balance = RouterBalance(model.decoder, config, context.ranks.data)
+
+        def loss_of(part: list[Example], shares=shares, balance=balance) -> Tensor:
+            inputs = _packed(part or training[:1], context.ranks.device)
+            each = torch.arange(len(inputs[2]), device=context.ranks.device)  # a sequence has one score
+            routes = balance.routes_over(len(inputs[0]), inputs[2], each) if part else None
+            margin = _margins(model(*inputs, routes), part or training[:1])[: len(part)]
             shares.append(float((margin > 0).sum()) / size)
-            return -logsigmoid(margin).sum() / size
+            return -logsigmoid(margin).sum() / size + balance.loss(routes, len(part) / size)
 
         parts = [mine[first:end] for first, end in batches([example.num_tokens for example in mine], config.micro_batch_tokens)]
         parts += [[]] * missing_forwards(model, context.ranks, len(parts))
@@ -69,15 +75,15 @@ def run(context: StageContext, config: RewardModelConfig) -> dict:
         loss, norm = optimizer_step(loop.optimizer, parts, loss_of, lr)
         totals = torch.tensor([loss, sum(shares)], dtype=torch.float64)
         context.ranks.data.sum_(totals)
-        loop.applied(norm, float(totals[0]), lambda mine=mine: {"examples": mine})
-        metrics |= {"loss": float(totals[0]), right: float(totals[1]), "grad_norm": norm, "lr": lr}
+        applied = loop.applied(norm, float(totals[0]), lambda mine=mine: {"examples": mine})
+        metrics |= {"loss": float(totals[0]), right: float(totals[1]), "grad_norm": norm, "lr": lr, **balance.finish(applied)}
     model.eval()
     if config.objective == "pairwise":
         raw = model.score([ids for example in training for ids in example.sequences])
         model.mean, model.std = float(raw.mean()), float(raw.std()) or 1.0
     with torch.no_grad():
         parts = batches([example.num_tokens for example in held_out], config.micro_batch_tokens)
-        margins = torch.cat([_margins(model, held_out[first:end], context.ranks.device) for first, end in parts])
+        margins = torch.cat([_margins(model(*_packed(part, context.ranks.device)), part) for part in (held_out[a:b] for a, b in parts)])
     head = WholeParameters(model)["value_head.weight"]
     # The folder appears whole: decoder and head are written under another name first.
     staging = context.checkpoint_dir.with_name(context.checkpoint_dir.name + ".staging")
@@ -93,13 +99,19 @@ def run(context: StageContext, config: RewardModelConfig) -> dict:
     return {"metrics": measured, "outputs": {"checkpoint": context.checkpoint_dir}}
 
 
-def _margins(model: RewardModel, examples: Sequence[Example], device: torch.device) -> Tensor:
-    """(n,): what the loss is -log sigmoid of, r(chosen) - r(rejected) of a pair, r of a safe response, -r of an unsafe one."""
-    scores = model(*packed([ids for example in examples for ids in example.sequences], device))
+def _packed(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    return packed([ids for example in examples for ids in example.sequences], device)
+
+
+def _margins(scores: Tensor, examples: Sequence[Example]) -> Tensor:
+    """(n,): what the loss is -log sigmoid of, r(chosen) - r(rejected) of a pair, r of a safe response, -r of an unsafe one.
+
+    scores: r of all sequences of the examples, (n,) or (2n,).
+    """
     if len(examples[0].sequences) == 2:
         scores = scores.view(-1, 2)
         return scores[:, 0] - scores[:, 1]
-    return torch.where(torch.tensor([example.safe for example in examples], device=device), scores, -scores)
+    return torch.where(torch.tensor([example.safe for example in examples], device=scores.device), scores, -scores)
 
 
 def _pairs(context: StageContext, config: RewardModelConfig) -> list[Example]:

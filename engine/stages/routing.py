@@ -26,14 +26,18 @@ class RouterBalance:
 
     def routes(self, batch: PackedBatch, replay: Tensor | None = None) -> Routes | None:
         """For a forward over this rank's part of the batch, filler rows behind it or not.  replay: `Routes.recorded` of an earlier one over it."""
+        return self.routes_over(len(batch.input_ids), batch.cu_seqlens, batch.loss_cu_seqlens, replay)
+
+    def routes_over(self, num_tokens: int, cu_seqlens: Tensor, loss_cu_seqlens: Tensor, replay: Tensor | None = None) -> Routes | None:
+        """The same for packed sequences that are no PackedBatch.  loss_cu_seqlens: (S+1,) of what is trained of each."""
         if not self.routers:
             return None
-        part = part_of(self.model, len(batch.input_ids))
+        part = part_of(self.model, num_tokens)
         if not self.alpha:
             return Routes(replay, num_tokens=part.num_tokens)
-        weights = batch.loss_cu_seqlens.diff() / max(batch.num_targets, 1)
+        weights = loss_cu_seqlens.diff() / loss_cu_seqlens[-1].clamp_min(1)
         others = {"begin": part.begin, "across": part.sum} if part.ranks else {}
-        return Routes(replay, num_tokens=part.num_tokens, cu_seqlens=batch.cu_seqlens, weights=weights, **others)
+        return Routes(replay, num_tokens=part.num_tokens, cu_seqlens=cu_seqlens, weights=weights, **others)
 
     def loss(self, routes: Routes | None, share: float) -> Tensor | float:
         """alpha times the mean over layers, times the batch's share of the step; counts what the forward chose."""
