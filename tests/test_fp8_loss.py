@@ -10,8 +10,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
-from fp8_language import LENGTH, TOPICS, VOCABULARY, Language  # noqa: E402
+from fp8_language import LENGTH, TOPICS, VOCABULARY, Falling, Language  # noqa: E402
 from fp8_loss import interval, summary  # noqa: E402
+from fp8_products import Noisy  # noqa: E402
+
+from athanor.kernels import fp8_mixture, moe_places  # noqa: E402
 
 
 def test_documents_follow_the_tables_and_do_not_depend_on_who_asks():
@@ -22,22 +25,49 @@ def test_documents_follow_the_tables_and_do_not_depend_on_who_asks():
     chances = np.zeros(VOCABULARY)
     for tilt in language.tilts:
         for token, count in zip(*np.unique(ids[:, :-1], return_counts=True), strict=True):
-            e = np.exp(language.pairs[token] + tilt)
+            e = np.exp(language.pairs[0, token] + tilt)
             chances += count * e / e.sum() / TOPICS
     seen = np.bincount(ids[:, 1:].flatten(), minlength=VOCABULARY)
     assert np.abs(seen - chances).max() / ids[:, 1:].size < 0.015  # 400 topics drawn of 8
 
 
-def test_the_best_loss_is_that_of_the_whole_documents_probability():
-    language = Language(0, torch.device("cpu"))
+@pytest.mark.parametrize("kind", [Language, Falling])
+def test_the_best_loss_is_that_of_the_whole_documents_probability(kind):
+    language, given = kind(0, torch.device("cpu")), len(kind.spreads)
     total = 0.0
     for row in language.documents(5, 3):
         chances = []
         for tilt in language.tilts:
-            logits = torch.from_numpy(language.pairs[row[:-1]] + tilt)
-            chances.append(float(logits.log_softmax(-1).gather(1, torch.from_numpy(row[1:, None])).sum()))
+            logits = torch.from_numpy(sum(language.pairs[i][row[given - 1 - i : -1 - i]] for i in range(given)) + tilt)
+            chances.append(float(logits.log_softmax(-1).gather(1, torch.from_numpy(row[given:, None])).sum()))
         total -= float(torch.tensor(chances, dtype=torch.float64).logsumexp(0)) - math.log(TOPICS)
     assert language.best_loss(5, 3) == pytest.approx(total / (3 * LENGTH), rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["dgrad", "wgrad"])
+def test_noise_without_signs_is_fp8_and_with_signs_has_its_size(mode):
+    """Output and all gradients of a layer's experts; what the signs turn is the whole error of an operand, and only its side."""
+    torch.manual_seed(0)
+    x, gate_up, down = torch.randn(150, 160), 0.1 * torch.randn(4, 2 * 96, 160), 0.1 * torch.randn(4, 160, 96)
+    ids, weights, dout = torch.randint(0, 4, (150, 2), dtype=torch.int32), torch.rand(150, 2), torch.randn(150, 160)
+    found = []
+    for noise in (None, Noisy(wgrad=mode == "wgrad", seed=None), Noisy(wgrad=mode == "wgrad", seed=0)):
+        leaves = [t.clone().requires_grad_() for t in (x, weights, gate_up, down)]
+        places = moe_places(ids, 4, align=128)
+        if noise is None:
+            out = fp8_mixture(leaves[0], leaves[1], places, leaves[2], leaves[3], wgrad="fp8" if mode == "wgrad" else "bf16")
+        else:
+            out = noise.routed(leaves[0], leaves[1], places, leaves[2], leaves[3], gathered=False)
+        out.backward(dout)
+        found.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for fp8, same, other in zip(*found, strict=True):
+        torch.testing.assert_close(same, fp8, rtol=2e-5, atol=2e-5 * float(fp8.abs().max()))
+        assert 0.01 < float((other - fp8).norm() / fp8.norm()) < 0.2
+    fp8, noise = Noisy(wgrad=False, seed=None), Noisy(wgrad=False, seed=1)
+    for block in ((1, 128), (128, 1)):
+        error, turned = fp8.noisy(x, block) - x, noise.noisy(x, block) - x
+        torch.testing.assert_close(turned.abs(), error.abs(), rtol=0, atol=1e-6)
+        assert 0.45 < float(((turned * error) > 0).double().mean() / (error != 0).double().mean()) < 0.55
 
 
 def test_the_interval_is_students():
