@@ -58,11 +58,14 @@ class Noisy(Products):
     def product(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         return _NoisyProduct.apply(x, weight, offsets, self)
 
+    def align(self, training: bool) -> int:
+        return 128 if self.wgrad else 1
+
     def drawn(self, x: Tensor) -> Tensor | float:
-        return 1.0 if self.generator is None else torch.randint(0, 2, x.shape, generator=self.generator).to(x) * 2 - 1
+        return 1.0 if self.generator is None else torch.randint(0, 2, x.shape, dtype=torch.int8, generator=self.generator).mul_(2).sub_(1)
 
     def noisy(self, x: Tensor, block: tuple[int, int], signs: Tensor | float | None = None) -> Tensor:
-        return x + (dequantize(fp8_quantize(x, block=block), block) - x) * (self.drawn(x) if signs is None else signs)
+        return dequantize(fp8_quantize(x, block=block), block).sub_(x).mul_(self.drawn(x) if signs is None else signs).add_(x)
 
 
 class _NoisyProduct(torch.autograd.Function):
