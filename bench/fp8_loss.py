@@ -13,15 +13,16 @@ Settled before the runs: the loss is within 0.25 % where the whole interval is, 
 A file of `--documents falling` holds several runs (draws) of each kind for each seed, and the question is whether FP8 moves a fall more than noise of
 its size does:
 
-    OMP_NUM_THREADS=1 python bench/fp8_numerics.py --documents falling --lr 3e-3 --draws 4 --modes noise dgrad noise_wgrad wgrad --seed 0 1 2 3 --json FILE
+    OMP_NUM_THREADS=1 python bench/fp8_numerics.py --documents falling --lr 3e-3 --draws 4 --seed 0 1 2 3 \
+        --modes noise dgrad noise_wgrad wgrad --json FILE
 
-Kinds: `off` (no FP8), `noise` and `noise_wgrad` (errors of FP8's size with random signs, fp8_products.py), `dgrad` and `wgrad` (FP8).  Draw n of every
-kind begins from the same weights, 2^-9 apart from those of another draw.  Figures: the held-out loss relative to the mean of its seed's `off`, and the
-step of the fall, where the mean loss of ten steps first passes half way from that of steps 51 to 100 to that of the last 50, both of the seed's
-`off` runs.  Settled before the runs:
+Kinds: `off` (no FP8), `noise` and `noise_wgrad` (errors of FP8's size with random signs, fp8_products.py), `dgrad` and `wgrad` (FP8).  Draw n of
+every kind begins from the same weights, 2^-9 apart from those of another draw.  Figures: the held-out loss relative to the mean of its seed's `off`,
+and the step of the fall, where the mean loss of ten steps first passes half way from that of steps 51 to 100 to that of the last 50, both of the
+seed's `off` runs.  Settled before the runs:
 
-- The difference of two kinds is the mean over seeds of the difference of their means.  Its standard error is the larger of two: from the spread of the
-  draws within seeds, and from the spread of that difference between seeds.  (FP8's draws alone would not do: they share the roundings of one
+- The difference of two kinds is the mean over seeds of the difference of their means.  Its standard error is the larger of two: from the spread of
+  the draws within seeds, and from the spread of that difference between seeds.  (FP8's draws alone would not do: they share the roundings of one
   trajectory as long as they stay together.)
 - FP8 has a bias on falls if dgrad - noise or wgrad - noise_wgrad is beyond two standard errors in either figure, and is again, to the same side, in
   as many fresh seeds: of four tests one passes two standard errors by luck in six.
