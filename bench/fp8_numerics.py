@@ -165,11 +165,11 @@ def main() -> None:
     ranks = Ranks(arguments.device, threads=torch.get_num_threads())  # as OMP_NUM_THREADS has them
     for seed in arguments.seed:
         documents, exact = DOCUMENTS[arguments.documents](seed, ranks.device), None
-        modes = ["off", *(mode for mode in arguments.modes if mode != "off")]  # the first is what the others are compared with
+        modes = sorted(arguments.modes, key=lambda mode: mode != "off")  # the first is what the others are compared with
         for draw, mode in ((draw, mode) for draw in range(arguments.draws) for mode in modes):
             model, figures = train(mode, seed, draw, arguments, documents, ranks)
             exact = figures if mode == "off" else exact
-            relative = "  ".join(f"{name} {figures[name] / exact[name] - 1:+.3%}" for name in ("held_out", "last_steps"))
+            relative = "  ".join(f"{name} {figures[name] / exact[name] - 1:+.3%}" for name in ("held_out", "last_steps")) if exact else "off not run"
             numbers = "  ".join(f"{name} {value:.5g}" for name, value in figures.items() if name != "curve")
             print(f"seed {seed}, {draw}, {mode:11} {numbers}  relative: {relative}", flush=True)
             if mode == "off" and draw == 0:

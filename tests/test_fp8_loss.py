@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 from fp8_language import LENGTH, TOPICS, VOCABULARY, Falling, Language  # noqa: E402
-from fp8_loss import interval, summary  # noqa: E402
+from fp8_loss import compare, figures_of_falls, interval, spread, summary  # noqa: E402
 from fp8_products import Noisy  # noqa: E402
 
 from athanor.kernels import fp8_mixture, moe_places  # noqa: E402
@@ -85,3 +85,34 @@ def test_a_pair_is_two_runs_of_one_seed():
     found = summary([*rows, {"mode": "off", "seed": 3, "held_out": 1.0, "last_steps": 1.0}])
     assert found["disturbed, held_out"]["values"] == [0.0, 0.0, 0.0] and found["dgrad, last_steps"]["mean"] == pytest.approx(0.001)
     assert found["dgrad, held_out"]["within"] and not found["wgrad, held_out"]["within"]
+
+
+def falling_rows(kind, seed, falls, losses):
+    """Runs that stand at 3 up to a step and at 2 from there on."""
+    return [{"mode": kind, "seed": seed, "draw": draw, "held_out": loss, "curve": [3.0 if 10 * i < fall else 2.0 for i in range(50)]}
+            for draw, (fall, loss) in enumerate(zip(falls, losses, strict=True))]  # fmt: skip
+
+
+def test_a_fall_is_where_a_run_passes_half_way_of_the_runs_without_fp8():
+    rows = falling_rows("off", 0, (200, 220), (2.0, 2.2)) + falling_rows("noise", 0, (300, 900), (2.31, 2.1))
+    found = figures_of_falls(rows)
+    assert found["off", 0]["step"] == [210, 230] and found["noise", 0]["step"] == [310, 510]  # never: after the last step
+    assert found["noise", 0]["held_out"] == pytest.approx([0.1, 0.0])
+
+
+def test_a_bias_is_beyond_the_spread_within_seeds_and_between_them():
+    def figures(shifts, n=4):
+        rng = np.random.default_rng(0)
+        return {(kind, seed): {"held_out": list(rng.normal(shift if kind == "dgrad" else 0, 0.01, n))}
+                for seed, shift in enumerate(shifts) for kind in ("noise", "dgrad")}  # fmt: skip
+
+    even = compare(figures([0.05, 0.05, 0.05, 0.05]), "dgrad", "noise", "held_out")
+    assert even["beyond"] and even["difference"] == pytest.approx(0.05, abs=0.01)
+    # 0.01 sqrt(2 / 4) / sqrt(4 seeds) = 0.0035 within seeds
+    assert 0.002 < compare(figures([0, 0, 0, 0]), "dgrad", "noise", "held_out")["error"] < 0.007
+    uneven = compare(figures([0.2, -0.1, 0.2, -0.1]), "dgrad", "noise", "held_out")
+    assert not uneven["beyond"] and uneven["error"] == pytest.approx(np.std([0.2, -0.1, 0.2, -0.1], ddof=1) / 2, rel=0.15)
+    found = figures([0.05] * 4, n=400)
+    assert spread(found, "dgrad", "held_out") == pytest.approx(0.01, rel=0.05)
+    with pytest.raises(ValueError, match="1 seeds of dgrad and noise, wanted at least 2"):
+        compare(figures([0.0]), "dgrad", "noise", "held_out")
