@@ -109,14 +109,14 @@ def spread(figures: dict, kind: str, figure: str) -> float:
 
 
 def report_falls(rows: list[dict]) -> None:
-    figures = figures_of_falls(rows)
+    figures, run = figures_of_falls(rows), {row["mode"] for row in rows}
     for figure, form in (("held_out", "{:+.3%}"), ("step", "{:+.1f}")):
         print({"held_out": "held-out loss, relative", "step": "step of the fall"}[figure])
-        for kind in KINDS:
+        for kind in filter(run.__contains__, KINDS):
             values = "  ".join(f"seed {seed}: " + " ".join((form if figure == "held_out" else "{:.0f}").format(v) for v in one[figure])
                                for (other, seed), one in sorted(figures.items()) if other == kind)  # fmt: skip
             print(f"  {kind:12} spread {form.format(spread(figures, kind, figure))[1:]:>7}   {values}")
-        for kind, other in PAIRS:
+        for kind, other in (pair for pair in PAIRS if run.issuperset(pair)):
             one = compare(figures, kind, other, figure)
             print(f"  {kind} - {other}: {form.format(one['difference'])}, two standard errors {form.format(2 * one['error'])[1:]}, "
                   f"{'BEYOND' if one['beyond'] else 'not beyond'} them   {' '.join(map(form.format, one['by_seed']))}")  # fmt: skip
