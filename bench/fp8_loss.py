@@ -129,18 +129,19 @@ def plot_falls(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figures, seeds = figures_of_falls(rows), sorted({row["seed"] for row in rows})
+    kinds = [kind for kind in KINDS if any(row["mode"] == kind for row in rows)]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
     for row in rows:
         if row["seed"] == seeds[0]:
             steps = [PIECE * (i + 1) for i in range(len(row["curve"]))]
-            left.plot(steps, row["curve"], color=f"C{KINDS.index(row['mode'])}", linewidth=0.7, label=row["mode"] if row["draw"] == 0 else None)
+            left.plot(steps, row["curve"], color=f"C{kinds.index(row['mode'])}", linewidth=0.7, label=row["mode"] if row["draw"] == 0 else None)
     left.set(xlabel="step", ylabel="training loss, nats", title=f"all runs of seed {seeds[0]}")
     left.legend(fontsize=7)
     right.axhspan(-100 * LIMIT, 100 * LIMIT, color="0.92")
     for (kind, seed), one in figures.items():
-        at = KINDS.index(kind) + 0.16 * (seeds.index(seed) - (len(seeds) - 1) / 2)
-        right.plot([at] * len(one["held_out"]), [100 * v for v in one["held_out"]], ".", color=f"C{KINDS.index(kind)}", alpha=0.7)
-    right.set_xticks(range(len(KINDS)), KINDS, fontsize=8)
+        at = kinds.index(kind) + 0.16 * (seeds.index(seed) - (len(seeds) - 1) / 2)
+        right.plot([at] * len(one["held_out"]), [100 * v for v in one["held_out"]], ".", color=f"C{kinds.index(kind)}", alpha=0.7)
+    right.set_xticks(range(len(kinds)), kinds, fontsize=8)
     right.set(ylabel="held-out loss relative to off, %", title=f"{len(seeds)} seeds side by side")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
