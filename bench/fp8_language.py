@@ -60,7 +60,7 @@ class Language:
 
 
 class Falling(Language):
-    """Most hangs on the token two back: models of `fp8_numerics` stand still for some 150 steps, then lose a fifth of their loss in as many."""
+    """Most hangs on the token two back: models of `fp8_numerics` stand still for some 150 steps, then lose a fifth of their loss."""
 
     vocab_size, per_step, spreads, spread_of_topics = 32, 4, (0.7, 1.6), 0.5
 
