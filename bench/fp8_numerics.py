@@ -1,13 +1,15 @@
 """What FP8 experts cost in accuracy: a small mixture of experts, trained from the same weights on the same documents in each mode.
 
-    OMP_NUM_THREADS=1 python bench/fp8_numerics.py [--documents language] [--steps 500] [--seed 0 ...] [--modes off dgrad ...] [--json FILE]
+    OMP_NUM_THREADS=1 python bench/fp8_numerics.py [--documents language] [--steps 500] [--seed 0 ...] [--draws N] [--modes dgrad ...] [--json FILE]
 
 On a CPU the products quantise and dequantise as the kernels do (their references); on CUDA they are the kernels.  `disturbed` is a second run without
 FP8 whose first weights differ by one part in a million: how far two runs drift apart on their own.  Loss: nats per token on documents that no run
 has trained on, each model in its own numerics, the weights that were trained without FP8 also in FP8 (held_out_in_fp8), and the mean of the last 50
 training steps.  Where the loss falls steeply two runs are far apart whatever made them differ: a difference says something about FP8 only where
 `disturbed` is well below it.  So the loss is compared on documents in which models learn evenly (`--documents language`, `fp8_language`), with a
-learning rate that ends at 0; `fp8_loss` puts several seeds together.  The arithmetic of the recipe `tiny` has steep falls.
+learning rate that ends at 0; `fp8_loss` puts several seeds together.  The arithmetic of the recipe `tiny` has steep falls, and `--documents falling`
+is a language with one, for which there are controls with noise of FP8's size (`noise`, `noise_wgrad`: `fp8_products`) and several runs of each kind:
+run n > 0 of `--draws` begins from weights that are 2^-9 apart, a rounding to bf16, the same for all modes.
 
 SQNR in dB = 10 log10(sum |exact|^2 / sum |exact - quantised|^2), on the model that was trained without FP8, for the operands of its experts' products
 and for the experts' weight gradients of one batch: with the experts that it chooses (a choice that flips is part of the error), and with these held
@@ -24,12 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fp8_language import Language
+from fp8_language import Falling, Language
+from fp8_products import Noisy, Watched
 from torch import Tensor
 
 from athanor.batch import PackedBatch, pack
 from athanor.config import ModelConfig, OptimizerConfig, SFTConfig
-from athanor.kernels import Places, grouped_gemm, moe_unpermute, swiglu
 from athanor.kernels.fp8_quantize import dequantize, fp8_quantize
 from athanor.model.moe import Routes, mixtures, use_fp8_
 from athanor.model.transformer import Decoder
@@ -45,8 +47,8 @@ SHAPE = dict(
     num_experts_per_tok=2, moe_intermediate_size=128, n_shared_experts=1, n_group=4, topk_group=2, norm_topk_prob=True, first_k_dense_replace=1,
     q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16,
 )  # fmt: skip
-HELD_OUT, TAIL = 512, 50
-MODES = {"off": "off", "disturbed": "off", "dgrad": "dgrad", "wgrad": "wgrad"}
+HELD_OUT, TAIL, PIECE = 512, 50, 10  # documents; steps of the last mean; steps for each number of a curve
+MODES = {"off": "off", "disturbed": "off", "dgrad": "dgrad", "wgrad": "wgrad", "noise": "off", "noise_wgrad": "off"}
 
 
 def sqnr(exact: list[Tensor], quantised: list[Tensor]) -> float:
@@ -70,42 +72,23 @@ class Arithmetic:
         return pack([np.array(self.tokenizer.encode_prompt(prompt), np.int64) for prompt, _ in pairs], texts, 4096, self.device)
 
 
-DOCUMENTS = {"arithmetic": Arithmetic, "language": Language}
+DOCUMENTS = {"arithmetic": Arithmetic, "language": Language, "falling": Falling}
 
 
-class Watched:
-    """Takes the place of `Fp8Products`: exact products, and what goes into them is kept."""
-
-    def __init__(self):
-        self.kept: dict[str, list[Tensor]] = {"activations": [], "weights": [], "gradients": []}
-
-    def align(self, training: bool) -> int:
-        return 128
-
-    def routed(self, x: Tensor, weights: Tensor, places: Places, gate_up: Tensor, down: Tensor, *, gathered: bool) -> Tensor:
-        rows = x[places.source.clamp_min(0) // weights.shape[1]] * (places.source >= 0)[:, None]
-        return moe_unpermute(self.product(swiglu(self.product(rows, gate_up, places.offsets)), down, places.offsets), weights, places)
-
-    def product(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        y = grouped_gemm(x, weight, offsets)
-        self.kept["activations"].append(x.detach())
-        self.kept["weights"].append(weight.detach())
-        y.register_hook(lambda dy: self.kept["gradients"].append(dy.detach()))
-        return y
-
-
-def train(mode: str, seed: int, arguments: argparse.Namespace, documents, ranks: Ranks) -> tuple[Decoder, dict]:
+def train(mode: str, seed: int, draw: int, arguments: argparse.Namespace, documents, ranks: Ranks) -> tuple[Decoder, dict]:
     config = SFTConfig(kind="sft", data=["x"], init="x", steps=arguments.steps,
                        optimizer=OptimizerConfig(lr=arguments.lr, warmup_steps=20, schedule="cosine", weight_decay=0.01,
                                                  final_lr_ratio=documents.final_lr_ratio))  # fmt: skip
     shape = SHAPE | {"num_hidden_layers": documents.num_layers, "vocab_size": documents.vocab_size}
     model = Decoder(ModelConfig(**shape)).initialize_(seed).to(documents.device)
-    if mode == "disturbed":
-        generator = torch.Generator().manual_seed(1)
+    if mode == "disturbed" or draw:
+        generator = torch.Generator().manual_seed(draw or 1)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+                parameter.mul_(1 + (2**-9 if draw else 1e-6) * torch.randn(parameter.shape, generator=generator).to(parameter.device))
     use_fp8_(model, MODES[mode])
+    for moe in mixtures(model) if mode.startswith("noise") else ():
+        moe.fp8 = Noisy(wgrad=mode == "noise_wgrad", seed=draw)
     optimizer, losses, start = Optimizer(model, config.optimizer, ranks), [], time.perf_counter()
     for step in range(arguments.steps):
         batches, balance = documents.batches(step * documents.per_step, documents.per_step), RouterBalance(model, config, ranks)
@@ -116,7 +99,8 @@ def train(mode: str, seed: int, arguments: argparse.Namespace, documents, ranks:
         if (step + 1) % 100 == 0:
             print(f"{mode}: step {step + 1}, loss {loss:.4f}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     held_out = documents.batches(arguments.steps * documents.per_step, HELD_OUT)
-    figures = {"held_out": held_out_loss(model, held_out), "last_steps": float(np.mean(losses[-TAIL:])),
+    curve = [round(float(np.mean(losses[i : i + PIECE])), 5) for i in range(0, len(losses), PIECE)]
+    figures = {"held_out": held_out_loss(model, held_out), "last_steps": float(np.mean(losses[-TAIL:])), "curve": curve,
                "copies_per_step": max((w.num_made for m in mixtures(model) if m.fp8 for w in m.fp8.weights.values()), default=0) / arguments.steps}
     if mode == "off":
         figures["held_out_in_fp8"] = held_out_loss(use_fp8_(copy.deepcopy(model), "dgrad"), held_out)
@@ -172,20 +156,23 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=500, metavar="N", help="optimizer steps (default 500)")
     p.add_argument("--documents", choices=DOCUMENTS, default="arithmetic", help="what is learned (default arithmetic)")
     p.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S", help="of weights and language, one after the other (default 0)")
+    p.add_argument("--draws", type=int, default=1, metavar="N", help="runs of each mode and seed (default 1)")
     p.add_argument("--lr", type=float, default=2e-3, metavar="LR", help="peak of the learning rate (default 2e-3)")
-    p.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
+    p.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES)[:4], help="default: all but the noise")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--json", type=Path, metavar="FILE", help="append the figures, one line for each run")
     arguments = p.parse_args()
     ranks = Ranks(arguments.device, threads=torch.get_num_threads())  # as OMP_NUM_THREADS has them
     for seed in arguments.seed:
         documents, exact = DOCUMENTS[arguments.documents](seed, ranks.device), None
-        for mode in ["off", *(mode for mode in arguments.modes if mode != "off")]:  # the first is what the others are compared with
-            model, figures = train(mode, seed, arguments, documents, ranks)
-            exact = figures if exact is None else exact
-            relative = "  ".join(f"{name} {figures[name] / exact[name] - 1:+.3%}" for name in ("held_out", "last_steps"))
-            print(f"seed {seed}, {mode:10} ", "  ".join(f"{name} {value:.5g}" for name, value in figures.items()), " relative:", relative, flush=True)
-            if mode == "off":
+        modes = sorted(arguments.modes, key=lambda mode: mode != "off")  # the first is what the others are compared with
+        for draw, mode in ((draw, mode) for draw in range(arguments.draws) for mode in modes):
+            model, figures = train(mode, seed, draw, arguments, documents, ranks)
+            exact = figures if mode == "off" else exact
+            relative = "  ".join(f"{name} {figures[name] / exact[name] - 1:+.3%}" for name in ("held_out", "last_steps")) if exact else "off not run"
+            numbers = "  ".join(f"{name} {value:.5g}" for name, value in figures.items() if name != "curve")
+            print(f"seed {seed}, {draw}, {mode:11} {numbers}  relative: {relative}", flush=True)
+            if mode == "off" and draw == 0:
                 figures["sqnr_db"] = quality(model, documents.batches(arguments.steps * documents.per_step + HELD_OUT, 64)[0])
                 if isinstance(documents, Language):
                     figures["best_loss"] = documents.best_loss(arguments.steps * documents.per_step, HELD_OUT)
@@ -194,7 +181,7 @@ def main() -> None:
             if arguments.json:
                 settings = {name: getattr(arguments, name) for name in ("documents", "steps", "lr", "device")}
                 with arguments.json.open("a") as file:
-                    file.write(json.dumps({"seed": seed, "mode": mode, **settings, "torch": torch.__version__, **figures}) + "\n")
+                    file.write(json.dumps({"seed": seed, "draw": draw, "mode": mode, **settings, "torch": torch.__version__, **figures}) + "\n")
 
 
 if __name__ == "__main__":

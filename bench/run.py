@@ -1,13 +1,14 @@
 """Measure every kernel, and whole workloads of the engine, beside what a user would otherwise run.
 
-    python bench/run.py [--op NAME ...] [--check | --compile | --list] [--json FILE] [--plot FILE] [--base REV] [--device cpu|cuda] [--repeats N]
+    python bench/run.py [--op NAME ...] [--check] [--compile] [--list] [--json FILE] [--plot FILE] [--base REV] [--device cpu|cuda] [--repeats N]
 
 No timing without a correct result (gate.py): a backend that errs more than twice plain PyTorch against fp64, plus a few ulp, is reported as WRONG,
 not timed, and the exit code is 1.  Times are medians of at least 20 repetitions with p20 and p80 (timing.py); the ceilings, copy bandwidth and
 matmul, are measured in the same run.  Peers that are installed run behind the same gate (peers.py).  --op rollout is a family of whole workloads
 (workloads.py): sampling, a GRPO step, the prefill of a group.  --compile needs no GPU: it compiles every kernel for sm_80, sm_90 and sm_100 and exits
-with 1 when one spills or passes a limit.  On a CPU shared with other work only ratios within one run mean anything; OMP_NUM_THREADS sets the threads
-of all contenders.  The last line on stdout is one JSON object; exit codes: 0 good, 1 wrong or over a limit, 2 bad arguments.
+with 1 when one spills or passes a limit.  --check --compile does both, one after the other, with one exit code.  On a CPU shared with other work only
+ratios within one run mean anything; OMP_NUM_THREADS sets the threads of all contenders.  The last line on stdout is one JSON object; exit codes:
+0 good, 1 wrong or over a limit, 2 bad arguments.
 """
 
 import argparse
@@ -46,10 +47,9 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--op", action="append", metavar="NAME", help="one operation, workload or family of workloads instead of all; repeatable")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--check", action="store_true", help="run the correctness gate only")
-    mode.add_argument("--compile", action="store_true", help="compile for sm_80, sm_90, sm_100 and report registers, shared memory and spills")
-    mode.add_argument("--list", action="store_true", help="print the cases and their backends")
+    parser.add_argument("--check", action="store_true", help="run the correctness gate, without timing")
+    parser.add_argument("--compile", action="store_true", help="compile for sm_80, sm_90, sm_100: registers, shared memory, spills, matrix products")
+    parser.add_argument("--list", action="store_true", help="print the cases and their backends")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object per row to this file, and draw a plot beside it")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw roofline and percent of the ceiling to this PNG")
     parser.add_argument("--base", metavar="REV", help="measure the same cases with the kernels of this git revision too and print the ratio per row")
@@ -59,6 +59,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--older-kernels", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     timing = not (chosen.check or chosen.compile or chosen.list)
+    if chosen.list and (chosen.check or chosen.compile):
+        parser.error(f"--list: not with --{'check' if chosen.check else 'compile'}")
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     if chosen.repeats < MIN_REPEATS:
@@ -145,25 +147,21 @@ COMPILED = {
 }  # fmt: skip
 
 
-def compile_all(chosen: argparse.Namespace, out: Console) -> int:
+def compile_all(chosen: argparse.Namespace, out: Console) -> dict:
+    """The rows of every kernel and how many are over a limit."""
     from compile_report import cuda_rows, triton_cases, triton_rows, why_no_cuda
 
-    rows = []
-    cases = [(op, case) for op in chosen.op or [None] for _, case in triton_cases(op)]
-    total = sum(len(case.capabilities) for _, case in cases)
-    for op in chosen.op or [None]:
-        for row in triton_rows(op):
-            rows.append(row)
-            say(f"[{len(rows)}/{total}] {row['case']} {row['arch']}")
+    rows, total = [], sum(len(case.capabilities) for _, case in triton_cases(chosen.op))
+    for row in triton_rows(chosen.op):
+        rows.append(row)
+        say(f"[{len(rows)}/{total}] {row['case']} {row['arch']}")
     reason = why_no_cuda()
-    rows += [] if reason else [row for op in chosen.op or [None] for row in cuda_rows(op)]
-    out.print(table_of(rows, COMPILED))
+    rows += [] if reason else cuda_rows(chosen.op)
+    out.print(table_of(rows, COMPILED) if rows else f"nothing to compile: {', '.join(chosen.op)} runs on other operations' kernels")
     if reason:
         out.print(reason)
     append(chosen.json, rows)
-    over = sum(bool(row["broken"]) for row in rows)
-    print(json.dumps({"mode": "compile", "over": over, "cuda": reason or "compiled", "rows": rows}))
-    return int(over > 0)
+    return {"mode": "compile", "over": sum(bool(row["broken"]) for row in rows), "cuda": reason or "compiled", "rows": rows}
 
 
 def append(path: Path | None, rows: list[dict]) -> None:
@@ -172,23 +170,27 @@ def append(path: Path | None, rows: list[dict]) -> None:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def main() -> int:
-    chosen = parse()
-    out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    if chosen.compile:
-        return compile_all(chosen, out)
+def cases_and_workloads(chosen: argparse.Namespace) -> tuple[list, list]:
     cases = [case for case in all_cases(chosen.device, say if chosen.older_kernels else None) if not chosen.op or case.op in chosen.op]
     whole = [] if chosen.base or chosen.older_kernels else [
         workload for workload in workloads.all_workloads(chosen.device) if not chosen.op or {workload.family, workload.op} & set(chosen.op)
     ]  # fmt: skip
-    if chosen.list:
-        for case in cases:
-            sizes = " ".join(f"{k}={v}" for k, v in case.sizes.items())
-            print(f"{case.op:<16}{sizes:<34}{str(case.dtype).removeprefix('torch.'):<10}{', '.join(OPS[case.op].backends)}")
-        for workload in whole:
-            sizes = " ".join(f"{k}={v}" for k, v in workload.sizes.items())
-            print(f"{workload.op:<16}{sizes:<34} {str(workload.dtype).removeprefix('torch.'):<10}{', '.join(workload.contenders)}")
-        return 0
+    return cases, whole
+
+
+def list_all(chosen: argparse.Namespace) -> None:
+    cases, whole = cases_and_workloads(chosen)
+    for case in cases:
+        sizes = " ".join(f"{k}={v}" for k, v in case.sizes.items())
+        print(f"{case.op:<16}{sizes:<34}{str(case.dtype).removeprefix('torch.'):<10}{', '.join(OPS[case.op].backends)}")
+    for workload in whole:
+        sizes = " ".join(f"{k}={v}" for k, v in workload.sizes.items())
+        print(f"{workload.op:<16}{sizes:<34} {str(workload.dtype).removeprefix('torch.'):<10}{', '.join(workload.contenders)}")
+
+
+def measure_all(chosen: argparse.Namespace, out: Console) -> dict:
+    """The rows of every case and workload, behind the gate, timed unless --check, and which of our backends are wrong."""
+    cases, whole = cases_and_workloads(chosen)
     common = environment(chosen.device)
     out.print(" ".join(f"{k}={v}" for k, v in common.items()))
     if chosen.device == "cpu":
@@ -224,8 +226,24 @@ def main() -> int:
     wrong = [f"{row['op']} {row['backend']}" for row in rows if row["kind"] == "backend" and "wrong" in row]
     if not rows:
         out.print("no case matched")
-    print(json.dumps({"mode": "check" if chosen.check else "time"} | common | {"ceilings": ceiling, "wrong": wrong, "rows": rows}))
-    return int(bool(wrong) or not rows and not chosen.older_kernels)
+    return {"mode": "check" if chosen.check else "time"} | common | {"ceilings": ceiling, "wrong": wrong, "rows": rows}
+
+
+def main() -> int:
+    chosen = parse()
+    if chosen.list:
+        list_all(chosen)
+        return 0
+    out, reports = Console(highlight=False, width=None if sys.stdout.isatty() else 200), []
+    if chosen.check or not chosen.compile:
+        reports.append(measure_all(chosen, out))
+    if chosen.compile:
+        reports.append(compile_all(chosen, out))
+    last = {key: value for report in reports for key, value in report.items()}
+    last |= {"mode": " and ".join(report["mode"] for report in reports), "rows": [row for report in reports for row in report["rows"]]}
+    print(json.dumps(last))
+    unmeasured = any("wrong" in report and not report["rows"] for report in reports) and not chosen.older_kernels
+    return int(bool(last.get("wrong") or last.get("over")) or unmeasured)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ def late(where: str) -> Callable:
             found = getattr(importlib.import_module(f".{file}", __package__), name)
         return found(**call)
 
+    run.file = file
     return run
 
 

@@ -229,15 +229,48 @@ def test_older_kernels_are_measured_by_the_same_cases(tmp_path):
 def test_compile_reports_every_kernel_and_fails_over_a_limit(modules, monkeypatch, capsys):
     pytest.importorskip("triton")
     import compile_report
-    import run
-    from rich.console import Console
 
-    rows = list(compile_report.triton_rows("group_advantage"))
+    rows = list(compile_report.triton_rows(["group_advantage"]))
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90", "sm_100"} and not any(row["broken"] for row in rows)
     assert all(0 < row["registers"] <= row["registers_limit"] and row["local"] == 0 for row in rows)
-    monkeypatch.setattr(compile_report, "triton_rows", lambda op: iter([rows[0], rows[1] | {"broken": ["spills"]}]))
-    assert run.compile_all(run.parse(["--compile", "--op", "group_advantage"]), Console()) == 1
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["over"] == 1
+    monkeypatch.setattr(compile_report, "triton_rows", lambda ops: iter([rows[0], rows[1] | {"broken": ["spills"]}]))
+    status, said = in_process(monkeypatch, capsys, "--compile", "--op", "group_advantage")
+    assert status == 1 and json.loads(said.splitlines()[-1])["over"] == 1
+
+
+@pytest.mark.parametrize("over, wrong", [(False, False), (True, False), (False, True)])
+def test_check_and_compile_in_one_run_have_one_status_and_one_report(over, wrong, modules, monkeypatch, capsys, tmp_path):
+    """The rows of the gate and those of the compiler, which is replaced here: its own test compiles."""
+    pytest.importorskip("triton")
+    import compile_report
+    import run
+
+    row = {"kind": "compiled", "op": "group_advantage", "case": "c", "arch": "sm_90", "broken": ["spills"] if over else []}
+    monkeypatch.setattr(compile_report, "triton_rows", lambda ops: iter([row]))
+    if wrong:
+        measured = [{"kind": "backend", "op": "group_advantage", "sizes": {}, "dtype": "float32", "backend": "reference", "wrong": "in y"}]
+        monkeypatch.setattr(run, "measure", lambda *_: iter(measured))
+    status, said = in_process(monkeypatch, capsys, "--op", "group_advantage", "--check", "--compile", "--json", str(tmp_path / "rows.jsonl"))
+    last = json.loads(said.splitlines()[-1])
+    assert status == int(over or wrong), said
+    assert (last["mode"], last["over"], len(last["wrong"])) == ("check and compile", int(over), int(wrong)) and last["ceilings"] is None
+    assert {row["kind"] for row in last["rows"]} == {"backend", "compiled"} and last["rows"][-1] == row
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == last["rows"]
+
+
+def test_compiling_an_operation_takes_all_kernels_that_serve_it(modules):
+    """Those of its backends and those behind them, and none of an operation whose name begins alike."""
+    pytest.importorskip("triton")
+    import compile_report
+
+    def files(*ops):
+        return {name for name, _ in compile_report.triton_cases(list(ops))}
+
+    hopper = {"fp8_grouped_gemm_hopper", "fp8_grouped_gemm_few_hopper"}
+    assert files("fp8_grouped_gemm") == {"fp8_grouped_gemm", *hopper} and files("fp8_rmsnorm") == {"fp8_producers"}
+    assert files("fp8_grouped_gemm", "fp8_grouped_wgrad") == {"fp8_grouped_gemm", *hopper, "fp8_grouped_wgrad_hopper"}
+    assert files("linear") == {"linear"} and files("grpo_loss") == set()
+    assert set().union(*map(files, compile_report.OPS)) == {name for name, _ in compile_report.triton_cases()}
 
 
 def test_cuda_kernels_are_compiled_with_warnings_as_errors(modules, monkeypatch, tmp_path):
@@ -251,7 +284,7 @@ def test_cuda_kernels_are_compiled_with_warnings_as_errors(modules, monkeypatch,
     (tmp_path / "warns.cu").write_text('extern "C" __global__ void unused(float* x) { int y; x[threadIdx.x] *= BY; }')
     monkeypatch.setattr(_cuda, "FOLDER", tmp_path)
     stems = [_cuda.AheadOfTime(stem, stem, {"BY": "2.0f"}, 1, registers, 0, ("90a",)) for stem, registers in (("good", 9), ("warns", 9), ("good", 1))]
-    monkeypatch.setattr(compile_report, "cases_of", lambda kind, op: [(kind, case) for case in stems])
+    monkeypatch.setattr(compile_report, "cases_of", lambda kind, ops: [(kind, case) for case in stems])
     good, warns, greedy = compile_report.cuda_rows()
     assert good["broken"] == [] and good["op"] == "cuda" and '"y" was declared but never referenced' in warns["broken"][0]
     assert greedy["broken"] == [f"{good['registers']} registers; at most 1"]
@@ -263,7 +296,9 @@ def test_cuda_kernels_are_compiled_with_warnings_as_errors(modules, monkeypatch,
     (["--json", "/nowhere/rows.jsonl"], "--json /nowhere/rows.jsonl: there is no folder /nowhere"),
     (["--base", "no-such-revision"], "--base no-such-revision: no such revision"),
     (["--check", "--plot", "x.png"], "--plot needs times"),
+    (["--list", "--check"], "--list: not with --check"),
     (["--compile", "--op", "rollout"], "--compile is for kernels: rollout is a workload of the engine"),
+    (["--check", "--compile", "--op", "rollout"], "--compile is for kernels: rollout is a workload of the engine"),
     (["--base", "HEAD", "--op", "grpo_step"], "--base is for kernels: grpo_step is a workload of the engine"),
     (["--chek"], "unrecognized arguments: --chek"),
 ])  # fmt: skip

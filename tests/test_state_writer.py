@@ -1,9 +1,7 @@
 """States written in the background: of the moment in which they were asked for, one after the other, with errors that show, and killed anywhere."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -14,6 +12,7 @@ from safetensors.torch import load_file
 
 sys.path.append(str(Path(__file__).parent))  # tests/ is no package
 import chaos
+import killed_saver
 from test_checkpoint import FILES, RANKS, assert_is, folders, restored, save_state, state_of
 from test_sharded_checkpoint import ADAMW, SPARSE, alone, assert_equal, work
 
@@ -101,47 +100,9 @@ def test_an_error_of_the_writer_does_not_hide_what_ends_the_run(tmp_path, capsys
     assert capsys.readouterr().err.startswith("warning: cannot write")
 
 
-KILLS = """
-import os, random, signal, sys, time
-sys.path.insert(0, sys.argv[2])
-import torch
-from test_checkpoint import FILES, RANKS, assert_is, restored, state_of
-from athanor.checkpoint import StateWriter
-torch.set_num_threads(1)
-folder, last, delays = sys.argv[1], 0, random.Random(0)
-with StateWriter(RANKS, background=True) as states:  # what the first one imports, once for all children
-    states.save(folder, 0, *state_of(0))
-for _ in range(20):
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with StateWriter(RANKS, background=True) as states:
-            while True:
-                last += 1
-                states.save(folder, last, *state_of(last))
-                states.wait()
-                os.write(write, b"%d " % last)
-    os.close(write)
-    announced = os.read(read, 100)
-    time.sleep(delays.uniform(0, 0.05))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    while more := os.read(read, 10_000):
-        announced += more
-    state, announced = restored(folder), int(announced.split()[-1])
-    assert_is(state, state.step)
-    assert announced <= state.step <= announced + 1, (announced, state.step)
-    last = state.step
-print(last)
-"""
-
-
 @pytest.mark.slow
 def test_kill_9_while_the_thread_writes_never_loses_a_finished_state(tmp_path):
-    command = [sys.executable, "-c", KILLS, str(tmp_path), os.path.dirname(__file__)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert int(done.stdout) >= 20
+    assert killed_saver.last_step(tmp_path, "--background") >= killed_saver.KILLS
 
 
 @pytest.mark.slow
