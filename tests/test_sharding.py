@@ -76,7 +76,9 @@ def compare_with_one_process(found: dict, alone: dict) -> None:
         assert distance(case["gradients"], wanted["gradients"]) < 1e-6, name
         # Muon multiplies in bf16: a last bit of the gradient is up to 2^-9 of an update, and more where the gradient has not full rank, as of experts
         # with few tokens; three updates are as long as a small matrix, so a wrong one is far beyond.
-        assert distance(case["weights"], wanted["weights"]) < (5e-2 if name in SPARSE_MUON else 2e-3 if "muon" in name else 1e-6), name
+        # An update that is rounded otherwise may cross a border between two FP8 numbers, a sixteenth apart.
+        allowed = 5e-2 if name in SPARSE_MUON else 2e-3 if "muon" in name else 2e-5 if "fp8" in name else 1e-6
+        assert distance(case["weights"], wanted["weights"]) < allowed, name
         for (loss, norm), (one_loss, one_norm) in zip(case["figures"], wanted["figures"], strict=True):
             assert loss == pytest.approx(one_loss, rel=1e-4 if "muon" in name else 2e-6), name
             assert norm == pytest.approx(one_norm, rel=1e-3 if "muon" in name else 2e-6), name

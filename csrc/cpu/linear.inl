@@ -1,10 +1,10 @@
 // Products of matrices: y = x w^T + bias, dx = dy w, dw = dy^T x.  All three are out[j, l] = sum over s of scalar(j, s) * panel(s, l), where a panel
 // has 64 of the lanes l for all s, packed in a thread's own memory (for y: rows of x, transposed; else columns of w or x).
 //
-// A sum starts anew every kDepth terms, each run in ascending order, and the runs are added in theirs: its bits depend neither on where in a panel the
-// lane is, nor on the other rows, nor on the number of threads.
+// A sum starts anew every kDepth terms, each run in ascending order, and the runs are added in theirs, first those of kMostDepth terms, which is as deep
+// as a panel gets: its bits depend neither on where in a panel the lane is, nor on the other rows, nor on the number of threads.
 
-constexpr std::int64_t kPanel = 64, kGroup = 48, kDepth = 512;
+constexpr std::int64_t kPanel = 64, kGroup = 48, kDepth = 512, kMostDepth = 8 * kDepth;
 // One tile fills the registers: kTileJ x kTileV sums of 16 lanes, and kTileV lanes of the panel.
 #if defined(ATHANOR_AVX512)
 constexpr int kTileJ = 6, kTileV = 4;
@@ -93,26 +93,31 @@ inline void product_chunk(const float* panel, Scalars scalars, std::int64_t num_
     }
 }
 
-// Call flush(chunk's first j, its number of j, first lane, number of lanes, sums (kGroup, 64)) for all num_j x num_l results; pack(panel, first lane,
-// number of lanes) fills a panel, zeros behind its last lane.
+// Call flush(chunk's first j, its number of j, first lane, number of lanes, sums (kGroup, 64), first, last) for all num_j x num_l results, once for
+// every kMostDepth terms of their sums, in that order.  pack(panel, first lane, number of lanes, first term, number of terms) fills a panel, zeros behind
+// its last lane.
 template <typename Pack, typename Flush>
 inline void product(Scalars scalars, std::int64_t num_j, std::int64_t num_l, std::int64_t depth, int threads, Pack&& pack, Flush&& flush) {
     const std::int64_t chunks = (num_j + kGroup - 1) / kGroup, panels = (num_l + kPanel - 1) / kPanel;
-    const std::int64_t grain = 100000 / (std::min(num_j, kGroup) * std::min(num_l, kPanel) * depth + 1) + 1;
-    parallel_for(chunks * panels, grain, threads, [&](std::int64_t begin, std::int64_t end) {
-        Workspace workspace;
-        float* sums = workspace.take(kGroup * kPanel + depth * kPanel);
-        float* panel = sums + kGroup * kPanel;
-        for (std::int64_t unit = begin; unit < end; ++unit) {
-            const std::int64_t l = unit / chunks * kPanel, j = unit % chunks * kGroup;
-            const std::int64_t num_lanes = std::min(kPanel, num_l - l), rows = std::min(kGroup, num_j - j);
-            if (unit == begin || j == 0) {
-                pack(panel, l, num_lanes);
+    for (std::int64_t s = 0; s < depth || s == 0; s += kMostDepth) {
+        const std::int64_t terms = std::min(kMostDepth, depth - s);
+        const std::int64_t grain = 100000 / (std::min(num_j, kGroup) * std::min(num_l, kPanel) * terms + 1) + 1;
+        parallel_for(chunks * panels, grain, threads, [&](std::int64_t begin, std::int64_t end) {
+            Workspace workspace;
+            float* sums = workspace.take(kGroup * kPanel + terms * kPanel);
+            float* panel = sums + kGroup * kPanel;
+            for (std::int64_t unit = begin; unit < end; ++unit) {
+                const std::int64_t l = unit / chunks * kPanel, j = unit % chunks * kGroup;
+                const std::int64_t num_lanes = std::min(kPanel, num_l - l), rows = std::min(kGroup, num_j - j);
+                if (unit == begin || j == 0) {
+                    pack(panel, l, num_lanes, s, terms);
+                }
+                const float* at = scalars.at + j * scalars.j_stride + s * scalars.s_stride;
+                product_chunk(panel, {at, scalars.j_stride, scalars.s_stride}, rows, num_lanes, terms, sums);
+                flush(j, rows, l, num_lanes, sums, s == 0, s + terms == depth);
             }
-            product_chunk(panel, {scalars.at + j * scalars.j_stride, scalars.j_stride, scalars.s_stride}, rows, num_lanes, depth, sums);
-            flush(j, rows, l, num_lanes, sums);
-        }
-    });
+        });
+    }
 }
 
 // 16 x 16 floats from `from` to `to`, transposed; num_rows of it are there, num_columns of each are wanted, the rest is 0.
@@ -132,27 +137,28 @@ ATHANOR_INLINE void transpose_block(const float* from, std::int64_t from_stride,
 
 // Lanes are rows of x, j rows of w.
 inline void linear_fwd(Matrix x, Matrix w, const float* bias, float* y, std::int64_t T, std::int64_t N, std::int64_t K, int threads) {
-    const auto pack = [=](float* panel, std::int64_t t, std::int64_t num_rows) {
+    const auto pack = [=](float* panel, std::int64_t t, std::int64_t num_rows, std::int64_t from, std::int64_t terms) {
         for (std::int64_t v = 0; v < num_rows; v += kLanes) {
-            for (std::int64_t k = 0; k < K; k += kLanes) {
+            for (std::int64_t k = 0; k < terms; k += kLanes) {
                 v16 block[kLanes];
-                transpose_block(x.at + (t + v) * x.stride + k, x.stride, num_rows - v, K - k, block);
-                for (std::int64_t i = 0; i < std::min(kLanes, K - k); ++i) {
+                transpose_block(x.at + (t + v) * x.stride + from + k, x.stride, num_rows - v, terms - k, block);
+                for (std::int64_t i = 0; i < std::min(kLanes, terms - k); ++i) {
                     store(panel + (k + i) * kPanel + v, block[i]);
                 }
             }
         }
     };
-    const auto flush = [=](std::int64_t n, std::int64_t num_columns, std::int64_t t, std::int64_t num_rows, const float* sums) {
+    const auto flush = [=](std::int64_t n, std::int64_t num_columns, std::int64_t t, std::int64_t num_rows, const float* sums, bool first, bool last) {
         for (std::int64_t c = 0; c < num_columns; c += kLanes) {
             const std::int64_t columns = std::min(kLanes, num_columns - c);
-            const v16 added = bias ? load_first(bias + n + c, columns) : v16{};
+            const v16 added = bias && last ? load_first(bias + n + c, columns) : v16{};
             for (std::int64_t v = 0; v < num_rows; v += kLanes) {
                 v16 block[kLanes];
                 transpose_block(sums + c * kPanel + v, kPanel, columns, kLanes, block);
                 for (std::int64_t i = 0; i < std::min(kLanes, num_rows - v); ++i) {
-                    const v16 row = bias ? block[i] + added : block[i];
                     float* out = y + (t + v + i) * N + n + c;
+                    v16 row = first ? block[i] : load_first(out, columns) + block[i];
+                    row = bias && last ? row + added : row;
                     columns == kLanes ? store(out, row) : store_first(out, columns, row);
                 }
             }
@@ -164,17 +170,18 @@ inline void linear_fwd(Matrix x, Matrix w, const float* bias, float* y, std::int
 // Lanes are columns of `columns` (depth, num_l), out is (num_j, num_l): dx from w, dw from x.
 inline void product_of_columns(Scalars scalars, Matrix columns, float* out, std::int64_t num_j, std::int64_t num_l, std::int64_t depth, bool add,
                                int threads) {
-    const auto pack = [=](float* panel, std::int64_t l, std::int64_t num_lanes) {
-        for (std::int64_t s = 0; s < depth; ++s) {
-            over_lanes(num_lanes, [&](std::int64_t i, auto n) { store(panel + s * kPanel + i, n.load(columns.at + s * columns.stride + l + i)); });
+    const auto pack = [=](float* panel, std::int64_t l, std::int64_t num_lanes, std::int64_t from, std::int64_t terms) {
+        for (std::int64_t s = 0; s < terms; ++s) {
+            const float* row = columns.at + (from + s) * columns.stride + l;
+            over_lanes(num_lanes, [&](std::int64_t i, auto n) { store(panel + s * kPanel + i, n.load(row + i)); });
         }
     };
-    const auto flush = [=](std::int64_t j, std::int64_t rows, std::int64_t l, std::int64_t num_lanes, const float* sums) {
+    const auto flush = [=](std::int64_t j, std::int64_t rows, std::int64_t l, std::int64_t num_lanes, const float* sums, bool first, bool) {
         for (std::int64_t r = 0; r < rows; ++r) {
             float* to = out + (j + r) * num_l + l;
             over_lanes(num_lanes, [&](std::int64_t i, auto n) {
                 const v16 sum = load(sums + r * kPanel + i);
-                n.store(to + i, add ? n.load(to + i) + sum : sum);
+                n.store(to + i, add || !first ? n.load(to + i) + sum : sum);
             });
         }
     };
