@@ -25,11 +25,7 @@ def test_triton_kernels_under_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment.pop("ATHANOR_BACKEND", None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(Path(__file__).parents[2])]
-    halves = [
-        subprocess.Popen([*command, *map(str, files)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for files in (FILES[::2], FILES[1::2])
-    ]
-    for half in halves:
-        output, _ = half.communicate(timeout=1200)
-        assert half.returncode == 0, output[-8000:]
-        assert int(re.search(r"(\d+) passed", output)[1]) >= 30, output[-2000:]  # a file that silently skips everything would pass otherwise
+    command += ["-n", "2", "--dist", "loadfile"]
+    run = subprocess.run([*command, *map(str, FILES)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200)
+    assert run.returncode == 0, run.stdout[-8000:]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 60, run.stdout[-2000:]  # files that silently skip everything would pass otherwise
