@@ -90,13 +90,15 @@ def test_two_ranks_draw_the_samples_of_one(tmp_path, threads, parallel, changes)
     run(load_recipe(RecipeConfig, "tiny_moe", [*SHORT, *changes, "--run_root", str(tmp_path / "one")], quick=True), "tiny_moe")
     alone, split = metrics_of(tmp_path / "one"), on_two_ranks(tmp_path / "two", *parallel, *changes)
     assert [(row["stage"], row["step"]) for row in alone] == [(row["stage"], row["step"]) for row in split]
+    fp8 = changes == FP8_AND_AHEAD  # a number that crosses a border between two of FP8 moves what depends on it, near ties of a router too
     for one, other in zip(alone, split, strict=True):
         # Rewards, lengths and the like are means over samples, equal as long as each sample is; choices of experts are counted.
         for name in ("reward", "mean_tokens", "truncated_rate", "format", "zero_advantage_rate", "tokens", "router_imbalance", "label_accuracy"):
             judged = name == "reward" and one["stage"] == "general_rl"  # by models that were trained in another order of sums
-            assert one.get(name) == (None if name not in one else pytest.approx(other[name], rel=1e-6 if judged else 1e-12)), (name, one, other)
+            allowed = 0.1 if fp8 and name == "router_imbalance" else (1e-3 if fp8 else 1e-6) if judged else 1e-12
+            assert one.get(name) == (None if name not in one else pytest.approx(other[name], rel=allowed)), (name, one, other)
         for name in ("loss", "mtp_loss", "entropy", "grad_norm", "kl_ref"):
-            assert one.get(name) == (None if name not in one else pytest.approx(other[name], rel=1e-3, abs=1e-7)), (name, one, other)
+            assert one.get(name) == (None if name not in one else pytest.approx(other[name], rel=5e-2 if fp8 else 1e-3, abs=1e-7)), (name, one, other)
         assert other.get("logp_gap_max", 0) < 1e-5
 
 
