@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._cpu import address, native, why_not_cpu
+from ._cpu import why_not_cpu
 from ._dispatch import Backend, check, late, register
 from ._triton import why_not_triton
 
@@ -42,9 +42,12 @@ def advance_rows(
     bool.  A slot beyond the rings is the caller's mistake and is not looked for.  Raises ValueError on a mismatch of shapes, dtypes or strides.
     """
     counters = {"tokens": tokens, "status": status, "generated": generated, "slots": slots, "last": last}
-    narrow = {"lengths": lengths, "max_lengths": max_lengths}
+    narrow, wide = {"lengths": lengths, "max_lengths": max_lengths}, {"logps": logps}
+    if streaks is not None:
+        counters |= {"streaks.counts": streaks.counts, "streaks.limits": streaks.limits}
+        wide |= {"streaks.bounds": streaks.bounds, "streaks.full_logps": streaks.full_logps}
     m = tokens.shape[0] if tokens.ndim == 1 else -1
-    for dtype, group in ((torch.int64, counters), (torch.int32, narrow), (torch.float32, {"logps": logps}), (torch.bool, {"drawing": drawing})):
+    for dtype, group in ((torch.int64, counters), (torch.int32, narrow), (torch.float32, wide), (torch.bool, {"drawing": drawing})):
         for name, x in group.items():
             check(x is None or (x.shape == (m,) and x.dtype == dtype and x.is_contiguous()),
                   lambda name=name, x=x, dtype=dtype: f"advance_rows: {name} is {tuple(x.shape)} {x.dtype} with strides {x.stride()}; wanted "
@@ -91,20 +94,7 @@ def row_positions_reference(status: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(status == RUNNING, lengths - 1, -1)
 
 
-def advance_rows_cpu(tokens, logps, token_ring, logp_ring, status, lengths, max_lengths, generated, slots, last, eos, drawing, streaks) -> None:
-    streak = (0, 0, 0, 0) if streaks is None else (x.data_ptr() for x in streaks)
-    native().advance_rows(*(x.data_ptr() for x in (status, generated, slots, last, lengths, max_lengths, eos)), eos.shape[1], address(drawing),
-                          *streak, *(x.data_ptr() for x in (tokens, logps, token_ring, logp_ring)), token_ring.stride(0), len(tokens))  # fmt: skip
-
-
-def row_positions_cpu(status: Tensor, lengths: Tensor) -> Tensor:
-    positions = torch.empty_like(lengths, memory_format=torch.contiguous_format)
-    status, lengths = status.contiguous(), lengths.contiguous()
-    native().row_positions(status.data_ptr(), lengths.data_ptr(), positions.data_ptr(), len(positions))
-    return positions
-
-
 op = register("advance_rows", triton=Backend(late("advance_rows_triton.advance_rows_triton"), why_not_triton),
-              cpu=Backend(advance_rows_cpu, why_not_cpu), reference=Backend(advance_rows_reference))  # fmt: skip
+              cpu=Backend(late("advance_rows_cpu.advance_rows_cpu"), why_not_cpu), reference=Backend(advance_rows_reference))  # fmt: skip
 positions_op = register("row_positions", triton=Backend(late("advance_rows_triton.row_positions_triton"), why_not_triton),
-                        cpu=Backend(row_positions_cpu, why_not_cpu), reference=Backend(row_positions_reference))  # fmt: skip
+                        cpu=Backend(late("advance_rows_cpu.row_positions_cpu"), why_not_cpu), reference=Backend(row_positions_reference))  # fmt: skip

@@ -15,7 +15,7 @@ def advance_rows_triton(tokens, logps, token_ring, logp_ring, status, lengths, m
     m = len(tokens)
     if m == 0:
         return
-    streak = (tokens, tokens, logps, logps) if streaks is None else tuple(x.contiguous() if i else x for i, x in enumerate(streaks))
+    streak = (tokens, tokens, logps, logps) if streaks is None else streaks
     with on_device_of(tokens):
         advance_rows_kernel[(triton.cdiv(m, BLOCK),)](
             tokens, logps, token_ring, logp_ring, token_ring.stride(0), status, lengths, max_lengths, generated, slots, last, eos,

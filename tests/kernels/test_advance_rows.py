@@ -121,5 +121,8 @@ def test_mismatches_are_refused(name, value, message):
     advance_rows(**call)
     with pytest.raises(ValueError, match=message):
         advance_rows(**call | {name: value})
+    streaks = Streaks(long, long, torch.zeros(8)[::2], torch.zeros(4))
+    with pytest.raises(ValueError, match=r"streaks.bounds is \(4,\) torch.float32 with strides \(2,\); wanted .* contiguous"):
+        advance_rows(**call, streaks=streaks)
     with pytest.raises(ValueError, match=r"row_positions: status is \(4,\) torch.int64, lengths is \(4,\) torch.int64; wanted"):
         row_positions(long, long)
