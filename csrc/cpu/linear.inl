@@ -1,10 +1,13 @@
 // Products of matrices: y = x w^T + bias, dx = dy w, dw = dy^T x.  All three are out[j, l] = sum over s of scalar(j, s) * panel(s, l), where a panel
-// has 64 of the lanes l for all s, packed in a thread's own memory (for y: rows of x, transposed; else columns of w or x).
+// has 64 of the lanes l, packed in a thread's own memory (for y: rows of w, transposed; else columns of w or x).  Few rows of x go the other way round:
+// then they are the lanes, transposed, and w is read where it lies.
 //
-// A sum starts anew every kDepth terms, each run in ascending order, and the runs are added in theirs, first those of kMostDepth terms, which is as deep
-// as a panel gets: its bits depend neither on where in a panel the lane is, nor on the other rows, nor on the number of threads.
+// A sum starts anew every kDepth terms, each run in ascending order, and the runs are added in theirs: its bits depend neither on which of these ways
+// it goes, nor on where in a panel the lane is, nor on the other rows, nor on the number of threads.
 
-constexpr std::int64_t kPanel = 64, kGroup = 48, kDepth = 512, kMostDepth = 8 * kDepth;
+constexpr std::int64_t kPanel = 64, kGroup = 48, kDepth = 512;
+constexpr std::int64_t kPackedFloats = 96 * 1024;  // of panels that a thread goes through for each group of rows: they stay in its L2
+constexpr std::int64_t kFewRows = 192;             // for each thread: with fewer, transposing w would show
 // One tile fills the registers: kTileJ x kTileV sums of 16 lanes, and kTileV lanes of the panel.
 #if defined(ATHANOR_AVX512)
 constexpr int kTileJ = 6, kTileV = 4;
@@ -18,17 +21,32 @@ constexpr int kTileJ = 2, kTileV = 1;
 struct Scalars {
     const float* at;
     std::int64_t j_stride, s_stride;
+    Scalars from(std::int64_t j, std::int64_t s) const { return {at + j * j_stride + s * s_stride, j_stride, s_stride}; }
 };
 
-// sums[j, v] (+)= those of `depth` terms, for J rows and V vectors.
+// Where sums go: at[j * stride + l], of `lanes` lanes; the first run of a sum replaces what is there unless `add`.
+struct Sums {
+    float* at;
+    std::int64_t stride, lanes;
+    bool add;
+};
+
+// The sums of `depth` terms, for J rows and V vectors.
 template <int J, int V>
-inline void product_tile(const float* panel, Scalars scalars, std::int64_t depth, float* sums, bool first) {
+inline void product_tile(const float* panel, Scalars scalars, std::int64_t depth, Sums out) {
+#pragma GCC unroll 6
+    for (int j = 0; j < J; ++j) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            __builtin_prefetch(out.at + j * out.stride + v * kLanes, 1);
+        }
+    }
     v16 sum[J][V]{};
     for (std::int64_t s = 0; s < depth; ++s) {
         // Scalars seldom lie in L2, and no prefetcher of the machine follows short rows: ask for the next tile's once a cache line, or for those of a
         // later term.
         if (scalars.s_stride != 1) {
-            __builtin_prefetch(scalars.at + (s + kLanes) * scalars.s_stride);
+            __builtin_prefetch(scalars.at + (s + 2 * kLanes) * scalars.s_stride);
         } else if (s % kLanes == 0) {
 #pragma GCC unroll 6
             for (int j = 0; j < J; ++j) {
@@ -51,76 +69,86 @@ inline void product_tile(const float* panel, Scalars scalars, std::int64_t depth
     }
 #pragma GCC unroll 6
     for (int j = 0; j < J; ++j) {
+        float* row = out.at + j * out.stride;
+        if (out.lanes >= V * kLanes) {
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-            float* out = sums + j * kPanel + v * kLanes;
-            store(out, first ? sum[j][v] : load(out) + sum[j][v]);
+            for (int v = 0; v < V; ++v) {
+                store(row + v * kLanes, out.add ? load(row + v * kLanes) + sum[j][v] : sum[j][v]);
+            }
+        } else {
+            v16 left[V];  // in memory: which of them is the last is not known before
+            std::memcpy(left, sum[j], sizeof left);
+            for (std::int64_t v = 0; v < V; ++v) {
+                const std::int64_t n = std::min(kLanes, out.lanes - v * kLanes);
+                store_first(row + v * kLanes, n, out.add ? load_first(row + v * kLanes, n) + left[v] : left[v]);
+            }
         }
     }
 }
 
 template <int J>
-inline void product_tile_of(int num_vectors, const float* panel, Scalars scalars, std::int64_t depth, float* sums, bool first) {
-    while (num_vectors > 0) {
-        const int now = std::min(num_vectors, kTileV);
+inline void product_tiles(const float* panel, Scalars scalars, std::int64_t depth, Sums out) {
+    while (out.lanes > 0) {
+        const int now = static_cast<int>(std::min<std::int64_t>((out.lanes + kLanes - 1) / kLanes, kTileV));
         switch (now) {
-            case 1: product_tile<J, 1>(panel, scalars, depth, sums, first); break;
-            case 2: product_tile<J, std::min(2, kTileV)>(panel, scalars, depth, sums, first); break;
-            case 3: product_tile<J, std::min(3, kTileV)>(panel, scalars, depth, sums, first); break;
-            default: product_tile<J, std::min(4, kTileV)>(panel, scalars, depth, sums, first);
+            case 1: product_tile<J, 1>(panel, scalars, depth, out); break;
+            case 2: product_tile<J, std::min(2, kTileV)>(panel, scalars, depth, out); break;
+            case 3: product_tile<J, std::min(3, kTileV)>(panel, scalars, depth, out); break;
+            default: product_tile<J, std::min(4, kTileV)>(panel, scalars, depth, out);
         }
         panel += now * kLanes;
-        sums += now * kLanes;
-        num_vectors -= now;
+        out.at += now * kLanes;
+        out.lanes -= now * kLanes;
     }
 }
 
-// sums (num_j, 64) = all `depth` terms of up to kGroup rows.
-inline void product_chunk(const float* panel, Scalars scalars, std::int64_t num_j, std::int64_t num_lanes, std::int64_t depth, float* sums) {
-    const int num_vectors = static_cast<int>((num_lanes + kLanes - 1) / kLanes);
+// All `depth` terms of num_j rows by one panel.
+inline void product_rows(const float* panel, Scalars scalars, std::int64_t num_j, std::int64_t depth, Sums out) {
     for (std::int64_t s = 0; s < depth || s == 0; s += kDepth) {
         const std::int64_t run = std::min(kDepth, depth - s);
+        const bool add = out.add || s > 0;
         for (std::int64_t j = 0; j < num_j;) {
-            const Scalars here{scalars.at + j * scalars.j_stride + s * scalars.s_stride, scalars.j_stride, scalars.s_stride};
+            const Sums here{out.at + j * out.stride, out.stride, out.lanes, add};
             if (num_j - j >= kTileJ) {
-                product_tile_of<kTileJ>(num_vectors, panel + s * kPanel, here, run, sums + j * kPanel, s == 0);
+                product_tiles<kTileJ>(panel + s * kPanel, scalars.from(j, s), run, here);
                 j += kTileJ;
             } else {
-                product_tile_of<1>(num_vectors, panel + s * kPanel, here, run, sums + j * kPanel, s == 0);
+                product_tiles<1>(panel + s * kPanel, scalars.from(j, s), run, here);
                 j += 1;
             }
         }
     }
 }
 
-// Call flush(chunk's first j, its number of j, first lane, number of lanes, sums (kGroup, 64), first, last) for all num_j x num_l results, once for
-// every kMostDepth terms of their sums, in that order.  pack(panel, first lane, number of lanes, first term, number of terms) fills a panel, zeros behind
-// its last lane.
-template <typename Pack, typename Flush>
-inline void product(Scalars scalars, std::int64_t num_j, std::int64_t num_l, std::int64_t depth, int threads, Pack&& pack, Flush&& flush) {
-    const std::int64_t chunks = (num_j + kGroup - 1) / kGroup, panels = (num_l + kPanel - 1) / kPanel;
-    for (std::int64_t s = 0; s < depth || s == 0; s += kMostDepth) {
-        const std::int64_t terms = std::min(kMostDepth, depth - s);
-        const std::int64_t grain = 100000 / (std::min(num_j, kGroup) * std::min(num_l, kPanel) * terms + 1) + 1;
-        parallel_for(chunks * panels, grain, threads, [&](std::int64_t begin, std::int64_t end) {
-            Workspace workspace;
-            float* sums = workspace.take(kGroup * kPanel + terms * kPanel);
-            float* panel = sums + kGroup * kPanel;
-            for (std::int64_t unit = begin; unit < end; ++unit) {
-                const std::int64_t l = unit / chunks * kPanel, j = unit % chunks * kGroup;
-                const std::int64_t num_lanes = std::min(kPanel, num_l - l), rows = std::min(kGroup, num_j - j);
-                if (unit == begin || j == 0) {
-                    pack(panel, l, num_lanes, s, terms);
+// out (num_j, num_l), with a thread's share of the rows.  pack(panels, distance from panel to panel, first lane, number of lanes, first term, number of
+// terms) fills panels; what lies behind their last lane may be anything.
+template <typename Pack>
+inline void product(Scalars scalars, std::int64_t num_j, std::int64_t num_l, std::int64_t depth, Sums out, int threads, Pack&& pack) {
+    const std::int64_t tiles = (num_j + kTileJ - 1) / kTileJ;
+    const std::int64_t slab = depth <= 2 * kDepth ? depth : kDepth, panel = slab * kPanel;
+    const std::int64_t panels = std::clamp<std::int64_t>(kPackedFloats / std::max<std::int64_t>(panel, 1), 1, (num_l + kPanel - 1) / kPanel);
+    parallel_for(tiles, 100000 / (kTileJ * num_l * depth + 1) + 1, threads, [&](std::int64_t begin, std::int64_t end) {
+        Workspace workspace;
+        float* packed = workspace.take(panels * panel);
+        const std::int64_t first = begin * kTileJ, last = std::min(end * kTileJ, num_j);
+        for (std::int64_t s = 0; s < depth || s == 0; s += std::max<std::int64_t>(slab, 1)) {
+            const std::int64_t terms = std::min(slab, depth - s);
+            for (std::int64_t l = 0; l < num_l; l += panels * kPanel) {
+                const std::int64_t lanes = std::min(panels * kPanel, num_l - l);
+                pack(packed, panel, l, lanes, s, terms);
+                for (std::int64_t j = first; j < last; j += kGroup) {
+                    for (std::int64_t p = 0; p < lanes; p += kPanel) {
+                        float* at = out.at + j * out.stride + l + p;
+                        product_rows(packed + p * slab, scalars.from(j, s), std::min(kGroup, last - j), terms,
+                                     {at, out.stride, std::min(kPanel, lanes - p), out.add || s > 0});
+                    }
                 }
-                const float* at = scalars.at + j * scalars.j_stride + s * scalars.s_stride;
-                product_chunk(panel, {at, scalars.j_stride, scalars.s_stride}, rows, num_lanes, terms, sums);
-                flush(j, rows, l, num_lanes, sums, s == 0, s + terms == depth);
             }
-        });
-    }
+        }
+    });
 }
 
-// 16 x 16 floats from `from` to `to`, transposed; num_rows of it are there, num_columns of each are wanted, the rest is 0.
+// 16 x 16 floats from `from`, transposed; num_rows of it are there, num_columns of each are wanted, the rest is 0.
 ATHANOR_INLINE void transpose_block(const float* from, std::int64_t from_stride, std::int64_t num_rows, std::int64_t num_columns, v16 (&block)[kLanes]) {
     if (num_rows >= kLanes && num_columns >= kLanes) {
 #pragma GCC unroll 16
@@ -135,57 +163,85 @@ ATHANOR_INLINE void transpose_block(const float* from, std::int64_t from_stride,
     transpose(block);
 }
 
-// Lanes are rows of x, j rows of w.
+// Lanes are rows of `rows`.
+inline void pack_transposed(Matrix rows, float* panels, std::int64_t distance, std::int64_t l, std::int64_t num_lanes, std::int64_t from,
+                            std::int64_t terms) {
+    for (std::int64_t v = 0; v < num_lanes; v += kLanes) {
+        float* to = panels + v / kPanel * distance + v % kPanel;
+        for (std::int64_t k = 0; k < terms; k += kLanes) {
+            v16 block[kLanes];
+            transpose_block(rows.at + (l + v) * rows.stride + from + k, rows.stride, num_lanes - v, terms - k, block);
+            for (std::int64_t i = 0; i < std::min(kLanes, terms - k); ++i) {
+                store(to + (k + i) * kPanel, block[i]);
+            }
+        }
+    }
+}
+
+// y of few rows: lanes are rows of x, j rows of w.
+inline void linear_few(Matrix x, Matrix w, const float* bias, float* y, std::int64_t T, std::int64_t N, std::int64_t K, int threads) {
+    const std::int64_t chunks = (N + kGroup - 1) / kGroup, panels = (T + kPanel - 1) / kPanel;
+    for (std::int64_t s = 0; s < K || s == 0; s += kDepth) {
+        const std::int64_t terms = std::min(kDepth, K - s);
+        const std::int64_t grain = 100000 / (std::min(N, kGroup) * std::min(T, kPanel) * terms + 1) + 1;
+        parallel_for(chunks * panels, grain, threads, [&](std::int64_t begin, std::int64_t end) {
+            Workspace workspace;
+            float* sums = workspace.take(kGroup * kPanel + terms * kPanel);
+            float* panel = sums + kGroup * kPanel;
+            for (std::int64_t unit = begin; unit < end; ++unit) {
+                const std::int64_t t = unit / chunks * kPanel, n = unit % chunks * kGroup;
+                const std::int64_t num_rows = std::min(kPanel, T - t), num_columns = std::min(kGroup, N - n);
+                if (unit == begin || n == 0) {
+                    pack_transposed(x, panel, 0, t, num_rows, s, terms);
+                }
+                product_rows(panel, Scalars{w.at, w.stride, 1}.from(n, s), num_columns, terms, {sums, kPanel, (num_rows + kLanes - 1) / kLanes * kLanes, false});
+                for (std::int64_t c = 0; c < num_columns; c += kLanes) {
+                    const std::int64_t columns = std::min(kLanes, num_columns - c);
+                    const v16 added = bias && s + terms == K ? load_first(bias + n + c, columns) : v16{};
+                    for (std::int64_t v = 0; v < num_rows; v += kLanes) {
+                        v16 block[kLanes];
+                        transpose_block(sums + c * kPanel + v, kPanel, columns, kLanes, block);
+                        for (std::int64_t i = 0; i < std::min(kLanes, num_rows - v); ++i) {
+                            float* out = y + (t + v + i) * N + n + c;
+                            v16 row = s == 0 ? block[i] : load_first(out, columns) + block[i];
+                            row = bias && s + terms == K ? row + added : row;
+                            columns == kLanes ? store(out, row) : store_first(out, columns, row);
+                        }
+                    }
+                }
+            }
+        });
+    }
+}
+
 inline void linear_fwd(Matrix x, Matrix w, const float* bias, float* y, std::int64_t T, std::int64_t N, std::int64_t K, int threads) {
-    const auto pack = [=](float* panel, std::int64_t t, std::int64_t num_rows, std::int64_t from, std::int64_t terms) {
-        for (std::int64_t v = 0; v < num_rows; v += kLanes) {
-            for (std::int64_t k = 0; k < terms; k += kLanes) {
-                v16 block[kLanes];
-                transpose_block(x.at + (t + v) * x.stride + from + k, x.stride, num_rows - v, terms - k, block);
-                for (std::int64_t i = 0; i < std::min(kLanes, terms - k); ++i) {
-                    store(panel + (k + i) * kPanel + v, block[i]);
-                }
+    if (T < kFewRows * threads) {
+        linear_few(x, w, bias, y, T, N, K, threads);
+        return;
+    }
+    product({x.at, x.stride, 1}, T, N, K, {y, N, N, false}, threads,
+            [=](float* panels, std::int64_t distance, std::int64_t n, std::int64_t num_columns, std::int64_t from, std::int64_t terms) {
+                pack_transposed(w, panels, distance, n, num_columns, from, terms);
+            });
+    if (bias) {
+        parallel_for(T, 16384 / (N + 1) + 1, threads, [=](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t t = begin; t < end; ++t) {
+                over_lanes(N, [&](std::int64_t i, auto n) { n.store(y + t * N + i, n.load(y + t * N + i) + n.load(bias + i)); });
             }
-        }
-    };
-    const auto flush = [=](std::int64_t n, std::int64_t num_columns, std::int64_t t, std::int64_t num_rows, const float* sums, bool first, bool last) {
-        for (std::int64_t c = 0; c < num_columns; c += kLanes) {
-            const std::int64_t columns = std::min(kLanes, num_columns - c);
-            const v16 added = bias && last ? load_first(bias + n + c, columns) : v16{};
-            for (std::int64_t v = 0; v < num_rows; v += kLanes) {
-                v16 block[kLanes];
-                transpose_block(sums + c * kPanel + v, kPanel, columns, kLanes, block);
-                for (std::int64_t i = 0; i < std::min(kLanes, num_rows - v); ++i) {
-                    float* out = y + (t + v + i) * N + n + c;
-                    v16 row = first ? block[i] : load_first(out, columns) + block[i];
-                    row = bias && last ? row + added : row;
-                    columns == kLanes ? store(out, row) : store_first(out, columns, row);
-                }
-            }
-        }
-    };
-    product({w.at, w.stride, 1}, N, T, K, threads, pack, flush);
+        });
+    }
 }
 
 // Lanes are columns of `columns` (depth, num_l), out is (num_j, num_l): dx from w, dw from x.
 inline void product_of_columns(Scalars scalars, Matrix columns, float* out, std::int64_t num_j, std::int64_t num_l, std::int64_t depth, bool add,
                                int threads) {
-    const auto pack = [=](float* panel, std::int64_t l, std::int64_t num_lanes, std::int64_t from, std::int64_t terms) {
-        for (std::int64_t s = 0; s < terms; ++s) {
-            const float* row = columns.at + (from + s) * columns.stride + l;
-            over_lanes(num_lanes, [&](std::int64_t i, auto n) { store(panel + s * kPanel + i, n.load(row + i)); });
-        }
-    };
-    const auto flush = [=](std::int64_t j, std::int64_t rows, std::int64_t l, std::int64_t num_lanes, const float* sums, bool first, bool) {
-        for (std::int64_t r = 0; r < rows; ++r) {
-            float* to = out + (j + r) * num_l + l;
-            over_lanes(num_lanes, [&](std::int64_t i, auto n) {
-                const v16 sum = load(sums + r * kPanel + i);
-                n.store(to + i, add || !first ? n.load(to + i) + sum : sum);
+    product(scalars, num_j, num_l, depth, {out, num_l, num_l, add}, threads,
+            [=](float* panels, std::int64_t distance, std::int64_t l, std::int64_t num_lanes, std::int64_t from, std::int64_t terms) {
+                for (std::int64_t s = 0; s < terms; ++s) {
+                    const float* row = columns.at + (from + s) * columns.stride + l;
+                    over_lanes(num_lanes, [&](std::int64_t i, auto n) { store(panels + i / kPanel * distance + s * kPanel + i % kPanel, n.load(row + i)); });
+                }
             });
-        }
-    };
-    product(scalars, num_j, num_l, depth, threads, pack, flush);
 }
 
 inline void linear_dx(Matrix dy, Matrix w, float* dx, std::int64_t T, std::int64_t N, std::int64_t K, int threads) {
