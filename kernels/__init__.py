@@ -12,6 +12,7 @@ from .fp8_grouped_gemm import fp8_grouped_gemm, fp8_grouped_matmul, fp8_grouped_
 from .fp8_mixture import fp8_mixture
 from .fp8_producers import Produced, fp8_permute, fp8_rmsnorm, fp8_swiglu, fp8_swiglu_backward
 from .fp8_quantize import Quantized, fp8_quantize, fp8_quantize_dual
+from .fp8_quantize_many import fp8_quantize_many
 from .group_advantage import group_advantage
 from .grouped_gemm import grouped_gemm, grouped_wgrad
 from .grpo_loss import grpo_loss
@@ -35,9 +36,9 @@ from .swiglu import swiglu
 
 __all__ = [
     "LogProbs", "LossVariant", "Places", "Produced", "Quantized", "Routing", "Sampled", "Support", "advance_rows", "attention", "empty_kv_cache",
-    "fp8_grouped_gemm", "fp8_grouped_matmul", "fp8_grouped_wgrad", "fp8_mixture", "fp8_permute", "fp8_quantize", "fp8_quantize_dual", "fp8_rmsnorm",
-    "fp8_swiglu", "fp8_swiglu_backward", "group_advantage", "grouped_gemm", "grouped_wgrad", "grpo_loss", "is_strict", "kv_append", "linear",
-    "linear_grpo", "linear_logprob", "linear_logprob_parallel", "linear_sample", "logits_grpo", "logprob", "mla_decode", "moe_dots", "moe_permute",
-    "moe_places", "moe_route", "moe_unpermute", "paged_attention", "philox_uniform", "policy_loss", "qkv_append", "rmsnorm", "rope",
-    "row_positions", "sample", "strict_mode", "swiglu", "use_backend",
+    "fp8_grouped_gemm", "fp8_grouped_matmul", "fp8_grouped_wgrad", "fp8_mixture", "fp8_permute", "fp8_quantize", "fp8_quantize_dual",
+    "fp8_quantize_many", "fp8_rmsnorm", "fp8_swiglu", "fp8_swiglu_backward", "group_advantage", "grouped_gemm", "grouped_wgrad", "grpo_loss",
+    "is_strict", "kv_append", "linear", "linear_grpo", "linear_logprob", "linear_logprob_parallel", "linear_sample", "logits_grpo", "logprob",
+    "mla_decode", "moe_dots", "moe_permute", "moe_places", "moe_route", "moe_unpermute", "paged_attention", "philox_uniform", "policy_loss",
+    "qkv_append", "rmsnorm", "rope", "row_positions", "sample", "strict_mode", "swiglu", "use_backend",
 ]  # fmt: skip

@@ -118,6 +118,20 @@ def e4m3_bits(y, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def as_if_in(x, TYPE: tl.constexpr):
+    """fp32 rounded to bf16 or fp16, to the nearest, ties to even; TYPE None: as it is.  The interpreter's cast to bf16 truncates."""
+    if TYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        # NaN stays: adding to it could carry into the sign
+        bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF, bits)
+        return bits.to(tl.float32, bitcast=True)
+    elif TYPE == tl.float16:
+        return x.to(tl.float16).to(tl.float32)
+    else:
+        return x
+
+
+@triton.jit
 def store_transposed(code, qt_at, qt_stride, R, C):
     """Store a tile of codes (128, 128), its rows in the order of tile_rows, by columns, as words of four rows.
 
@@ -178,7 +192,7 @@ def quantize_tile(
     tile, x_ptr, q_ptr, scales_ptr, qt_ptr, column_scales_ptr, R, C, x_stride, x_batch_stride, qt_stride, qt_batch_stride, scales_stride,
     column_scales_stride,
     SQUARE: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr, POWER_OF_TWO: tl.constexpr, EMULATE: tl.constexpr, HEIGHT: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, ROUND: tl.constexpr = None,
 ):  # fmt: skip
     batch, tile_r, tile_c = tile_place(tile, R, C, HEIGHT, GROUP)
     row0, column0 = tile_r * HEIGHT, tile_c * 128
@@ -187,7 +201,7 @@ def quantize_tile(
     mask = (rows < R)[:, None] & (columns < C)[None, :]
     # 64 bits for where the tile begins, 32 within it: in 64 each of a thread's addresses would take two registers more
     x_at = x_ptr + (batch * x_batch_stride + row0 * x_stride + column0)
-    x = tl.load(x_at + (row[:, None] * x_stride + column[None, :]), mask=mask, other=0.0).to(tl.float32)
+    x = as_if_in(tl.load(x_at + (row[:, None] * x_stride + column[None, :]), mask=mask, other=0.0).to(tl.float32), ROUND)
     size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     q_at = q_ptr + ((batch * R + row0) * C + column0) + (row[:, None] * C + column[None, :])
     qt_at = qt_ptr + (batch * qt_batch_stride + column0.to(tl.int64) * qt_stride + row0)

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from athanor.config import ModelConfig, ParallelConfig, RecipeConfig
 from athanor.errors import UserError
 from athanor.expert_parallel import shard_experts_
+from athanor.kernels import fp8_quantize_dual
 from athanor.model.moe import mixtures, use_fp8_
 from athanor.parallel import Ranks
 from athanor.sharding import will_split
@@ -135,6 +136,22 @@ def test_fp8_copies_of_shared_experts_follow_the_parameter(one_rank):
         assert not torch.equal(moe(x), before) and copies.num_made == 3
         moe.down_proj.mul_(0.5)
         assert torch.equal(moe(x), before) and copies.num_made == 4
+
+
+def test_fp8_copies_of_wider_masters_are_made_of_what_the_products_would_read(one_rank):
+    """fp32 parts of a model that computes in bf16: rounded first, as the weight that the sampler has is."""
+    moe = shard_experts_(a_layer("qwen3_moe", "dgrad").bfloat16(), one_rank, torch.float32)
+    x = torch.randn(16, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        for factor in (1.001, 1.003):
+            for name in moe.fp8.weights:
+                getattr(moe, name).to_local().mul_(factor)
+            moe(x)
+        for name, copies in moe.fp8.weights.items():
+            want = fp8_quantize_dual(getattr(moe, name).to_local().bfloat16(), block=(128, 128))
+            for got, wanted in zip(copies.copy, want, strict=True):
+                assert torch.equal(got.q.view(torch.uint8), wanted.q.view(torch.uint8)) and torch.equal(got.scales, wanted.scales)
+            assert copies.num_made == 2
 
 
 class FourRanks(Ranks):

@@ -102,18 +102,29 @@ def test_sampler_and_trainer_multiply_the_same_bytes(name, monkeypatch):
     assert trained[1] <= sampled[1] and len(trained[1]) > 100
 
 
+def calls_to_quantise(monkeypatch) -> list[int]:
+    """How many stacks each call that makes copies anew is for, as they come."""
+    module, calls = sys.modules["athanor.model.fp8"], []
+    original = module.fp8_quantize_many
+
+    def watched(weights, *rest, **options):
+        calls.append(len(weights))
+        return original(weights, *rest, **options)
+
+    monkeypatch.setattr(module, "fp8_quantize_many", watched)
+    return calls
+
+
 def test_weights_are_quantised_once_per_optimizer_step_and_in_place(monkeypatch):
-    model, asked, calls = a_model("deepseek_v3", "dgrad"), requests(num=3), []
-    original = sys.modules["athanor.model.fp8"].fp8_quantize_dual
-    monkeypatch.setattr(sys.modules["athanor.model.fp8"], "fp8_quantize_dual", lambda w, **options: calls.append(w.shape) or original(w, **options))
+    model, asked, calls = a_model("deepseek_v3", "dgrad"), requests(num=3), calls_to_quantise(monkeypatch)
     generator, optimizer, places = Generator(model, {EOS}), Optimizer(model, OptimizerConfig(lr=1e-2), RANKS), None
     for step in range(3):
         groups = generator.generate(asked, SamplingConfig(max_tokens=12))
         trained, sampled = scored(model, asked, groups, 64)
         assert np.array_equal(trained.detach().numpy(), sampled)
-        assert len(calls) == 4 * (step + 1)  # two layers of two stacks, for some 12 decode steps, micro-batches and prefills
+        assert calls == [4] * (step + 1)  # two layers of two stacks in one call, for some 12 decode steps, micro-batches and prefills
         (-trained.sum() / 100).backward()
-        assert len(calls) == 4 * (step + 1)
+        assert calls == [4] * (step + 1)
         masters = [moe.gate_up_proj.detach().clone() for moe in mixtures(model)]
         optimizer.step(1e-2)
         optimizer.zero_grad()
@@ -122,6 +133,30 @@ def test_weights_are_quantised_once_per_optimizer_step_and_in_place(monkeypatch)
         assert places in (None, now)
         places = now
     assert [p for p in model.state_dict() if "fp8" in p] == []
+
+
+def test_a_trainer_alone_makes_all_copies_anew_in_one_call(monkeypatch):
+    """In its first forward it meets one stack after the other; from then on the first that is found old has all that are old made anew."""
+    model, calls = a_model("deepseek_v3", "dgrad"), calls_to_quantise(monkeypatch)
+    batch = pack([np.arange(2, 40)], [np.arange(10, 66)], 10**6)[0]
+    optimizer = Optimizer(model, OptimizerConfig(lr=1e-2), RANKS)
+    for _ in range(3):
+        (-completion_logprobs(model, batch).logps.sum() / 100).backward()
+        optimizer.step(1e-2)
+    assert calls == [1, 1, 1, 1, 4, 4]
+    with torch.no_grad():
+        completion_logprobs(model, batch)
+        twin = copy.deepcopy(model)
+        mixtures(model)[1].down_proj.mul_(2)
+        changed = completion_logprobs(model, batch).logps
+        assert calls == [1, 1, 1, 1, 4, 4, 4, 1]  # one stack was written to
+        assert not torch.equal(completion_logprobs(twin, batch).logps, changed)
+        mixtures(twin)[1].down_proj.mul_(2)
+        assert torch.equal(completion_logprobs(twin, batch).logps, changed) and calls[8:] == [4, 1]  # a deepcopy has copies of its own
+    for moe in mixtures(model):
+        for name, made in moe.fp8.weights.items():
+            want = fp8_quantize_dual(getattr(moe, name), block=(128, 128))
+            assert all(torch.equal(a.q.float(), b.q.float()) and torch.equal(a.scales, b.scales) for a, b in zip(made.copy, want, strict=True))
 
 
 def test_a_step_between_two_windows_reaches_a_running_stream():

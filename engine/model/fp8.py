@@ -4,12 +4,15 @@ The master weights stay as they are, in the model's type, and are all that an op
 module, so they multiply by the same bytes.  Router, shared experts, attention, norms, embedding and head know nothing of it.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from athanor.kernels import Places, fp8_grouped_gemm, fp8_mixture
-from athanor.kernels.fp8_quantize import Quantized, fp8_quantize_dual
+from athanor.kernels import Places, fp8_grouped_gemm, fp8_mixture, fp8_quantize_many
+from athanor.kernels.fp8_quantize import Quantized
+from athanor.kernels.fp8_quantize_many import empty_copy
 
 WGRAD_ROWS = 128  # tokens that share a scale of an FP8 weight gradient: every expert's rows are a multiple of it
 
@@ -17,36 +20,65 @@ WGRAD_ROWS = 128  # tokens that share a scale of an FP8 weight gradient: every e
 class Fp8Weight:
     """The FP8 copy of one stack of matrices, in blocks of 128 x 128 with scales that are powers of two.
 
-    Its memory (2 bytes per number: rows and columns) stays where it is, so that captured steps read the new numbers: `of` writes them over the old
+    Its memory (2 bytes per number: rows and columns) stays where it is, so that captured steps read the new numbers: they are written over the old
     ones when the stack has been written to since.  What a forward before that saved for its backward is then refused by PyTorch.
+
+    among: the copies of a model.  After an optimizer step all of them are old, and the first that is asked for has all made anew in one launch; the
+    others then find theirs new.
     """
 
-    def __init__(self):
+    def __init__(self, among: list["Fp8Weight"] | None = None):
         self.copy: tuple[Quantized, Quantized] | None = None
         self.num_made = 0  # how often the stack was quantised
-        self._seen: tuple = ()
+        self.owner: Tensor | None = None  # the parameter
+        self.dtype: torch.dtype | None = None  # in which it is computed with
+        self._made_of: tuple = ()
+        self._among = [] if among is None else among
+        self._among.append(self)
 
     def of(self, weight: Tensor, owner: Tensor | None = None) -> tuple[Quantized, Quantized]:
         """`fp8_quantize_dual` of the stack (E, N, K) as it is now.
 
         owner: the parameter, where the stack is a view or a cast of this rank's part of a DTensor.
         """
-        owner = weight if owner is None else owner
-        kept = owner._local_tensor if isinstance(owner, DTensor) else owner
-        # In-place writes are counted: an optimizer's by the parameter, those of a state that is read by the part.
-        seen = owner, owner._version, kept.data_ptr(), kept._version, weight.dtype, weight.device
-        if len(self._seen) == len(seen) and seen[0] is self._seen[0] and seen[1:] == self._seen[1:]:
-            return self.copy
-        with torch.inference_mode(False), torch.no_grad():  # the sampler's inference tensors could not be saved for a backward
-            made = fp8_quantize_dual(weight.detach(), block=(128, 128))
-            if self.copy is None or self.copy[0].q.shape != weight.shape or self.copy[0].q.device != weight.device:
-                self.copy = made
-            else:
-                for old, new in zip(self.copy, made, strict=True):
-                    old.q.copy_(new.q)
-                    old.scales.copy_(new.scales)
-        self._seen, self.num_made = seen, self.num_made + 1
+        self.watch(weight if owner is None else owner, weight.dtype)
+        if self.is_old():
+            refresh_([copy for copy in self._among if copy.owner is not None and copy.kept.device == self.kept.device])
         return self.copy
+
+    def watch(self, owner: Tensor, dtype: torch.dtype) -> "Fp8Weight":
+        """Be the copy of a parameter, or of this rank's part of one, rounded to the type in which it is computed with."""
+        self.owner, self.dtype = owner, dtype
+        return self
+
+    @property
+    def kept(self) -> Tensor:
+        """The numbers that the copy is made of: what this rank has of the parameter."""
+        return self.owner._local_tensor if isinstance(self.owner, DTensor) else self.owner
+
+    def is_old(self) -> bool:
+        made_of = self._state()
+        return len(self._made_of) != len(made_of) or self._made_of[0] is not made_of[0] or self._made_of[1:] != made_of[1:]
+
+    def _state(self) -> tuple:
+        # In-place writes are counted: an optimizer's by the parameter, those of a state that is read by the part.
+        return self.owner, self.owner._version, self.kept.data_ptr(), self.kept._version, self.dtype, self.kept.device
+
+
+def refresh_(copies: Iterable[Fp8Weight]) -> None:
+    """Make anew what is older than its stack: one launch, or, where they are on several devices or computed with in several types, one for each."""
+    together: dict[tuple, list[Fp8Weight]] = {}
+    for copy in copies:
+        if copy.is_old():
+            together.setdefault((copy.kept.device, copy.dtype), []).append(copy)
+    for (device, dtype), old in together.items():
+        with torch.inference_mode(False), torch.no_grad():  # the sampler's inference tensors could not be saved for a backward
+            for copy in old:
+                if copy.copy is None or copy.copy[0].q.shape != copy.kept.shape or copy.copy[0].q.device != device:
+                    copy.copy = empty_copy(copy.kept.shape, device)
+            fp8_quantize_many([copy.kept for copy in old], [copy.copy for copy in old], dtype=dtype)
+        for copy in old:
+            copy._made_of, copy.num_made = copy._state(), copy.num_made + 1
 
 
 class Fp8Products:
@@ -55,9 +87,10 @@ class Fp8Products:
     `routed` makes each operand of a product where the numbers come from; calling it takes one product at a time, with the same bits.
     """
 
-    def __init__(self, wgrad: bool):
+    def __init__(self, wgrad: bool, among: list[Fp8Weight] | None = None):
+        among = [] if among is None else among  # the copies of all layers, see `Fp8Weight`
         self.wgrad = wgrad
-        self.weights: dict[str, Fp8Weight] = {"gate_up_proj": Fp8Weight(), "down_proj": Fp8Weight()}
+        self.weights: dict[str, Fp8Weight] = {"gate_up_proj": Fp8Weight(among), "down_proj": Fp8Weight(among)}
 
     def align(self, training: bool) -> int:
         """What the number of every expert's rows is a multiple of."""

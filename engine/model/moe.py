@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from athanor.config import ModelConfig
 from athanor.kernels import grouped_gemm, linear, moe_permute, moe_places, moe_route, moe_unpermute, swiglu
 from athanor.kernels.moe_route import scores_of
-from athanor.model.fp8 import Fp8Products
+from athanor.model.fp8 import Fp8Products, Fp8Weight, refresh_
 from athanor.model.layers import ROW_STEP, Swiglu, rows_of_their_own
 
 
@@ -188,8 +188,9 @@ def use_fp8_(model: nn.Module, mode: str) -> nn.Module:
     """Set the products of all routed experts, and return the model.  mode: `fp8` of a recipe, "off", "dgrad" or "wgrad"."""
     if mode not in ("off", "dgrad", "wgrad"):
         raise ValueError(f"use_fp8_: mode is {mode!r}; wanted off, dgrad or wgrad")
+    among: list[Fp8Weight] = []
     for moe in mixtures(model):
-        moe.fp8 = None if mode == "off" else Fp8Products(wgrad=mode == "wgrad")
+        moe.fp8 = None if mode == "off" else Fp8Products(wgrad=mode == "wgrad", among=among)
     return model
 
 
@@ -200,10 +201,9 @@ def fp8_mode(model: nn.Module) -> str:
 
 
 def refresh_fp8_(model: nn.Module) -> None:
-    """Bring the FP8 copies of all experts up to date, for captured steps, which cannot look themselves."""
-    for moe in mixtures(model):
-        for name, copy in moe.fp8.weights.items() if moe.fp8 is not None else ():
-            copy.of(getattr(moe, name))
+    """Bring the FP8 copies of all experts up to date in one launch, for captured steps, which cannot look themselves."""
+    found = [(copy, getattr(moe, name)) for moe in mixtures(model) if moe.fp8 is not None for name, copy in moe.fp8.weights.items()]
+    refresh_([copy.watch(stack, stack.dtype) for copy, stack in found])
 
 
 def tokens_per_expert(ids: Tensor, num_experts: int) -> Tensor:
