@@ -56,11 +56,14 @@ def test_gives_the_bits_of_each_matrix_alone(power_of_two, triton_device, poison
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # of the interpreter, on the way to infinity
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_masters_are_rounded_first(dtype, triton_device, poisoned, generator):
-    """To the nearest, ties to even, up to infinity, NaN of all ones stays NaN; a matrix that has the type already beside them."""
+@pytest.mark.parametrize("dtype, u", [(BF16, 2.0**-8), (FP16, 2.0**-11)])
+def test_masters_are_rounded_first(dtype, u, triton_device, poisoned, generator):
+    """To the nearest, ties to even, up to infinity, NaN of all ones stays NaN; a matrix that has the type already beside them.
+
+    Ties lie beside the middles of e4m3's numbers (1.0625 and 1.1875), so that the other neighbour would be another number there.
+    """
     masters = torch.randn(2, 130, 144, generator=generator)
-    masters[0, 0, :5] = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11, 1 + 3 * 2.0**-11, -1 - 2.0**-8])
+    masters[0, 0, :6] = torch.tensor([1.0625 + u, 1.0625 + 1.5 * u, 1.1875 - u, 1.1875 - 1.5 * u, -1.0625 - u, -1.1875 + u])
     masters[0, 129, 0], masters[1, 0, 130] = 3.4e38, torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(FP32)
     weights = [masters, numbers((129, 129), FP32, generator), torch.randn(16, 32, generator=generator).to(dtype)]
     copies, want = run(weights, triton_device, dtype=dtype)
