@@ -186,6 +186,8 @@ def test_a_copy_follows_what_happens_to_its_stack():
     assert torch.equal(copied.of(stack)[0].scales, fp8_quantize(stack.detach(), block=(128, 128)).scales) and copied.copy[0].q.data_ptr() == address
     stack.data = stack.data + 1  # other memory, the same counter
     assert torch.equal(copied.of(stack)[0].q.float(), fp8_quantize(stack.detach(), block=(128, 128)).q.float()) and copied.num_made == 3
+    stack.data = stack.data.to(torch.bfloat16)
+    assert torch.equal(copied.of(stack)[0].scales, fp8_quantize(stack.detach(), block=(128, 128)).scales) and copied.num_made == 4
     twin = copy.deepcopy((stack, copied))
     with torch.no_grad():
         stack.neg_()

@@ -31,7 +31,7 @@ class Fp8Weight:
         self.copy: tuple[Quantized, Quantized] | None = None
         self.num_made = 0  # how often the stack was quantised
         self.owner: Tensor | None = None  # the parameter
-        self.dtype: torch.dtype | None = None  # in which it is computed with
+        self.dtype: torch.dtype | None = None  # to round to first; None = as the numbers are
         self._made_of: tuple = ()
         self._among = [] if among is None else among
         self._among.append(self)
@@ -47,8 +47,9 @@ class Fp8Weight:
         return self.copy
 
     def watch(self, owner: Tensor, dtype: torch.dtype) -> "Fp8Weight":
-        """Be the copy of a parameter, or of this rank's part of one, rounded to the type in which it is computed with."""
-        self.owner, self.dtype = owner, dtype
+        """Be the copy of a parameter, or of this rank's part of one, in the type in which it is computed with."""
+        self.owner = owner
+        self.dtype = None if dtype == self.kept.dtype else dtype
         return self
 
     @property
@@ -62,11 +63,12 @@ class Fp8Weight:
 
     def _state(self) -> tuple:
         # In-place writes are counted: an optimizer's by the parameter, those of a state that is read by the part.
-        return self.owner, self.owner._version, self.kept.data_ptr(), self.kept._version, self.dtype, self.kept.device
+        kept = self.kept
+        return self.owner, self.owner._version, kept.data_ptr(), kept._version, kept.dtype, kept.device, self.dtype
 
 
 def refresh_(copies: Iterable[Fp8Weight]) -> None:
-    """Make anew what is older than its stack: one launch, or, where they are on several devices or computed with in several types, one for each."""
+    """Make anew what is older than its stack, in one launch; one for each device and type to round to, where they have several."""
     together: dict[tuple, list[Fp8Weight]] = {}
     for copy in copies:
         if copy.is_old():
@@ -97,7 +99,10 @@ class Fp8Products:
         return WGRAD_ROWS if self.wgrad and training else 1
 
     def routed(self, x: Tensor, weights: Tensor, places: Places, gate_up: Tensor, down: Tensor, *, gathered: bool = False) -> Tensor:
-        """x (T, D) through the experts and back, (T, D).  gathered: the stacks do not tell when they change, and are quantised in every call."""
+        """x (T, D) through the experts and back, (T, D).
+
+        gathered: the stacks do not tell when they change, and lie elsewhere each time: they are quantised in every call, one by one.
+        """
         copies = (None, None) if gathered else (self.weights["gate_up_proj"].of(gate_up), self.weights["down_proj"].of(down))
         return fp8_mixture(x, weights, places, gate_up, down, copies=copies, wgrad="fp8" if self.wgrad and torch.is_grad_enabled() else "bf16")
 

@@ -118,15 +118,14 @@ def test_captured_graphs_read_the_new_numbers():
     weights = [torch.randn(4, 256, 512, device="cuda", dtype=BF16) for _ in range(3)]
     copies = [empty_copy(w.shape, w.device) for w in weights]
     fp8_quantize_many(weights, copies)
-    total, graph = torch.zeros((), device="cuda"), torch.cuda.CUDAGraph()
+    total, graph = torch.zeros((), device="cuda", dtype=torch.float64), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        total.copy_(sum(copy[0].q.float().sum() for copy in copies))
+        total.copy_(sum(copy[0].q.double().sum() for copy in copies))
     for weight in weights:
         weight.mul_(-3)
     fp8_quantize_many(weights, copies)
     graph.replay()
-    want = sum(fp8_quantize_dual(w.cpu(), block=(128, 128))[0].q.float().sum() for w in weights)
-    assert float(total) == pytest.approx(float(want), rel=1e-4, abs=1.0)
+    assert float(total) == float(sum(fp8_quantize_dual(w.cpu(), block=(128, 128))[0].q.double().sum() for w in weights))  # exact in fp64
 
 
 @pytest.mark.gpu
