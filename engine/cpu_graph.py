@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from athanor.kernels._cpu import recording
+from athanor.kernels._cpu import no_calls, recording
 
 DEPENDS_ON_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 UNINITIALISED = {torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided}
@@ -26,7 +26,8 @@ class CpuGraph(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.valid, self.bytes = True, 0  # memory that the captured calls write to
-        self._calls: list[Callable] = []
+        self._after_a_kernel = False
+        self._calls: list[Callable] = []  # PyTorch's, and `Calls` of kernels that follow one another
         self._kept: list = []  # every result: its memory is used again
 
     def capture(self, function: Callable):
@@ -46,12 +47,20 @@ class CpuGraph(TorchDispatchMode):
         for call in self._calls:
             call()
 
-    def _native(self, function: Callable, arguments: tuple, result) -> None:
-        def checked() -> None:
-            if not function(*arguments):
-                raise RuntimeError(f"{function.__name__}: a captured call was refused")
+    @property
+    def native(self):
+        """The `Calls` that are all there is to replay, or None."""
+        return self._calls[0] if self.valid and len(self._calls) == 1 and self._after_a_kernel else None
 
-        self._calls.append(checked if result is True else partial(function, *arguments))
+    def _native(self, calls) -> None:
+        if not self._after_a_kernel:
+            self._calls.append(no_calls())
+            self._after_a_kernel = True
+        self._calls[-1].extend(calls)
+
+    def _append(self, call: Callable) -> None:
+        self._calls.append(call)
+        self._after_a_kernel = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -65,11 +74,11 @@ class CpuGraph(TorchDispatchMode):
         if _depends_on_data(func, args) or not isinstance(result, Tensor | tuple | list):  # what comes as a number decides on something
             self.valid = False
         elif func._schema.is_mutable:
-            self._calls.append(partial(func, *args, **kwargs))
+            self._append(partial(func, *args, **kwargs))
         elif not _is_view(result, args):
             self.bytes += sum(x.nbytes for x in (result if isinstance(result, tuple | list) else (result,)))
             if func.overloadpacket not in UNINITIALISED:
-                self._calls.append(self._again(func, args, kwargs, result))
+                self._append(self._again(func, args, kwargs, result))
         return result
 
     def _again(self, func, args: tuple, kwargs: dict, result) -> Callable:

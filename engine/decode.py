@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from athanor.config import SpeculationConfig
-from athanor.cpu_graph import CpuGraph
+from athanor.cpu_steps import CpuSteps
 from athanor.kernels import Sampled, advance_rows, is_strict, linear_sample, row_positions, sample
 from athanor.kernels._dispatch import requested_backend
 from athanor.kernels.advance_rows import ERROR, LENGTH, REPETITION, RUNNING, STOP, Streaks
@@ -32,7 +32,6 @@ from athanor.speculation import Draft, MtpDraft, NgramDraft, Runs
 
 DRAWN = ("last", "generated", "lengths", "streak", "status")  # what a step changes
 PARAMETERS = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
-CAPTURED_BYTES = 1 << 27  # of captured steps on a CPU, which keep every intermediate: what is larger has arithmetic enough to hide the calls
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
@@ -120,8 +119,9 @@ class DecodeRows:
             self.draft = NgramDraft(self, speculation.tokens, self.num_drafted, *texts) if ngram else MtpDraft(model, cache, self, speculation.tokens)
         self.shared: SharedPrefix | None = None
         self.buffers = SharedPrefix(zeros(R), zeros(R), zeros(R + 1, dtype=torch.int32), zeros(R, dtype=torch.int32))
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph | tuple[CpuGraph, Tensor, CpuGraph]] = {}
-        self.graph_pool, self.captured_bytes = None, 0
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.graph_pool = None
+        self.cpu = CpuSteps(self) if self.on_cpu else None
 
     def holds(self, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...], texts: tuple[int, int]) -> bool:
         """Whether it is large enough for that."""
@@ -181,7 +181,7 @@ class DecodeRows:
                 self.runs[n_run] = Runs.of(n_run, width, self.device)
         holds, most = self.table.shape[1] * self.cache.block_size, self.window * width
         if self.on_cpu:
-            step = partial(self._cpu_step, n_run, holds, width)
+            step = partial(self.cpu.run, n_run, holds, width, self._key(n_run, holds, width))
         else:
             step = self._graph(n_run, length_bucket(longest + most, holds), width).replay
         for _ in range(self.window):
@@ -201,19 +201,22 @@ class DecodeRows:
             drawing = at.new_zeros(end - first, dtype=torch.bool).index_fill_(0, at, True)
             hidden = hidden.new_zeros(end - first, hidden.shape[1]).index_copy_(0, at, hidden)
         self.slot.zero_()
-        self._append(hidden, slice(first, end), drawing=drawing)
+        self.append(hidden, slice(first, end), drawing=drawing)
         return self._launched(first, end, 1)
 
-    def _forward(self, n: int, limit: int, width: int) -> Tensor:
-        """States of the last tokens of rows 0..n-1, or of (width > 1) these and the drafts behind them, row by row."""
+    def forward(self, rows: slice, limit: int, width: int) -> Tensor:
+        """States of the last tokens of rows, or of (width > 1) these and the drafts behind them, row by row.
+
+        rows: all from the first on, but where no prompt is shared and nothing drafted.
+        """
         if width > 1:
-            return self._drafted_forward(n, limit, width)
-        positions = row_positions(self.status[:n], self.lengths[:n])
-        attend = DecodeAttention(self.cache, self.table[:n], positions, limit, self.shared and self.shared.first(n))
+            return self._drafted_forward(rows.stop, limit, width)
+        positions, seq_lens = row_positions(self.status[rows], self.lengths[rows])
+        attend = DecodeAttention(self.cache, self.table[rows], positions, limit, self.shared and self.shared.first(rows.stop), seq_lens)
         routes = None if self.routes is None else Routes()
-        hidden = self.model(self.last[:n], positions, attend, routes)  # whatever a row without a position becomes, nobody reads it
+        hidden = self.model(self.last[rows], positions, attend, routes)  # whatever a row without a position becomes, nobody reads it
         if routes is not None:
-            self.routes[:n].copy_(routes.by_token)
+            self.routes[rows].copy_(routes.by_token)
         return hidden
 
     def _drafted_forward(self, n: int, limit: int, width: int) -> Tensor:
@@ -233,36 +236,7 @@ class DecodeRows:
         return hidden
 
     def _step(self, n: int, limit: int, width: int = 1) -> None:
-        self._append(self._forward(n, limit, width), slice(0, n), width, limit=limit)
-
-    def _cpu_step(self, n: int, limit: int, width: int) -> None:
-        """The same, captured at its first time, in two parts whose times are kept apart."""
-        start = perf_counter()
-        key = self._key(n, limit, width)
-        if key in self.graphs:
-            forward, hidden, append = self.graphs[key]
-            if forward.valid:
-                forward.replay()
-            else:  # its course depends on the data, or ranks wait for each other in it
-                hidden.copy_(self._forward(n, limit, width))  # where the captured rest reads it
-        else:
-            forward, append = CpuGraph(), CpuGraph()
-            hidden = forward.capture(partial(self._forward, n, limit, width))
-        middle = perf_counter()
-        if key not in self.graphs:
-            append.capture(partial(self._append, hidden, slice(0, n), width, limit=limit))
-            self.captured_bytes += forward.bytes + append.bytes
-            if self.captured_bytes > CAPTURED_BYTES:
-                self.captured_bytes -= forward.bytes + append.bytes
-                forward.drop()
-                append.drop()
-            self.graphs[key] = forward, hidden, append
-        elif append.valid:
-            append.replay()
-        else:
-            self._append(hidden, slice(0, n), width, limit=limit)
-        self.seconds["forward_s"] += middle - start
-        self.seconds["sample_s"] += perf_counter() - middle
+        self.append(self.forward(slice(0, n), limit, width), slice(0, n), width, limit=limit)
 
     def _key(self, n: int, limit: int, width: int) -> tuple:
         """What a captured step depends on besides the tensors that it reads."""
@@ -292,7 +266,7 @@ class DecodeRows:
             drawn = drawn._replace(logps=scored.logps)
         return drawn
 
-    def _append(self, hidden: Tensor, rows: slice, width: int = 1, *, drawing: Tensor | None = None, limit: int | None = None) -> None:
+    def append(self, hidden: Tensor, rows: slice, width: int = 1, *, drawing: Tensor | None = None, limit: int | None = None) -> None:
         """Draw for m rows, or for those of them that are `drawing` (m,), from hidden (at least m width, D), and account for what counts: the first
         token, and with drafts (width > 1) each further one as long as the draft before it is what was drawn there and ends nothing."""
         m, drawn = rows.stop - rows.start, self._draw(hidden, rows, width)

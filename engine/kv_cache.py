@@ -146,10 +146,16 @@ class SharedPrefix:
 class DecodeAttention:
     """One token per row: norm, rotate and append its key and value, then attend to the row's first seq_lens slots."""
 
-    def __init__(self, cache: PagedKVCache, block_table: Tensor, positions: Tensor, max_seq_len: int | None, shared: SharedPrefix | None):
-        """block_table (n, columns) int32, positions (n,) int32, -1 = the row does not decode: nothing is written, its output is 0."""
+    def __init__(
+        self, cache: PagedKVCache, block_table: Tensor, positions: Tensor, max_seq_len: int | None, shared: SharedPrefix | None,
+        seq_lens: Tensor | None = None,
+    ):  # fmt: skip
+        """block_table (n, columns) int32, positions (n,) int32, -1 = the row does not decode: nothing is written, its output is 0.
+
+        seq_lens: positions + 1, where the caller has it.
+        """
         self.cache, self.block_table, self.positions, self.max_seq_len, self.shared = cache, block_table, positions, max_seq_len, shared
-        self.seq_lens, self.groups = positions + 1, {}
+        self.seq_lens, self.groups = positions + 1 if seq_lens is None else seq_lens, {}
         if shared is not None:
             self.group_table, self.group_lens = block_table.index_select(0, shared.order), self.seq_lens.index_select(0, shared.order)
 

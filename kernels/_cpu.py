@@ -26,19 +26,19 @@ def _module():
 
 
 class _Recorded:
-    """The compiled module, telling `record(function, arguments, result)` of every call."""
+    """The compiled module, giving `record` every call once more, as `Calls` to be made again."""
 
     def __init__(self, record: Callable):
         self._record = record
 
     def __getattr__(self, name: str):
-        function = getattr(_module(), name)
-        if isinstance(function, type):
+        function, later = getattr(_module(), name), getattr(_module().later, name, None)
+        if later is None:  # a type
             return function
 
         def call(*arguments):
             result = function(*arguments)
-            self._record(function, arguments, result)
+            self._record(later(*arguments))
             return result
 
         return call
@@ -49,13 +49,23 @@ _recorded: _Recorded | None = None
 
 @contextmanager
 def recording(record: Callable) -> Iterator[None]:
-    """Tell `record` of every call of a compiled function inside the block.  The arguments are addresses: whoever calls again keeps the tensors."""
+    """Give `record` the `Calls` of every call of a kernel inside the block.  They have addresses: whoever makes them again keeps the tensors."""
     global _recorded
     _recorded = _Recorded(record)
     try:
         yield
     finally:
         _recorded = None
+
+
+def no_calls():
+    """Calls of kernels, none so far.  `extend(calls)` adds some, and calling it makes all of them in their order, without the interpreter's lock."""
+    return _module().Calls()
+
+
+def side_by_side(shares: list[list]) -> list[float]:
+    """Make the `Calls` of every share in their order, each share on a thread of PyTorch's team; return the most seconds that each of a share took."""
+    return _module().side_by_side(shares)
 
 
 def native():

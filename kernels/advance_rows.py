@@ -62,8 +62,8 @@ def advance_rows(
        generated=generated, slots=slots, last=last, eos=eos, drawing=drawing, streaks=streaks)  # fmt: skip
 
 
-def row_positions(status: Tensor, lengths: Tensor, *, backend: str | None = None) -> Tensor:
-    """(m,) int32 positions that the next step feeds: lengths - 1 of rows that are RUNNING, -1 of the others.
+def row_positions(status: Tensor, lengths: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """(m,) int32 positions that the next step feeds, lengths - 1 of rows that are RUNNING, -1 of the others; and these + 1, the keys that it sees.
 
     status: (m,) int64.  lengths: (m,) int32.  Raises ValueError on a mismatch.
     """
@@ -90,8 +90,9 @@ def advance_rows_reference(tokens, logps, token_ring, logp_ring, status, lengths
     status.copy_(torch.where(live, became, status))
 
 
-def row_positions_reference(status: Tensor, lengths: Tensor) -> Tensor:
-    return torch.where(status == RUNNING, lengths - 1, -1)
+def row_positions_reference(status: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    ends = torch.where(status == RUNNING, lengths, 0)
+    return ends - 1, ends
 
 
 op = register("advance_rows", triton=Backend(late("advance_rows_triton.advance_rows_triton"), why_not_triton),

@@ -24,13 +24,13 @@ def advance_rows_triton(tokens, logps, token_ring, logp_ring, status, lengths, m
         )  # fmt: skip
 
 
-def row_positions_triton(status: Tensor, lengths: Tensor) -> Tensor:
-    positions, m = lengths.new_empty(lengths.shape), len(lengths)
+def row_positions_triton(status: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    positions, ends, m = lengths.new_empty(lengths.shape), lengths.new_empty(lengths.shape), len(lengths)
     if m:
         with on_device_of(status):
-            row_positions_kernel[(triton.cdiv(m, BLOCK),)](status.contiguous(), lengths.contiguous(), positions, m, RUNNING=RUNNING, BLOCK=BLOCK,
-                                                           num_warps=4)  # fmt: skip
-    return positions
+            row_positions_kernel[(triton.cdiv(m, BLOCK),)](status.contiguous(), lengths.contiguous(), positions, ends, m, RUNNING=RUNNING,
+                                                           BLOCK=BLOCK, num_warps=4)  # fmt: skip
+    return positions, ends
 
 
 POINTERS = {  # slices of larger tensors, of any number of rows: nothing of them is specialised
@@ -72,12 +72,14 @@ def advance_rows_kernel(tokens_ptr, logps_ptr, token_ring_ptr, logp_ring_ptr, ri
     tl.store(lengths_ptr + rows, length, mask=live)
 
 
-@triton.jit(do_not_specialize=["m"], do_not_specialize_on_alignment=["status_ptr", "lengths_ptr", "positions_ptr"])
-def row_positions_kernel(status_ptr, lengths_ptr, positions_ptr, m, RUNNING: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["m"], do_not_specialize_on_alignment=["status_ptr", "lengths_ptr", "positions_ptr", "ends_ptr"])
+def row_positions_kernel(status_ptr, lengths_ptr, positions_ptr, ends_ptr, m, RUNNING: tl.constexpr, BLOCK: tl.constexpr):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = rows < m
     running = tl.load(status_ptr + rows, mask=there, other=0) == RUNNING
-    tl.store(positions_ptr + rows, tl.where(running, tl.load(lengths_ptr + rows, mask=there, other=0) - 1, -1), mask=there)
+    ends = tl.where(running, tl.load(lengths_ptr + rows, mask=there, other=0), 0)
+    tl.store(positions_ptr + rows, ends - 1, mask=there)
+    tl.store(ends_ptr + rows, ends, mask=there)
 
 
 def ahead_of_time() -> list[AheadOfTime]:
@@ -87,5 +89,5 @@ def ahead_of_time() -> list[AheadOfTime]:
                     STATUS | dict(E=2, DRAWING=drawing, STREAKS=streaks, BLOCK=BLOCK))
         for drawing, streaks in ((False, False), (True, True))
     ]  # fmt: skip
-    positions = {"status_ptr": "*i64", "lengths_ptr": "*i32", "positions_ptr": "*i32", "m": "i32"}
+    positions = {"status_ptr": "*i64", "lengths_ptr": "*i32", "positions_ptr": "*i32", "ends_ptr": "*i32", "m": "i32"}
     return [*cases, AheadOfTime("row_positions", row_positions_kernel, positions, dict(RUNNING=RUNNING, BLOCK=BLOCK))]

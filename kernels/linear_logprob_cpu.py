@@ -14,7 +14,8 @@ from .linear_cpu import input_gradient, product, weight_gradient
 from .logprob_cpu import described
 
 TILE_LOGITS, LEAST_ROWS = 1 << 22, 64  # 16 MiB, unless the vocabulary is so large that 64 rows have more
-KEPT_LOGITS, KEPT_SHARE = 1 << 24, 8  # so many (64 MiB), and at most an eighth, are kept for the backward; one tile in any case
+MOST_ROWS = 1024  # of a small vocabulary: its tiles stay in the cache
+KEPT_LOGITS, KEPT_SHARE = 1 << 24, 8  # so many (64 MiB), and at most an eighth, are kept for the backward; TILE_LOGITS in any case
 
 
 def linear_logprob_cpu(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_argmax: bool,
@@ -25,7 +26,7 @@ def linear_logprob_cpu(hidden: Tensor, weight: Tensor, targets: Tensor, temperat
 
 
 def tiles_of(T: int, V: int) -> list[slice]:
-    rows = max(LEAST_ROWS, TILE_LOGITS // max(V, 1) // 16 * 16)
+    rows = min(MOST_ROWS, max(LEAST_ROWS, TILE_LOGITS // max(V, 1) // 16 * 16))
     return [slice(start, min(start + rows, T)) for start in range(0, T, rows)]
 
 

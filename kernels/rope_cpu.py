@@ -53,3 +53,12 @@ def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, weights: tuple, eps:
     native().rope(q_rows, k_rows, H, k.shape[1], *addresses, *(x.data_ptr() for x in out), cos.data_ptr(), sin.data_ptr(), cos_stride, sin_stride,
                   T, d, eps, inverse, torch.get_num_threads())  # fmt: skip
     return out
+
+
+def rotation_cpu(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """factor cos(p f) and factor sin(p f), (T, d/2) fp32 each, of positions (T,) int32 or int64 and frequencies (d/2,) fp32."""
+    positions, frequencies = positions.contiguous(), frequencies.contiguous()
+    T, half, wide = len(positions), len(frequencies), positions.dtype == torch.int64
+    cos, sin = frequencies.new_empty(T, half), frequencies.new_empty(T, half)
+    native().rotation(positions.data_ptr(), wide, frequencies.data_ptr(), factor, cos.data_ptr(), sin.data_ptr(), T, half, torch.get_num_threads())
+    return cos, sin

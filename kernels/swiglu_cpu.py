@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._cpu import dense, dense_rows, native, run
+from ._cpu import address, dense, dense_rows, native, run
 
 
 def swiglu_cpu(gate_up: Tensor) -> Tensor:
@@ -15,10 +15,7 @@ class SwigluCpuFunction(torch.autograd.Function):
     def forward(ctx, gate_up):
         gate_up = dense_rows(gate_up)
         ctx.save_for_backward(gate_up)
-        T, F = gate_up.shape[0], gate_up.shape[1] // 2
-        y = gate_up.new_empty(T, F)
-        native().swiglu_fwd(gate_up.data_ptr(), y.data_ptr(), T, F, gate_up.stride(0), torch.get_num_threads())
-        return y
+        return swiglu_into(gate_up, gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2))
 
     @staticmethod
     def backward(ctx, dy):
@@ -26,8 +23,20 @@ class SwigluCpuFunction(torch.autograd.Function):
 
 
 def swiglu_gradient_cpu(gate_up: Tensor, dy: Tensor) -> Tensor:
-    gate_up, dy = dense_rows(gate_up), dense(dy)
-    out = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-    T, F = dy.shape
-    native().swiglu_bwd(gate_up.data_ptr(), dy.data_ptr(), out.data_ptr(), T, F, gate_up.stride(0), torch.get_num_threads())
+    gate_up = dense_rows(gate_up)
+    return swiglu_gradient_into(gate_up, dense(dy), torch.empty_like(gate_up, memory_format=torch.contiguous_format))
+
+
+def swiglu_into(gate_up: Tensor, y: Tensor) -> Tensor:
+    """Write silu(gate) * up of gate_up (T, 2F), rows of neighbours, to y (T, F) contiguous; return y."""
+    native().swiglu_fwd(gate_up.data_ptr(), y.data_ptr(), *y.shape, gate_up.stride(0), torch.get_num_threads())
+    return y
+
+
+def swiglu_gradient_into(gate_up: Tensor, dy: Tensor, out: Tensor, y: Tensor | None = None) -> Tensor:
+    """Write the gradient of gate_up (T, 2F) to out (T, 2F), and silu(gate) * up once more to y (T, F) if there is one; return out.
+
+    gate_up: rows of neighbours; dy (T, F), out and y contiguous.
+    """
+    native().swiglu_bwd(gate_up.data_ptr(), dy.data_ptr(), out.data_ptr(), address(y), *dy.shape, gate_up.stride(0), torch.get_num_threads())
     return out

@@ -276,13 +276,13 @@ def test_tokens_in_a_row_that_are_nearly_certain_end_a_sample(limit):
 @pytest.mark.parametrize("budget", [0, 1 << 30])
 def test_captured_steps_draw_what_plain_steps_draw(budget, monkeypatch):
     """Rows come and go, so that several buckets are captured and replayed; with a budget of 0 none is."""
-    monkeypatch.setattr("athanor.decode.CAPTURED_BYTES", budget)
+    monkeypatch.setattr("athanor.cpu_steps.CAPTURED_BYTES", budget)
     model, asked = make_model(), requests(num=30, samples=4)
     generator = Generator(model, {EOS}, max_rows=64)
     groups = generator.generate(asked, SamplingConfig(max_tokens=20)), generator.generate(asked, SamplingConfig(max_tokens=20))
-    captured = [forward.valid and append.valid for forward, _, append in generator.rows.graphs.values()]
+    captured = [step.forward.valid and step.append.valid for step in generator.rows.cpu.steps.values()]
     assert len(captured) >= 4 and set(captured) == {budget > 0}
-    assert (generator.rows.captured_bytes > 0) == (budget > 0)
+    assert (generator.rows.cpu.captured_bytes > 0) == (budget > 0)
     alone = [Generator(model, {EOS}).generate([request], SamplingConfig(max_tokens=20))[0] for request in asked]
     for group in groups:
         for a, b in zip(sum(group, []), sum(alone, []), strict=True):

@@ -19,7 +19,7 @@ FLOORS = {
     "recipe_inputs recipe_io registry run_folder samples sampling_config seeds watch_config watchdog",
     2: "advantages contamination detectors judging losses metrics_eval rewards sandbox tasks",
     3: "checkpoint context_parallel expert_parallel mla model moe optim sharding tensor_parallel tokenizer weights",
-    4: "chat cpu_graph decode generate generative_judge generator kv_cache prefill reward_models speculation stops stream",
+    4: "chat cpu_graph cpu_steps decode generate generative_judge generator kv_cache prefill reward_models speculation stops stream",
     5: "dispatch rollout sample_store transcript_log",
     6: "stages",
     7: "__main__ adapters catalogue doctor dry_run evaluation evaluation_report launch pipeline planner published recipes report report_charts "

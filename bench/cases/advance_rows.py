@@ -60,7 +60,7 @@ def cases(device: str) -> list[Case]:
         Case("advance_rows", {"R": rows}, torch.float32, make, advance, eager, "reads and writes a few numbers per row", bytes=rows * 100,
              floors={"copies": lambda **inputs: outputs(copies(**inputs))}),
         Case("row_positions", {"R": rows}, torch.float32, make_positions,
-             lambda status, lengths, backend: (K.row_positions(status, lengths, backend=backend).double(),),
-             lambda status, lengths: (torch.where(status == RUNNING, lengths - 1, -1).double(),), "reads two numbers per row, writes one",
-             bytes=rows * 16),
+             lambda status, lengths, backend: tuple(x.double() for x in K.row_positions(status, lengths, backend=backend)),
+             lambda status, lengths: tuple(torch.where(status == RUNNING, lengths - n, -n).double() for n in (1, 0)), "reads two numbers per row, writes two",
+             bytes=rows * 20),
     ]  # fmt: skip

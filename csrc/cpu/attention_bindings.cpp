@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings.hpp"
+#include "calls.hpp"
 #include "kernels.hpp"
 
 namespace py = pybind11;
@@ -27,26 +28,29 @@ PagedCache paged(Address keys, Address values, Sizes<4> shape, Sizes<4> key_stri
 }  // namespace
 
 void bind_attention(py::module_& m) {
-    const auto release = py::call_guard<py::gil_scoped_release>();
     py::class_<PackedAttention>(m, "PackedAttention").def(py::init(&packed));
-    m.def("attention_fwd", [](const PackedAttention& call, Address out, Address stats) { kernels().attention_fwd(call, at(out), at(stats)); }, release);
-    m.def("attention_bwd", [](const PackedAttention& call, Address out, Address stats, Address dout, Address dq, Address dk, Address dv) {
-        kernels().attention_bwd(call, at(out), at(stats), at(dout), at(dq), at(dk), at(dv));
-    }, release);
+    define(m, "attention_fwd", [](const PackedAttention& call, Address out, Address stats) {
+        return [=] { kernels().attention_fwd(call, at(out), at(stats)); };
+    });
+    define(m, "attention_bwd", [](const PackedAttention& call, Address out, Address stats, Address dout, Address dq, Address dk, Address dv) {
+        return [=] { kernels().attention_bwd(call, at(out), at(stats), at(dout), at(dq), at(dk), at(dv)); };
+    });
     py::class_<PagedCache>(m, "PagedCache").def(py::init(&paged));
-    m.def("paged_attention", [](const PagedCache& cache, Address q, Sizes<3> q_strides, Size H, Address seq_lens, Address group_offsets,
-                                Address prefix_lens, Size P, Size limit, float scale, Size window, Address out, Address lse, int threads) {
+    define(m, "paged_attention", [](const PagedCache& cache, Address q, Sizes<3> q_strides, Size H, Address seq_lens, Address group_offsets,
+                                    Address prefix_lens, Size P, Size limit, float scale, Size window, Address out, Address lse, int threads) {
         const PagedAttention call{cache, at(q), q_strides[0], q_strides[1], H, at<std::int32_t>(seq_lens), at<std::int32_t>(group_offsets),
                                   at<std::int32_t>(prefix_lens), P, limit, scale, window, threads};
-        const bool served = in_order(call);
-        if (served) {
-            kernels().paged_attention(call, at(out), at(lse));
-        }
-        return served;
-    }, release);
-    m.def("kv_append", [](const PagedCache& cache, Address k, Address v, Sizes<3> k_strides, Sizes<3> v_strides, Address positions, int threads) {
-        return kv_append(cache, at(k), at(v), {k_strides[0], k_strides[1]}, {v_strides[0], v_strides[1]}, at<std::int32_t>(positions), threads);
-    }, release);
+        return [=] {
+            const bool served = in_order(call);
+            if (served) {
+                kernels().paged_attention(call, at(out), at(lse));
+            }
+            return served;
+        };
+    });
+    define(m, "kv_append", [](const PagedCache& cache, Address k, Address v, Sizes<3> k_strides, Sizes<3> v_strides, Address positions, int threads) {
+        return [=] { return kv_append(cache, at(k), at(v), {k_strides[0], k_strides[1]}, {v_strides[0], v_strides[1]}, at<std::int32_t>(positions), threads); };
+    });
 }
 
 }  // namespace athanor::cpu

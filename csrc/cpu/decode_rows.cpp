@@ -1,5 +1,6 @@
-// What a decode step does to its rows once their tokens are drawn: kernels/advance_rows.py, row by row.
+// What a decode step does to its rows once their tokens are drawn: kernels/advance_rows.py, row by row; and the embedding of these tokens.
 #include <cmath>
+#include <cstring>
 
 #include "kernels.hpp"
 
@@ -33,10 +34,21 @@ void advance_rows(const DecodeRows& rows, std::int64_t count) {
     }
 }
 
-void row_positions(const std::int64_t* status, const std::int32_t* lengths, std::int32_t* positions, std::int64_t count) {
+void row_positions(const std::int64_t* status, const std::int32_t* lengths, std::int32_t* positions, std::int32_t* ends, std::int64_t count) {
     for (std::int64_t r = 0; r < count; ++r) {
-        positions[r] = status[r] == kRunning ? lengths[r] - 1 : -1;
+        ends[r] = status[r] == kRunning ? lengths[r] : 0;
+        positions[r] = ends[r] - 1;
     }
+}
+
+bool take_rows(const float* table, std::int64_t num_rows, std::int64_t width, const std::int64_t* indices, std::int64_t count, float* out) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        if (indices[i] < 0 || indices[i] >= num_rows) {
+            return false;
+        }
+        std::memcpy(out + i * width, table + indices[i] * width, static_cast<std::size_t>(width) * sizeof(float));
+    }
+    return true;
 }
 
 }  // namespace athanor::cpu

@@ -28,6 +28,7 @@ const Kernels& table() {
         k.grouped_dw = grouped_dw;
         k.rmsnorm_fwd = rmsnorm_fwd;
         k.rmsnorm_bwd = rmsnorm_bwd;
+        k.rotation = rotation;
         k.rope = rope;
         k.rope_norm_bwd = rope_norm_bwd;
         k.logprob_fwd = logprob_fwd;

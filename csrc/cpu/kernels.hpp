@@ -14,7 +14,8 @@ namespace athanor::cpu {
 struct Kernels {
     const char* isa;
     void (*swiglu_fwd)(const float* gate_up, float* y, std::int64_t T, std::int64_t F, std::int64_t stride, int threads);
-    void (*swiglu_bwd)(const float* gate_up, const float* dy, float* dgate_up, std::int64_t T, std::int64_t F, std::int64_t stride, int threads);
+    // y may be null
+    void (*swiglu_bwd)(const float* gate_up, const float* dy, float* dgate_up, float* y, std::int64_t T, std::int64_t F, std::int64_t stride, int threads);
     // linear.inl: x (T, K), w (N, K), dy (T, N); bias may be null; add: to what dw has
     void (*linear_fwd)(Matrix x, Matrix w, const float* bias, float* y, std::int64_t T, std::int64_t N, std::int64_t K, int threads);
     void (*linear_dx)(Matrix dy, Matrix w, float* dx, std::int64_t T, std::int64_t N, std::int64_t K, int threads);
@@ -28,7 +29,9 @@ struct Kernels {
                         int threads);
     void (*rmsnorm_bwd)(Rows s, Rows dy, Rows ds, const float* weight, const float* rstd, float* dx, float* dweight, std::int64_t N, std::int64_t D,
                         int threads);
-    // rope.inl
+    // rope.inl; rotation: positions int64 if wide, else int32, cos and sin (T, half)
+    void (*rotation)(const void* positions, bool wide, const float* frequencies, float factor, float* cos, float* sin, std::int64_t T, std::int64_t half,
+                     int threads);
     void (*rope)(const Heads& q, const Heads& k, const Angles& angles, std::int64_t T, std::int64_t d, float eps, bool inverse, int threads);
     void (*rope_norm_bwd)(const Heads& x, Rows dy, const Angles& angles, float* dweight, std::int64_t T, std::int64_t d, float eps, int threads);
     // logprob.inl: argmax may be null
@@ -63,7 +66,9 @@ struct DecodeRows {
     std::int64_t ring_stride;
 };
 void advance_rows(const DecodeRows& rows, std::int64_t count);
-void row_positions(const std::int64_t* status, const std::int32_t* lengths, std::int32_t* positions, std::int64_t count);
+void row_positions(const std::int64_t* status, const std::int32_t* lengths, std::int32_t* positions, std::int32_t* ends, std::int64_t count);
+// out (count, width) = table (num_rows, width)[indices]; false, at the first index that is not there.
+bool take_rows(const float* table, std::int64_t num_rows, std::int64_t width, const std::int64_t* indices, std::int64_t count, float* out);
 
 // ATHANOR_CPU_ISA (avx512, avx2 or base) asks for less than the machine has.
 const Kernels& kernels();

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "bindings.hpp"
+#include "calls.hpp"
 #include "kernels.hpp"
 #include "team.hpp"
 
@@ -56,14 +57,14 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "C++ kernels for CPU tensors; kernels/_cpu.py is their only caller.";
     m.def("isa", [] { return kernels().isa; }, "Instruction set in use: avx512, avx2 or base.");
     m.def("has_team", &has_team, "Whether the kernels found an OpenMP runtime in this process to share.");
+    bind_calls(m);
     bind_attention(m);
-    const auto release = py::call_guard<py::gil_scoped_release>();
-    m.def("swiglu_fwd", [](Address gate_up, Address y, Size T, Size F, Size stride, int threads) {
-        kernels().swiglu_fwd(at(gate_up), at(y), T, F, stride, threads);
-    }, release);
-    m.def("swiglu_bwd", [](Address gate_up, Address dy, Address dgate_up, Size T, Size F, Size stride, int threads) {
-        kernels().swiglu_bwd(at(gate_up), at(dy), at(dgate_up), T, F, stride, threads);
-    }, release);
+    define(m, "swiglu_fwd", [](Address gate_up, Address y, Size T, Size F, Size stride, int threads) {
+        return [=] { kernels().swiglu_fwd(at(gate_up), at(y), T, F, stride, threads); };
+    });
+    define(m, "swiglu_bwd", [](Address gate_up, Address dy, Address dgate_up, Address y, Size T, Size F, Size stride, int threads) {
+        return [=] { kernels().swiglu_bwd(at(gate_up), at(dy), at(dgate_up), at(y), T, F, stride, threads); };
+    });
     bind_rows(m);
 }
 

@@ -1,6 +1,28 @@
 // A head of two halves (a, b), turned by the angle of its token:  a' = a cos - b sin,  b' = b cos + a sin;  normed first where there is a weight.
 // Compare kernels/rope.py.  Other kernels take normed_head and rotate_head from here: a head has the same bits wherever it is normed and turned.
 
+// factor cos a and factor sin a of a = position * frequency, an fp32 product, for |a| < 2^30: in fp64 by the nearest multiple of pi / 2 and Taylor's series
+// up to r^11 and r^10, so right to the last bit of fp32 but for ties.
+inline void rotation(const void* positions, bool wide, const float* frequencies, float factor, float* cos, float* sin, std::int64_t T, std::int64_t half,
+                     int threads) {
+    parallel_for(T, 2048 / (half + 1) + 1, threads, [=](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t t = begin; t < end; ++t) {
+            const auto position = static_cast<float>(wide ? static_cast<const std::int64_t*>(positions)[t] : static_cast<const std::int32_t*>(positions)[t]);
+            for (std::int64_t i = 0; i < half; ++i) {
+                const double angle = position * frequencies[i], magic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
+                const double n = (angle * 0.63661977236758134308 + magic) - magic;
+                const double r = (angle - n * 1.5707963267948966192) - n * 6.123233995736766036e-17, z = r * r;
+                const double s = r * (1 + z * (-1.0 / 6 + z * (1.0 / 120 + z * (-1.0 / 5040 + z * (1.0 / 362880 - z / 39916800)))));
+                const double c = 1 + z * (-0.5 + z * (1.0 / 24 + z * (-1.0 / 720 + z * (1.0 / 40320 - z / 3628800))));
+                const auto quarter = static_cast<std::int32_t>(n);
+                const double x = quarter & 1 ? s : c, y = quarter & 1 ? c : s;
+                cos[t * half + i] = static_cast<float>((quarter + 1) & 2 ? -x : x) * factor;
+                sin[t * half + i] = static_cast<float>(quarter & 2 ? -y : y) * factor;
+            }
+        }
+    });
+}
+
 // read(i, n) of the normed head, with the bits of norm_row.
 ATHANOR_INLINE auto normed_head(const float* x, const float* weight, std::int64_t d, float eps) {
     const v16 rstd = splat(rstd_of(reader(x), d, eps));

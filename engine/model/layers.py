@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from athanor.kernels import linear, rmsnorm, swiglu
 from athanor.kernels._cpu import native_there
 from athanor.kernels._dispatch import requested_backend
+from athanor.kernels.advance_rows_cpu import take_rows_cpu
+from athanor.kernels.mlp_cpu import BLOCK_ROWS, mlp_cpu
 
 # Products of few rows, or of an odd number of rows per CPU thread, take other paths in BLAS and round differently (seen with 5-27 rows on AMD and
 # 1-7 on Intel).  Rollout and trainer therefore run the model on multiples of this many rows, the last ones filler that nobody reads.
@@ -34,11 +36,28 @@ class RMSNorm(nn.Module):
         return rmsnorm(x, self.weight, eps=self.eps, residual=residual)
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding; a decode step's rows on a CPU by a kernel, which is captured as one."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and self.weight.is_cpu and ids.ndim == 1 and rows_of_their_own(self.weight):
+            return take_rows_cpu(self.weight, ids)
+        return super().forward(ids)
+
+
 class Linear(nn.Linear):
     """nn.Linear by way of the kernel, which has a row-independent version for strict mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+def mlp(x: Tensor, gate_up_proj: nn.Module, down_proj: nn.Module) -> Tensor:
+    """down(silu(gate x) * up x) (T, D) of x (T, D); many rows of CPU tensors a block at a time, to the same bits."""
+    plain = type(gate_up_proj) is Linear and type(down_proj) is Linear and gate_up_proj.bias is None and down_proj.bias is None
+    if plain and x.is_cpu and len(x) > BLOCK_ROWS and rows_of_their_own(x):
+        return mlp_cpu(x, gate_up_proj.weight, down_proj.weight)
+    return down_proj(swiglu(gate_up_proj(x)))
 
 
 class Swiglu(nn.Module):
@@ -50,4 +69,4 @@ class Swiglu(nn.Module):
         self.down_proj = Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        return mlp(x, self.gate_up_proj, self.down_proj)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from athanor.batch import SharedKeys
 from athanor.config import ModelConfig
-from athanor.kernels import LogProbs, attention, linear, linear_logprob, rope, swiglu
+from athanor.kernels import LogProbs, attention, linear, linear_logprob, rope
 from athanor.kernels.attention import longest_of
-from athanor.model.layers import ROW_STEP, Linear, RMSNorm, fill_rows
+from athanor.kernels.rope_cpu import rotation_cpu
+from athanor.model.layers import ROW_STEP, Embedding, Linear, RMSNorm, fill_rows, mlp, rows_of_their_own
 from athanor.model.mla import Latent, LatentAttention, rotation_factor, yarn_frequencies
 from athanor.model.moe import MixtureOfExperts, Routes
 
@@ -121,7 +122,7 @@ class DecoderLayer(nn.Module):
         x, residual = (self.input_norm(x), x) if residual is None else self.input_norm(x, residual)
         x = self._attention(x, cos, sin, attend) if self.mla is None else self.mla(x, cos, sin, attend)
         x, residual = self.post_attention_norm(x, residual)
-        return (self.down_proj(swiglu(self.gate_up_proj(x))) if self.moe is None else self.moe(x, routes)), residual
+        return (mlp(x, self.gate_up_proj, self.down_proj) if self.moe is None else self.moe(x, routes)), residual
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         T, H, K, d = x.shape[0], self.num_heads, self.num_kv_heads, self.head_dim
@@ -162,7 +163,7 @@ class Decoder(nn.Module):
         if not config.vocab_size:
             raise ValueError("Decoder: vocab_size is 0; take it from the tokenizer first (config.model_copy)")
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
@@ -209,6 +210,8 @@ class Decoder(nn.Module):
         return linear(hidden, self.lm_head_weight, out_dtype=torch.float32)
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if positions.is_cpu and dtype == torch.float32 and rows_of_their_own(self.inv_freq):
+            return rotation_cpu(positions, self.inv_freq, self.rotation_factor)
         angles = positions.float()[:, None] * self.inv_freq[None]
         cos, sin = angles.cos(), angles.sin()
         if self.rotation_factor != 1:

@@ -80,8 +80,8 @@ def check(backend, device, generator, with_streaks, with_drawing):
     seen = by_hand(*copies, kept, drawing)
     assert seen == {RUNNING, LENGTH, STOP, ERROR} | ({REPETITION} if with_streaks else set())
     status, lengths = (state[name].to(device)[1:] for name in ("status", "lengths"))
-    positions = row_positions(status, lengths, backend=backend)
-    assert positions.dtype == torch.int32
+    positions, ends = row_positions(status, lengths, backend=backend)
+    assert positions.dtype == ends.dtype == torch.int32 and torch.equal(ends, positions + 1)
     assert positions.tolist() == [n - 1 if s == RUNNING else -1 for s, n in zip(status.tolist(), lengths.tolist(), strict=True)]
     advance(backend, state, tokens, logps, rings, streaks, drawing, device)
     for name, x in state.items():
@@ -102,7 +102,7 @@ def test_no_rows(backend):
     none, wide = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32)
     state = dict.fromkeys(("status", "generated", "slots", "last"), none) | {"lengths": wide, "max_lengths": wide, "eos": none.view(0, 1)}
     advance_rows(none, torch.empty(0), none.view(3, 0), torch.empty(3, 0), **state, backend=backend)
-    assert row_positions(none, wide, backend=backend).shape == (0,)
+    assert [x.shape for x in row_positions(none, wide, backend=backend)] == [(0,), (0,)]
 
 
 @pytest.mark.parametrize("name, value, message", [

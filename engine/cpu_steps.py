@@ -1,0 +1,115 @@
+"""Decode steps on a CPU: captured (`cpu_graph`), and of a small model by one thread for each share of the rows.
+
+Threads that go through a step together wait for each other after each of its kernels, some ten times a layer.  Rows do not depend on one another, so
+a thread may as well take its share of them from the embedding to the drawn token.  Each thread then reads all matrices, which pays as long as
+they stay in a cache.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from athanor.cpu_graph import CpuGraph
+from athanor.kernels._cpu import native_there, side_by_side
+from athanor.model.transformer import ROW_STEP
+
+if TYPE_CHECKING:
+    from athanor.decode import DecodeRows
+
+CAPTURED_BYTES = 1 << 27  # of captured steps, which keep every intermediate: what is larger has arithmetic enough to hide the calls
+SHARED_BYTES = 1 << 24  # of a model that every thread reads
+
+
+@dataclass
+class Captured:
+    """The step of some rows, in two parts whose times are kept apart."""
+
+    rows: slice
+    forward: CpuGraph
+    hidden: Tensor
+    append: CpuGraph
+
+    @property
+    def calls(self) -> list | None:
+        """What a thread can make by itself, if that is all of it."""
+        parts = [self.forward.native, self.append.native]
+        return None if None in parts else parts
+
+
+class CpuSteps:
+    """The steps of `rows`, by rows and whatever else a captured step depends on."""
+
+    def __init__(self, rows: "DecodeRows"):
+        self.rows, self.captured_bytes = rows, 0
+        self.steps: dict[tuple, Captured] = {}
+        size = sum(p.numel() * p.element_size() for p in rows.model.parameters())
+        self.splits = native_there() and size <= SHARED_BYTES
+
+    def run(self, n: int, limit: int, width: int, key: tuple) -> None:
+        """One step of rows 0..n-1.  key: what it depends on besides these numbers."""
+        threads = torch.get_num_threads()
+        split = self.splits and width == 1 and self.rows.shared is None
+        shares = shares_of(n, threads) if split else [slice(0, n)]
+        split, captured = len(shares) > 1, []
+        for rows in shares:
+            name = rows.start, rows.stop, limit, width, split, key
+            if name in self.steps:
+                captured.append(self.steps[name])
+                continue
+            try:
+                torch.set_num_threads(1 if split else threads)  # what a captured call is made with
+                self.steps[name] = self._capture(rows, limit, width)
+            finally:
+                torch.set_num_threads(threads)
+        if captured and all(step.calls for step in captured):
+            self._took(*side_by_side([step.calls for step in captured]))
+        else:
+            for step in captured:
+                self._replay(step, limit, width)
+        if split and not all(self.steps[rows.start, rows.stop, limit, width, split, key].calls for rows in shares):
+            # Its threads would have to wait for Python: from now on they go through a step together.
+            self.splits, self.captured_bytes = False, 0
+            self.steps.clear()
+
+    def _took(self, forward_s: float, sample_s: float) -> None:
+        self.rows.seconds["forward_s"] += forward_s
+        self.rows.seconds["sample_s"] += sample_s
+
+    def _capture(self, rows: slice, limit: int, width: int) -> Captured:
+        start, forward, append = perf_counter(), CpuGraph(), CpuGraph()
+        hidden = forward.capture(partial(self.rows.forward, rows, limit, width))
+        middle = perf_counter()
+        append.capture(partial(self.rows.append, hidden, rows, width, limit=limit))
+        self._took(middle - start, perf_counter() - middle)
+        self.captured_bytes += forward.bytes + append.bytes
+        if self.captured_bytes > CAPTURED_BYTES:
+            self.captured_bytes -= forward.bytes + append.bytes
+            forward.drop()
+            append.drop()
+        return Captured(rows, forward, hidden, append)
+
+    def _replay(self, step: Captured, limit: int, width: int) -> None:
+        """Part by part; one whose course depends on the data, in which ranks wait for each other, or for which there was no memory, as it is."""
+        start = perf_counter()
+        if step.forward.valid:
+            step.forward.replay()
+        else:
+            step.hidden.copy_(self.rows.forward(step.rows, limit, width))  # where the captured rest reads it
+        middle = perf_counter()
+        if step.append.valid:
+            step.append.replay()
+        else:
+            self.rows.append(step.hidden, step.rows, width, limit=limit)
+        self._took(middle - start, perf_counter() - middle)
+
+
+def shares_of(n: int, threads: int) -> list[slice]:
+    """Rows 0..n-1 in as many parts as there are threads, or blocks of ROW_STEP rows."""
+    blocks = n // ROW_STEP
+    count = max(1, min(threads, blocks))
+    bounds = [ROW_STEP * (blocks * i // count) for i in range(count)] + [n]
+    return [slice(first, end) for first, end in zip(bounds[:-1], bounds[1:], strict=True)]
