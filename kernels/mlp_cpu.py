@@ -1,4 +1,4 @@
-"""down(silu(gate x) * up x) of many CPU rows: the kernels of linear_cpu.py and swiglu_cpu.py on a block of rows at a time, which they leave in the cache.
+"""down(silu(gate x) * up x) of many CPU rows: the kernels of linear_cpu.py and swiglu_cpu.py on a block of rows at a time, which stays in the cache.
 
 Layer by layer, a training step spends as much time on writing and reading what lies between the products as on a fifth of their arithmetic.  Here
 only gate and up are kept for the backward; of silu(gate) * up and of both gradients there is never more than a block.

@@ -6,6 +6,7 @@ import torch
 
 from athanor.batch import pack
 from athanor.config import ModelConfig, SamplingConfig
+from athanor.cpu_steps import shares_of
 from athanor.generator import Generator
 from athanor.kernels import logprob
 from athanor.model.transformer import Decoder, PackedAttention
@@ -287,6 +288,34 @@ def test_captured_steps_draw_what_plain_steps_draw(budget, monkeypatch):
     for group in groups:
         for a, b in zip(sum(group, []), sum(alone, []), strict=True):
             assert a.token_ids.tolist() == b.token_ids.tolist() and np.array_equal(a.logps, b.logps)
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(max_tokens=20), SamplingConfig(max_tokens=20, top_k=5)])
+def test_threads_take_shares_of_the_rows(sampling):
+    """As many as there are blocks of 16 rows; of a truncated draw more is kept than kernels write, and threads go through a step together."""
+    model, asked, results, threads = make_model(), requests(num=20, samples=4), [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            generator = Generator(model, {EOS}, max_rows=64)
+            results.append(sum(generator.generate(asked, sampling), []))
+            assert torch.get_num_threads() == count
+            split = {(step.rows.start, step.rows.stop) for step in generator.rows.cpu.steps.values() if step.rows.start}
+            assert bool(split) == (count > 1 and sampling.top_k == 0), split
+            assert generator.timings["forward_s"] > 0 and generator.timings["sample_s"] > 0
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert a.token_ids.tolist() == b.token_ids.tolist() and np.array_equal(a.logps, b.logps)
+
+
+@pytest.mark.parametrize("rows, threads, bounds", [(64, 2, [32, 64]), (64, 5, [16, 32, 48, 64]), (48, 2, [16, 48]), (16, 4, [16]), (512, 3, [160, 336, 512])])
+def test_shares_are_whole_blocks_of_rows(rows, threads, bounds):
+    shares = shares_of(rows, threads)
+    assert [s.start for s in shares] == [0, *(s.stop for s in shares[:-1])] and shares[-1].stop == rows
+    assert len(shares) == min(threads, rows // 16) and all((s.stop - s.start) % 16 == 0 and s.stop > s.start for s in shares)
+    assert {s.stop for s in shares} >= set(bounds)
 
 
 @pytest.mark.parametrize("in_place", [True, False])

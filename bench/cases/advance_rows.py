@@ -61,6 +61,6 @@ def cases(device: str) -> list[Case]:
              floors={"copies": lambda **inputs: outputs(copies(**inputs))}),
         Case("row_positions", {"R": rows}, torch.float32, make_positions,
              lambda status, lengths, backend: tuple(x.double() for x in K.row_positions(status, lengths, backend=backend)),
-             lambda status, lengths: tuple(torch.where(status == RUNNING, lengths - n, -n).double() for n in (1, 0)), "reads two numbers per row, writes two",
-             bytes=rows * 20),
+             lambda status, lengths: tuple(torch.where(status == RUNNING, lengths - n, -n).double() for n in (1, 0)),
+             "reads two numbers per row, writes two", bytes=rows * 20),
     ]  # fmt: skip

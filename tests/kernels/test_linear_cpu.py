@@ -8,7 +8,7 @@ from athanor.kernels.linear_cpu import input_gradient, product, weight_gradient
 # (rows, sum over, columns): one of each, less than a vector, tiles and panels exactly, one more than these, and sums of several runs
 # and of several panels
 SIZES = [(1, 1, 1), (5, 3, 7), (16, 64, 48), (64, 32, 6), (65, 33, 49), (130, 17, 101), (3, 1030, 5), (1030, 7, 3), (7, 3, 1030),
-         (2, 4100, 3), (4100, 3, 2), (3, 2, 4100)]
+         (2, 4100, 3), (4100, 3, 2), (3, 2, 4100), (200, 1100, 70), (1100, 70, 200)]
 
 
 def inputs(T, K, N, generator):

@@ -3,6 +3,7 @@ import torch
 
 from athanor.kernels import rmsnorm, rope
 from athanor.kernels.rmsnorm import in_rows
+from athanor.kernels.rope_cpu import rotation_cpu
 
 # half a head: one number, a part of 16, 16, one more, more than two times 16
 SIZES = [(3, 1, 1, 2), (33, 4, 2, 24), (64, 4, 2, 32), (5, 2, 1, 34), (7, 3, 3, 70)]
@@ -92,3 +93,24 @@ def test_no_tokens_and_other_dtypes():
     assert gradients[0].shape == (0, 2, 8) and not gradients[1].any()
     with pytest.raises(ValueError, match="rope: backend 'cpu' cannot serve this call: cos is torch.float64"):
         on_cpu(torch.ones(1, 1, 4), torch.ones(1, 1, 4), torch.ones(1, 2).double(), torch.ones(1, 2).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("half", [1, 16, 35])
+def test_rotations_are_right_to_the_last_bit(half, dtype, with_threads):
+    """Up to 2^20 positions, of the angles as fp32 has them; rows are their own."""
+    positions = torch.cat((torch.arange(-1, 200), torch.arange(1 << 20, (1 << 20) + 60), torch.arange(4001, 1 << 20, 9973)))
+    frequencies = 1e6 ** -(torch.arange(half, dtype=torch.float32) / half)
+    angles = (positions.float()[:, None] * frequencies).double()
+    exact = angles.cos(), angles.sin()
+
+    def run():
+        got = rotation_cpu(positions.to(dtype), frequencies, 1.25)
+        alone = rotation_cpu(positions[230:233].to(dtype), frequencies, 1.25)
+        assert all(torch.equal(a, b[230:233]) for a, b in zip(alone, got, strict=True))
+        return got
+
+    first, *others = with_threads(run)
+    for a, b in zip(first, exact, strict=True):
+        assert ((a.double() - 1.25 * b).abs() <= 1.25 * 2**-23 * b.abs() + 1e-15).all()  # one rounding of the cosine, one of its product
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
