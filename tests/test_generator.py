@@ -310,7 +310,8 @@ def test_threads_take_shares_of_the_rows(sampling):
             assert a.token_ids.tolist() == b.token_ids.tolist() and np.array_equal(a.logps, b.logps)
 
 
-@pytest.mark.parametrize("rows, threads, bounds", [(64, 2, [32, 64]), (64, 5, [16, 32, 48, 64]), (48, 2, [16, 48]), (16, 4, [16]), (512, 3, [160, 336, 512])])
+@pytest.mark.parametrize("rows, threads, bounds", [(64, 2, [32, 64]), (64, 5, [16, 32, 48, 64]), (48, 2, [16, 48]), (16, 4, [16]),
+                                                   (512, 3, [160, 336, 512])])  # fmt: skip
 def test_shares_are_whole_blocks_of_rows(rows, threads, bounds):
     shares = shares_of(rows, threads)
     assert [s.start for s in shares] == [0, *(s.stop for s in shares[:-1])] and shares[-1].stop == rows
