@@ -8,20 +8,29 @@ they stay in a cache.
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from athanor.cpu_graph import CpuGraph
 from athanor.kernels._cpu import native_there, side_by_side
-from athanor.model.transformer import ROW_STEP
-
-if TYPE_CHECKING:
-    from athanor.decode import DecodeRows
+from athanor.model.transformer import ROW_STEP, Decoder
 
 CAPTURED_BYTES = 1 << 27  # of captured steps, which keep every intermediate: what is larger has arithmetic enough to hide the calls
 SHARED_BYTES = 1 << 24  # of a model that every thread reads
+
+
+class Rows(Protocol):
+    """What steps are taken of: `decode.DecodeRows`."""
+
+    model: Decoder
+    shared: object | None  # a prompt that rows read together
+    seconds: dict[str, float]
+
+    def forward(self, rows: slice, limit: int, width: int) -> Tensor: ...
+
+    def append(self, hidden: Tensor, rows: slice, width: int, *, limit: int) -> None: ...
 
 
 @dataclass
@@ -43,7 +52,7 @@ class Captured:
 class CpuSteps:
     """The steps of `rows`, by rows and whatever else a captured step depends on."""
 
-    def __init__(self, rows: "DecodeRows"):
+    def __init__(self, rows: Rows):
         self.rows, self.captured_bytes = rows, 0
         self.steps: dict[tuple, Captured] = {}
         size = sum(p.numel() * p.element_size() for p in rows.model.parameters())

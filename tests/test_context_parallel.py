@@ -97,7 +97,7 @@ def compare_with_one_process(everywhere: list[dict], alone: dict) -> None:
                 np.testing.assert_allclose(case["figures"], wanted["figures"], rtol=1e-6)
             for name, kept in found["kept"].items():
                 # What comes out of attention is there twice, before and after it travels.
-                assert alone["kept"][name] / size <= kept < 1.1 * alone["kept"][name] / size, (rank, size, name)
+                assert alone["kept"][name] / size <= kept < 1.15 * alone["kept"][name] / size, (rank, size, name)
             predicted = activations(context_worker.LONG, 1024, Layout(context=size), 4, on_cpu=True)
             assert found["kept"]["all"] == pytest.approx(predicted.layers + predicted.top + predicted.head, rel=0.05)
 

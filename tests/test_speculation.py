@@ -240,7 +240,7 @@ def test_mtp_drafts_are_those_of_the_layer_over_the_whole_sequence(monkeypatch):
         return seen[-1][2]
 
     monkeypatch.setattr(MtpDraft, "propose", spied)
-    monkeypatch.setattr("athanor.decode.CAPTURED_BYTES", 0)  # a replayed step calls no Python
+    monkeypatch.setattr("athanor.cpu_steps.CAPTURED_BYTES", 0)  # a replayed step calls no Python
     rng = np.random.default_rng(0)
     asked = [Request(rng.integers(3, 67, size=n), np.array([n])) for n in (5, 17, 30)]  # none fills its last block
     options = {"max_prefill_tokens": 16, "max_rows": 2}

@@ -40,7 +40,7 @@ def compare(folder: Path, world: int, alone: dict) -> None:
     found = on_ranks(folder, world, "dense", case)
     for name in tensor_worker.cases(world):
         wanted = alone[", ".join(["tensor", *(word for word in ("untied", "fp32", "muon") if word in name)])]
-        exact = 2e-6 if "fp32" in name or "muon" in name else 1e-13
+        exact = 5e-6 if "fp32" in name or "muon" in name else 1e-13  # in another order; norms of heads cancel to small gradients
         assert distance(found[name]["gradients"], wanted["gradients"]) < exact, name
         # Muon multiplies in bf16: a last bit of the gradient is up to 2^-9 of an update.
         assert distance(found[name]["weights"], wanted["weights"]) < (2e-3 if "muon" in name else exact), name

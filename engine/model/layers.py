@@ -7,7 +7,7 @@ from athanor.kernels import linear, rmsnorm, swiglu
 from athanor.kernels._cpu import native_there
 from athanor.kernels._dispatch import requested_backend
 from athanor.kernels.advance_rows_cpu import take_rows_cpu
-from athanor.kernels.mlp_cpu import BLOCK_ROWS, mlp_cpu
+from athanor.kernels.mlp_cpu import mlp_cpu
 
 # Products of few rows, or of an odd number of rows per CPU thread, take other paths in BLAS and round differently (seen with 5-27 rows on AMD and
 # 1-7 on Intel).  Rollout and trainer therefore run the model on multiples of this many rows, the last ones filler that nobody reads.
@@ -53,9 +53,9 @@ class Linear(nn.Linear):
 
 
 def mlp(x: Tensor, gate_up_proj: nn.Module, down_proj: nn.Module) -> Tensor:
-    """down(silu(gate x) * up x) (T, D) of x (T, D); many rows of CPU tensors a block at a time, to the same bits."""
+    """down(silu(gate x) * up x) (T, D) of x (T, D); of CPU tensors a block of rows at a time, to the same bits."""
     plain = type(gate_up_proj) is Linear and type(down_proj) is Linear and gate_up_proj.bias is None and down_proj.bias is None
-    if plain and x.is_cpu and len(x) > BLOCK_ROWS and rows_of_their_own(x):
+    if plain and x.is_cpu and rows_of_their_own(x):
         return mlp_cpu(x, gate_up_proj.weight, down_proj.weight)
     return down_proj(swiglu(gate_up_proj(x)))
 

@@ -14,6 +14,7 @@ from math import ceil, gcd
 import torch
 
 from athanor.kernels.linear_logprob_cpu import KEPT_LOGITS, KEPT_SHARE, TILE_LOGITS, tiles_of
+from athanor.kernels.mlp_cpu import blocks_of
 from athanor.kv_cache import PagedKVCache
 from athanor.model.layers import ROW_STEP
 from athanor.model.transformer import Decoder
@@ -224,14 +225,20 @@ def _latent_bytes(config: ModelConfig, H: float, d: int, size: int, on_cpu: bool
 
 
 def _mlp_bytes(config: ModelConfig, index: int, T: int, layout: Layout, size: int, imbalance: float, on_cpu: bool) -> float:
+    halves = 2 if _in_blocks(layout, size, on_cpu) else 3  # what comes out of SwiGLU is computed again, or kept
     if not config.is_sparse(index):
-        return T * 3 * config.intermediate_size / layout.tensor * size
+        return T * halves * config.intermediate_size / layout.tensor * size
     D, E, k, w = config.hidden_size, config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
     rows = _expert_rows(config, T, layout, imbalance, on_cpu)
     # scores and the router's own copy of its input in fp32; ids, places and weights of the k choices
     router = T * (2 * E * FP32 + (D * FP32 if config.latent and size != FP32 else 0) + k * (3 * 4 + 3 * 8))
-    shared = T * 3 * w * config.n_shared_experts / layout.tensor * size
+    shared = T * halves * w * config.n_shared_experts / layout.tensor * size
     return router + rows * (2 * D + 3 * w) * size + shared
+
+
+def _in_blocks(layout: Layout, size: int, on_cpu: bool) -> bool:
+    """Whether dense SwiGLU layers run as `mlp_cpu`."""
+    return on_cpu and size == FP32 and layout.tensor == 1
 
 
 def _expert_rows(config: ModelConfig, T: int, layout: Layout, imbalance: float, on_cpu: bool) -> float:
@@ -244,7 +251,8 @@ def _backward_bytes(config: ModelConfig, index: int, T: int, layout: Layout, siz
     """Gradients that live at once in the backward of SwiGLU: of both halves before it, of the stream, of what came out less what was kept of that."""
     D = config.hidden_size
     if not config.is_sparse(index):
-        return T * (2 * config.intermediate_size / layout.tensor + 2 * D) * size
+        rows, halves = (min(T, blocks_of(T)[0].stop), 4) if T and _in_blocks(layout, size, on_cpu) else (T, 2)
+        return (rows * halves * config.intermediate_size / layout.tensor + T * 2 * D) * size
     return (_expert_rows(config, T, layout, imbalance, on_cpu) * 2 * config.moe_intermediate_size + T * 2 * D) * size
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from athanor.kernels import linear, mlp_cpu, swiglu
+from athanor.kernels import linear, mlp_cpu, swiglu, use_backend
 from athanor.model.layers import Linear, mlp
 
 
@@ -58,15 +58,15 @@ def test_gradients_go_where_they_are_asked_for(wanted, generator):
     assert torch.equal(got, want)
 
 
-def test_a_layer_takes_it_for_many_rows_alone(monkeypatch, generator):
-    """And not where a module is another one, as with adapters and tensor parallelism, or a backend is asked for."""
+def test_a_layer_takes_it_for_plain_matrices_in_fp32(monkeypatch, generator):
+    """Not where a module is another one, as with adapters and tensor parallelism, or a backend is asked for."""
     seen = []
     monkeypatch.setattr("athanor.model.layers.mlp_cpu", lambda *tensors: seen.append(len(tensors[0])) or mlp_cpu.mlp_cpu(*tensors))
     up, down = Linear(12, 16, bias=False), Linear(8, 12, bias=False)
     x = torch.randn(600, 12, generator=generator)
     want = down(swiglu(up(x)))
     assert torch.equal(mlp(x, up, down), want) and seen == [600]
-    assert torch.equal(mlp(x[:100], up, down), want[:100])
+    assert torch.equal(mlp(x[:100], up, down), want[:100]) and seen == [600, 100]
 
     class Other(Linear):
         pass
@@ -74,5 +74,7 @@ def test_a_layer_takes_it_for_many_rows_alone(monkeypatch, generator):
     other = Other(8, 12, bias=False)
     other.weight = down.weight
     assert torch.equal(mlp(x, up, other), want)
+    with use_backend("reference"):
+        assert torch.allclose(mlp(x, up, down), want, atol=1e-5)
     mlp(x.double(), up.double(), down.double())
-    assert seen == [600]
+    assert seen == [600, 100]
