@@ -35,7 +35,7 @@ def spread_over(world: int, groups, advantages, updates: int, all_live: bool, co
     def one(ranks):
         mine = list(range(len(groups)))[ranks.rank :: world]
         own = torch.cat([advantages[g * G : (g + 1) * G] for g in mine]) if mine else advantages[:0]
-        return shares([groups[g] for g in mine], own, updates, ranks, hidden_size=64, all_live=all_live, **options)
+        return shares([groups[g] for g in mine], mine, own, updates, ranks, hidden_size=64, all_live=all_live, **options)
 
     return on_threads(world, one, peers=context)[0]
 

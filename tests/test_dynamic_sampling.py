@@ -38,7 +38,8 @@ def rollout(monkeypatch, warnings):
         context = SimpleNamespace(recipe=SimpleNamespace(seed=0, max_rows=8), ranks=Ranks(threads=1), name="rl", tokenizer=None,
                                   console=SimpleNamespace(warn=warnings.append))  # fmt: skip
         config = SimpleNamespace(prompts_per_step=WANTED, group_size=G, sampling=None)
-        kept, scores, refills = grpo._rollout(context, config, RewardService(make_table(SHAPED)), None, stream, 5, attempts)
+        kept, places, scores, refills = grpo._rollout(context, config, RewardService(make_table(SHAPED)), None, stream, 5, attempts)
+        assert places == sorted(set(places)) and len(places) == len(kept)
         return kept, scores, refills, asked
 
     return run

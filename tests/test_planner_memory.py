@@ -85,13 +85,13 @@ def measure(config: ModelConfig, again: bool, optimizer: str = "adamw") -> dict[
         steps = Optimizer(model, OptimizerConfig(name=optimizer), ranks)
 
     def loss_of(batch):
-        return -completion_logprobs(model, batch).logps.mean()
+        return -completion_logprobs(model, batch).logps.mean(), None
 
     with allocations() as first:
-        optimizer_step(steps, batches, loss_of, 1e-4)
+        optimizer_step(steps, [batches], loss_of, 1e-4)
     gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
     with allocations() as second:
-        optimizer_step(steps, batches, loss_of, 1e-4)
+        optimizer_step(steps, [batches], loss_of, 1e-4)
     kept = state.net + first.net
     return {"parameters": built.net, "gradients and optimizer": kept, "activations": second.peak, "peak": built.net + kept + second.peak,
             "gradients": gradients}  # fmt: skip

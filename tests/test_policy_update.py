@@ -42,7 +42,7 @@ def rollout(seed=0):
 def update(model, groups, advantages, variant=None, reference=None, **changes):
     config = grpo_config(**{"updates_per_rollout": 1, **changes})
     loop = SimpleNamespace(model=model, optimizer=Optimizer(model, config.optimizer, CONTEXT.ranks), applied=lambda norm, *_: math.isfinite(norm))
-    metrics = update_policy(CONTEXT, config, variant or LossVariant(), loop, reference, groups, advantages, 0)
+    metrics = update_policy(CONTEXT, config, variant or LossVariant(), loop, reference, groups, list(range(len(groups))), advantages, 0)
     return metrics, torch.cat([p.grad.reshape(-1).clone() for p in model.parameters()])
 
 
@@ -142,14 +142,14 @@ def test_truncated_sampling_starts_from_the_same_identities(sampling):
     generator = rollout_generator(model, TOKENIZER, 64, 4)
     groups = sample_groups(generator, TOKENIZER, [TASK.problem("train", i) for i in range(6)], 4, config.sampling, CONTEXT.ranks, 0)
     loop = SimpleNamespace(model=model, optimizer=Optimizer(model, config.optimizer, CONTEXT.ranks), applied=lambda norm, *_: math.isfinite(norm))
-    metrics = update_policy(CONTEXT, config, LossVariant(), loop, None, groups, advantages, 0)
+    metrics = update_policy(CONTEXT, config, LossVariant(), loop, None, groups, list(range(len(groups))), advantages, 0)
     assert metrics["logp_gap_max"] == metrics["logp_gap_mean"] == metrics["logp_gap_k3"] == 0.0
     assert metrics["ratio_mean"] == metrics["ratio_max"] == 1.0
     for group in groups:
         for sample in group:
             sample.support = None
     with pytest.raises(UserError, match="sampled log-probs differ"):
-        update_policy(CONTEXT, config, LossVariant(), loop, None, groups, advantages, 0)
+        update_policy(CONTEXT, config, LossVariant(), loop, None, groups, list(range(len(groups))), advantages, 0)
 
 
 def test_the_gap_is_a_mean_and_a_divergence_too(monkeypatch):
