@@ -70,7 +70,7 @@ def allocations():
         result.peak = max(result.peak, result.net)
 
 
-def measure(config: ModelConfig, again: bool, optimizer: str = "adamw") -> dict[str, int]:
+def measure(config: ModelConfig, again: bool, optimizer: str = "adamw", gradient_parts: int = 1) -> dict[str, int]:
     """Two optimizer steps of two micro-batches each."""
     rng = np.random.default_rng(0)
     draw = lambda n: [rng.integers(config.vocab_size, size=n) for _ in range(2 * SEQUENCES)]  # noqa: E731
@@ -79,7 +79,7 @@ def measure(config: ModelConfig, again: bool, optimizer: str = "adamw") -> dict[
     with allocations() as built:
         model = Decoder(config)
     model.initialize_(0)
-    ranks = Ranks(device="cpu", threads=1)
+    ranks = Ranks(device="cpu", threads=1, gradient_parts=gradient_parts)
     parallelize_(model, ParallelConfig(activation_checkpointing=again), ranks)
     with allocations() as state:
         steps = Optimizer(model, OptimizerConfig(name=optimizer), ranks)
@@ -87,20 +87,22 @@ def measure(config: ModelConfig, again: bool, optimizer: str = "adamw") -> dict[
     def loss_of(batch):
         return -completion_logprobs(model, batch).logps.mean(), None
 
+    parts = ranks.parts(batches)
     with allocations() as first:
-        optimizer_step(steps, [batches], loss_of, 1e-4)
+        optimizer_step(steps, parts, loss_of, 1e-4)
     gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
     with allocations() as second:
-        optimizer_step(steps, [batches], loss_of, 1e-4)
+        optimizer_step(steps, parts, loss_of, 1e-4)
     kept = state.net + first.net
     return {"parameters": built.net, "gradients and optimizer": kept, "activations": second.peak, "peak": built.net + kept + second.peak,
             "gradients": gradients}  # fmt: skip
 
 
-def predict(config: ModelConfig, again: bool, optimizer: str = "adamw") -> dict[str, float]:
+def predict(config: ModelConfig, again: bool, optimizer: str = "adamw", gradient_parts: int = 1) -> dict[str, float]:
     # as many prompts as make two micro-batches
     workload = dict(prompts_per_step=2, group_size=SEQUENCES, prompt_tokens=PROMPT, max_tokens=COMPLETION, mean_tokens=COMPLETION, reference=False,
-                    scoring_passes=0, micro_batch_tokens=SEQUENCES * (PROMPT + COMPLETION - 1), precision="float32", optimizer=optimizer)  # fmt: skip
+                    scoring_passes=0, micro_batch_tokens=SEQUENCES * (PROMPT + COMPLETION - 1), precision="float32", optimizer=optimizer,
+                    gradient_parts=gradient_parts)  # fmt: skip
     plan = make_plan(config, PlanConfig(workload=workload, layout=dict(activation_checkpointing=again)))
     m = plan.training.memory
     assert plan.cluster.world == 1 and not m["gathered"] and not m["reference"]
@@ -123,6 +125,13 @@ pytestmark = pytest.mark.usefixtures("threads")
 ])  # fmt: skip
 def test_a_training_step_takes_what_was_predicted(name, again):
     assert_close(predict(SMALL[name], again), measure(SMALL[name], again))
+
+
+def test_a_sum_of_gradients_waits_for_the_next_part():
+    config = SMALL["qwen3"]
+    one, two = (predict(config, False, gradient_parts=n) for n in (1, 2))
+    assert two["peak"] - one["peak"] == one["gradients"]
+    assert_close({"peak": two["peak"]}, {"peak": measure(config, False, gradient_parts=2)["peak"]}, within=0.05)
 
 
 @pytest.mark.slow
