@@ -71,7 +71,7 @@ def allocations():
 
 
 def measure(config: ModelConfig, again: bool, optimizer: str = "adamw", gradient_parts: int = 1) -> dict[str, int]:
-    """Two optimizer steps of two micro-batches each."""
+    """Two optimizer steps of two micro-batches, in each part."""
     rng = np.random.default_rng(0)
     draw = lambda n: [rng.integers(config.vocab_size, size=n) for _ in range(2 * SEQUENCES)]  # noqa: E731
     batches = pack(draw(PROMPT), draw(COMPLETION), SEQUENCES * (PROMPT + COMPLETION - 1))
@@ -87,7 +87,7 @@ def measure(config: ModelConfig, again: bool, optimizer: str = "adamw", gradient
     def loss_of(batch):
         return -completion_logprobs(model, batch).logps.mean(), None
 
-    parts = ranks.parts(batches)
+    parts = ranks.parts(batches * gradient_parts)
     with allocations() as first:
         optimizer_step(steps, parts, loss_of, 1e-4)
     gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)

@@ -82,6 +82,16 @@ def test_micro_batches_do_not_change_the_gradient(tokens):
     torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max()) + 1e-8)
 
 
+@pytest.mark.parametrize("changes", [{}, {"variant": LossVariant(correction="tis", correction_high=2.0), "updates_per_rollout": 2}], ids=["", "tis"])
+def test_parts_do_not_change_the_gradient(monkeypatch, changes):
+    """Four of them, packed by themselves; of two updates of three groups each, some have few samples."""
+    metrics, whole = update(*rollout(), **changes)
+    monkeypatch.setattr(CONTEXT, "ranks", Ranks(threads=1, gradient_parts=4))
+    split_metrics, split = update(*rollout(), micro_batch_tokens=50, **changes)
+    torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max()) + 1e-8)
+    assert split_metrics["logp_gap_max"] == 0.0 and split_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+
+
 def test_dropping_samples_without_advantage_does_not_change_the_gradient():
     model, groups, advantages = rollout()
     _, dropped = update(model, groups, advantages)
