@@ -11,12 +11,14 @@ SHARED_OUT = {"reward_busy_share", "rollout_idle_share", "rollout_handed_over"} 
 
 
 def made(run: Path) -> dict[str, bytes]:
-    """Samples, data, weights, evaluations and transcripts of a run by name, and its metrics line by line."""
+    """Samples, data, weights, evaluations and transcripts of a run by name, its metrics line by line, and what its manifest says of each stage."""
     names = [path for folder in ("checkpoints", "data", "evaluations", "transcripts") for path in sorted((run / folder).rglob("*")) if path.is_file()]
     found = {str(path.relative_to(run)): path.read_bytes() for path in [*names, *run.glob("samples.jsonl")]}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = {name: value for name, value in json.loads(line).items() if not (name in SHARED_OUT or name.endswith("_s"))}
         found[f"metrics.jsonl {row['stage']} {row['step']}"] = json.dumps(row).encode()
+    for stage, entry in json.loads((run / "manifest.json").read_text())["stages"].items():
+        found[f"manifest.json {stage}"] = json.dumps({name: entry.get(name) for name in ("status", "key", "outputs", "metrics", "gates")}).encode()
     return found
 
 

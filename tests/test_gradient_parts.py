@@ -192,4 +192,9 @@ def test_a_run_goes_on_with_other_ranks_and_ends_with_the_same_bits(tmp_path):
         saved = list((tmp_path / "parts" / "micro" / "checkpoints" / f"{stage}.partial").glob("step-*"))
         assert saved, stage
     recipe(4, tmp_path / "parts", *words)
-    assert differences(tmp_path / "whole" / "micro", tmp_path / "parts" / "micro") == []
+    whole, parts = tmp_path / "whole" / "micro", tmp_path / "parts" / "micro"
+    assert differences(whole, parts) == []
+    words[words.index("4")] = "2"  # other bits: what is done is not taken for the result of these settings
+    recipe(1, tmp_path / "parts", *words, "--until", "base")
+    changed = {line.split(":")[0] for line in differences(whole, parts)}
+    assert {"manifest.json base", "checkpoints/base/model.safetensors"} <= changed and "manifest.json data" not in changed
