@@ -29,6 +29,7 @@ sys.path.append(str(HERE))  # tests/ is no package
 
 import gradient_parts_worker  # noqa: E402
 from same_run import differences  # noqa: E402
+from test_tiny_moe import FP8_AND_AHEAD, SHORT  # noqa: E402
 from thread_ranks import on_threads  # noqa: E402
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -170,11 +171,11 @@ def recipe(world: int, folder: Path, *words: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiproc
-@pytest.mark.parametrize("name", ["tiny", "tiny_moe"])
-def test_two_ranks_make_what_one_process_makes(tmp_path, name):
-    """All stages of the recipe, a few steps each: samples, data, weights, evaluations, transcripts and metrics but for times."""
+@pytest.mark.parametrize("name, changes", [("tiny", ()), ("tiny_moe", (*SHORT, *FP8_AND_AHEAD))])
+def test_two_ranks_make_what_one_process_makes(tmp_path, name, changes):
+    """All stages of the recipe: samples, data, weights, evaluations, transcripts and metrics but for times."""
     for world in (1, 2):
-        recipe(world, tmp_path / str(world), name, "--quick", "--device", "cpu", "--until", "general_rl")
+        recipe(world, tmp_path / str(world), name, "--quick", "--device", "cpu", *changes)
     assert differences(tmp_path / "1" / name, tmp_path / "2" / name) == []
 
 
