@@ -1,5 +1,8 @@
 """What every rank of the tests of gradient parts runs: steps over the same documents, with the parts of a step on one, two or four ranks."""
 
+import multiprocessing
+import os
+import socket
 import sys
 
 import torch
@@ -35,11 +38,26 @@ def results(ranks: Ranks) -> dict[str, dict]:
     return {" ".join(case): result(ranks, *case) for case in CASES}
 
 
-if __name__ == "__main__":
-    ranks = Ranks("cpu", threads=1, gradient_parts=4)
+def one(rank: int, path: str) -> None:
+    os.environ["RANK"] = str(rank)
+    ranks = Ranks("cpu", threads=1, timeout_s=60, gradient_parts=4)
     pair = ranks._of([[0, 1], [2, 3]])  # two jobs of two ranks, side by side
     pair.num_parts, pair.context, pair.tensor = 2, ranks.context, ranks.tensor
     found = {"four": results(ranks), "two": results(pair)}
     if ranks.is_main:
-        torch.save(found, sys.argv[1])
+        torch.save(found, path)
     ranks.close()
+
+
+if __name__ == "__main__":
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "4"}
+    # Forked, because the imports are most of the time that four processes of torchrun's take here.
+    processes = [multiprocessing.get_context("fork").Process(target=one, args=(rank, sys.argv[1])) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(max(abs(process.exitcode) for process in processes))
