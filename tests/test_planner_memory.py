@@ -127,7 +127,13 @@ def test_a_training_step_takes_what_was_predicted(name, again):
     assert_close(predict(SMALL[name], again), measure(SMALL[name], again))
 
 
-def test_a_sum_of_gradients_waits_for_the_next_part():
+def test_sums_of_gradients_wait_for_those_of_later_parts():
+    one, two, eight = (predict(SMALL["qwen3"], False, gradient_parts=n) for n in (1, 2, 8))
+    assert (two["gradients"], eight["gradients"]) == (2 * one["gradients"], 4 * one["gradients"])
+
+
+@pytest.mark.slow
+def test_a_sum_of_gradients_takes_what_was_predicted():
     config = SMALL["qwen3"]
     one, two = (predict(config, False, gradient_parts=n) for n in (1, 2))
     measured = [measure(config, False, gradient_parts=n)["peak"] for n in (1, 2)]
