@@ -93,7 +93,7 @@ def train(mode: str, seed: int, draw: int, arguments: argparse.Namespace, docume
     for step in range(arguments.steps):
         batches, balance = documents.batches(step * documents.per_step, documents.per_step), RouterBalance(model, config, ranks)
         rate = learning_rate(config.optimizer, step, config.steps)
-        loss = cross_entropy_step(model, optimizer, batches, sum(b.num_targets for b in batches), rate, balance)["loss"]
+        loss = cross_entropy_step(model, optimizer, [batches], sum(b.num_targets for b in batches), rate, balance)["loss"]
         balance.finish()
         losses.append(loss)
         if (step + 1) % 100 == 0:

@@ -180,7 +180,7 @@ class EngineStep:
 
     def step(self) -> dict[str, float]:
         (groups, advantages), rollout_s = seconds_of(self.rollout, self.device)
-        metrics = update_policy(self.context, self.config, self.preset.variant, self.loop, None, groups, advantages, 0)
+        metrics = update_policy(self.context, self.config, self.preset.variant, self.loop, None, groups, list(range(len(groups))), advantages, 0)
         self.steps += 1
         tokens = sum(s.num_tokens for group in groups for s in group)
         return {"rollout_s": rollout_s, "logp_gap": metrics["logp_gap_max"], "live": int((advantages != 0).sum()), "tokens": tokens}

@@ -338,6 +338,10 @@ class EvaluationConfig(Config):
 class ParallelConfig(Config):
     """How a training step is spread over ranks and memory.  It changes no result beyond the order of sums."""
 
+    gradient_parts: int = Field(1, ge=1)
+    """Parts, a power of two, that the samples of every optimizer step are split into, each with a gradient of its own, which are added in an order of
+    their own: then 1, 2, 4 ... ranks, up to as many as parts, train to the same bits.  1 = one part per rank, added in whatever order."""
+
     shard: int = Field(1, ge=0)
     """Ranks that one copy of parameters, gradients and optimizer state is split over (FSDP); 1 = every rank holds all of it, 0 = all ranks.  With
     fewer than all, the copies are kept equal (HSDP)."""
@@ -367,6 +371,11 @@ class ParallelConfig(Config):
 
     @model_validator(mode="after")
     def _split(self):
+        if self.gradient_parts & (self.gradient_parts - 1):
+            raise ValueError(f"gradient_parts is {self.gradient_parts}, wanted a power of two")
+        for name in ("shard", "expert", "context", "tensor") if self.gradient_parts > 1 else ():
+            if (size := getattr(self, name)) != 1:
+                raise ValueError(f"gradient_parts is {self.gradient_parts} and {name} is {size}, whose sums go by the ranks; wanted 1 for either")
         if self.offload and self.shard == 1:
             raise ValueError("offload is true, which takes split parameters; wanted shard other than 1")
         if self.offload and self.expert > 1:

@@ -132,6 +132,16 @@ class Optimizer:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
+    def take_gradients(self) -> list[Tensor]:
+        """The gradients, zeros where there is none, which are the caller's from now on."""
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        self.zero_grad()
+        return gradients
+
+    def set_gradients(self, gradients: list[Tensor]) -> None:
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = gradient
+
     def step(self, lr: float) -> float:
         """Reduce, clip and apply; return the gradient norm before clipping.  When it is not finite, nothing is applied."""
         self.ranks.sum_gradients_([p for p in self.parameters if not isinstance(p, DTensor)])

@@ -1,7 +1,8 @@
 """Ranks of a torchrun job: one process or many run the same code.
 
 Work is split by index (rank r takes items r, r + world, ...) or by size, gradients are summed, and losses divide by denominators counted over all
-ranks, so N ranks give the gradients of one.
+ranks, so N ranks give the gradients of one.  To the bit they do with `gradient_parts`: then the samples of an optimizer step are split into so many
+parts, of which each rank has neighbours, and the parts' gradients are added in pairs, the sums in pairs, and so on, on ranks and between them.
 
 Where C T neighbouring ranks train on the same micro-batches, C of them on other tokens (`context_parallel`) and T neighbours among these with other
 parts of the model (`tensor_parallel`), samples of an update are split over `data`, the world / (C T) ranks that have other ones; sampling is split
@@ -14,11 +15,12 @@ import functools
 import heapq
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from athanor import watchdog
 from athanor.errors import UserError
@@ -50,6 +52,23 @@ def spread(work: Sequence[float], num_ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
+def pairwise(addends: Iterable[list[Tensor]]) -> list[Tensor]:
+    """Sum a power of two of lists of tensors in a binary tree over their order, in the memory of the first of each pair.
+
+    Each half of them, each half of that and so on is added as `pairwise` adds it alone.  Of what an iterator computes, log2 of their number and one
+    are alive at once.
+    """
+    sums: list[list[Tensor]] = []
+    for count, addend in enumerate(addends, 1):
+        while count % 2 == 0:
+            earlier, count = sums.pop(), count // 2
+            torch._foreach_add_(earlier, addend)
+            addend = earlier
+        sums.append(addend)
+    (total,) = sums
+    return total
+
+
 def _attempt() -> str:
     """Names this start of the ranks: after `--max-restarts`, torchrun's store still holds the addresses of those that died."""
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -68,22 +87,28 @@ class Ranks:
 
     context x tensor neighbours train on the same micro-batches.  tensor: those of them, neighbours too, that have other parts of the model and the
     same tokens as this one.  context: those with other tokens and the same part.  data: one of each such group, those with this rank's place in it,
-    or these ranks themselves.  copies: all that have the same part of the model.  All are Ranks over a part of the processes.  dispatch:
-    `parallel.dispatch`.  Raises UserError for numbers that do not divide the ranks.
+    or these ranks themselves.  copies: all that have the same part of the model.  All are Ranks over a part of the processes.  dispatch,
+    gradient_parts: of `parallel`.  num_parts: of an optimizer step on each data rank.  Raises UserError for numbers that do not divide the ranks, or
+    that these do not divide.
     """
 
     group: dist.ProcessGroup | None = None  # None = of all ranks
     _num_boards = 0  # of this process
 
     def __init__(
-        self, device: str = "auto", threads: int = 0, timeout_s: float = 600.0, context: int = 1, tensor: int = 1, dispatch: str = "group"
-    ):
+        self, device: str = "auto", threads: int = 0, timeout_s: float = 600.0, context: int = 1, tensor: int = 1, dispatch: str = "group",
+        gradient_parts: int = 1,
+    ):  # fmt: skip
         self.dispatch = dispatch
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         size = context * tensor
         if self.world % size:
             names = [f"parallel.{name}" for name, peers in (("context", context), ("tensor", tensor)) if peers > 1]
             raise UserError(f"{' x '.join(names)} is {size}, wanted a divisor of the {self.world} ranks")
+        self.ordered = gradient_parts > 1
+        if self.ordered and gradient_parts % self.world:
+            raise UserError(f"parallel.gradient_parts is {gradient_parts}, wanted a multiple of the {self.world} ranks, or 1")
+        self.num_parts = gradient_parts // self.world if self.ordered else 1
         self.timeout = datetime.timedelta(seconds=timeout_s)
         local = int(os.environ.get("LOCAL_RANK", 0))
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -130,11 +155,17 @@ class Ranks:
     def __deepcopy__(self, memo) -> "Ranks":  # a process group cannot be copied, and a copy of a model is split over the same ranks
         return self
 
-    def share(self, items: list, work: Sequence[float] | None = None) -> list:
-        """This rank's items, in their order: every world-th, or, by the `work` of each, about as much as the others'."""
+    def share(self, items: list) -> list:
+        """This rank's items, in their order: every world-th."""
+        return items[self.rank :: self.world]
+
+    def parts(self, items: list, work: Sequence[float] | None = None) -> list[list]:
+        """What each of this rank's parts of an optimizer step has of the items, in their order: every n-th where all ranks have n parts, or, by the
+        `work` of each item, about as much as the others."""
+        n, own = self.world * self.num_parts, slice(self.rank * self.num_parts, (self.rank + 1) * self.num_parts)
         if work is None:
-            return items[self.rank :: self.world]
-        return [items[i] for i in spread(work, self.world)[self.rank]]
+            return [items[part::n] for part in range(n)[own]]
+        return [[items[i] for i in part] for part in spread(work, n)[own]]
 
     @collective
     def sum_(self, *tensors: Tensor) -> None:
@@ -169,10 +200,29 @@ class Ranks:
         """Sum gradients in one flat bucket, in the order of `parameters`; a missing gradient counts as zero."""
         if self.world == 1 or not parameters:
             return
-        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
-        dist.all_reduce(flat, group=self.group)
+        flat = self._sum(torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters]))
         for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = grad.view_as(parameter)
+
+    @collective
+    def sum_parts(self, values: Tensor) -> Tensor:
+        """Sum values (num_parts, n), a row of each part, over the parts of all ranks, as gradients are."""
+        return self._sum(pairwise([row] for row in values.clone())[0])
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """Sum x (n,) over ranks, `ordered` as `pairwise` does; x may be overwritten."""
+        if self.world == 1:
+            return x
+        if not self.ordered or self.world == 2:  # of two addends there is one sum
+            dist.all_reduce(x, group=self.group)
+            return x
+        # Each rank adds its n-th of all addends: two times x travels, as in an all-reduce by a ring.
+        whole = pad(x, (0, -len(x) % self.world))
+        addends = torch.empty_like(whole)
+        dist.all_to_all_single(addends, whole, group=self.group)
+        (total,) = pairwise([part] for part in addends.chunk(self.world))
+        all_gather(whole, total, group=self.group)
+        return whole[: len(x)]
 
     @collective
     def gather(self, items: list) -> list:

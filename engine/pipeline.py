@@ -66,7 +66,8 @@ def run(recipe: RecipeConfig, recipe_name: str, *, overwrite: bool = False) -> d
     deadlines_s = recipe.deadlines.by_phase()
     # The process group's own timeout comes after the watchdog, which can say more.
     ranks = Ranks(recipe.device, recipe.threads, timeout_s=deadlines_s["collective"] + watchdog.GRACE_S,
-                  context=recipe.parallel.context, tensor=recipe.parallel.tensor, dispatch=recipe.parallel.dispatch)  # fmt: skip
+                  context=recipe.parallel.context, tensor=recipe.parallel.tensor, dispatch=recipe.parallel.dispatch,
+                  gradient_parts=recipe.parallel.gradient_parts)  # fmt: skip
     will_split(recipe.parallel, ranks)  # sizes that do not divide the ranks
     run_dir = Path(recipe.run_root) / recipe.name
     console = Console(len(recipe.stages) + len(recipe.evaluation.stages))
@@ -293,6 +294,8 @@ def _run_stage(
     vocabulary = [tokenizer.id_to_token(i) for i in range(tokenizer.vocab_size)]
     facts = {"stage": own, "tasks": used, "model": shape, "vocabulary": vocabulary, "name": name}
     facts |= {"seed": recipe.seed, "dtype": recipe.dtype, "strict": recipe.strict, "fp8": recipe.fp8}
+    if recipe.parallel.gradient_parts > 1:  # the one setting of `parallel` that has bits of its own
+        facts["gradient_parts"] = recipe.parallel.gradient_parts
     key = hash_config(facts)
     inputs = stage_inputs(name, recipe, run_dir)
     decision = "run"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from athanor.context_parallel import part_of
 from athanor.errors import UserError
+from athanor.model.layers import Linear
 from athanor.model.moe import Routes
 from athanor.model.transformer import Decoder, PackedAttention, fill_tokens
 from athanor.rewards import Reward
@@ -39,7 +40,7 @@ class RewardModel(nn.Module):
     def __init__(self, decoder: Decoder, objective: str = "pairwise"):
         super().__init__()
         self.decoder, self.objective = decoder, objective
-        self.value_head = nn.Linear(decoder.config.hidden_size, 1, bias=False).to(decoder.embed.weight)
+        self.value_head = Linear(decoder.config.hidden_size, 1, bias=False).to(decoder.embed.weight)
         nn.init.zeros_(self.value_head.weight)
         self.mean, self.std = 0.0, 1.0
 

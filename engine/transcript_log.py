@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from athanor.atomic import write_file
+from athanor.parallel import Ranks
 from athanor.rewards import RewardScores
 from athanor.samples import Sample
 from athanor.tokenizer import Tokenizer
@@ -32,23 +33,34 @@ def rewind_transcripts(path: Path, step: int) -> None:
 
 
 def write_transcripts(
-    path: Path, step: int, samples: list[Sample], scores: RewardScores, advantages: list[float], config: TranscriptConfig, tokenizer: Tokenizer
-) -> None:
-    """Append the best and the worst samples of a step.  samples, scores and advantages are this rank's, in one order."""
-    judged = [i for i in range(len(samples)) if scores.applied[i]]
+    path: Path, step: int, groups: list[list[Sample]], places: list[int], scores: RewardScores, advantages: list[float], config: TranscriptConfig,
+    tokenizer: Tokenizer, ranks: Ranks,
+) -> None:  # fmt: skip
+    """Append the best and the worst samples of a step; all ranks call it, one writes.
+
+    groups, scores, advantages: this rank's, samples in one order.  places: of its groups, in the order of all ranks' groups.
+    """
+    samples = [(place, member, sample) for place, group in zip(places, groups, strict=True) for member, sample in enumerate(group)]
+    mine = {at[:2]: i for i, at in enumerate(samples) if scores.applied[i]}
+    judged = sorted(ranks.concatenate([(*at, float(scores.total[i]), samples[i][2].problem.id) for at, i in mine.items()])[0])
     seen = Counter()
-    nth = {i: seen.update([samples[i].problem.id]) or seen[samples[i].problem.id] for i in judged}  # of equals one of each problem first
+    nth = [seen.update([row[3]]) or seen[row[3]] for row in judged]  # of equals one of each problem first
     num = min(config.num, len(judged))
-    best = sorted(judged, key=lambda i: (-scores.total[i], nth[i]))[: num - num // 2]
-    worst = sorted(set(judged) - set(best), key=lambda i: (scores.total[i], nth[i], i))[: num // 2]
-    chosen = [(i, "best") for i in best] + [(i, "worst") for i in reversed(worst)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        for i, place in chosen:
-            row = _row(samples[i], tokenizer if config.logps else None)
-            parts = {name: values[i] for name, values in scores.parts.items()}
-            row = {"step": step, "place": place, **row, "reward": float(scores.total[i]), "rewards": parts, "advantage": float(advantages[i])}
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    best = sorted(range(len(judged)), key=lambda i: (-judged[i][2], nth[i]))[: num - num // 2]
+    worst = sorted(set(range(len(judged))) - set(best), key=lambda i: (judged[i][2], nth[i], i))[: num // 2]
+    rows = {}
+    for line, (i, place) in enumerate([(i, "best") for i in best] + [(i, "worst") for i in reversed(worst)]):
+        own = mine.get(judged[i][:2])
+        if own is not None:
+            row = _row(samples[own][2], tokenizer if config.logps else None)
+            parts = {name: values[own] for name, values in scores.parts.items()}
+            rows[line] = {"step": step, "place": place, **row, "reward": float(scores.total[own]), "rewards": parts}
+            rows[line]["advantage"] = float(advantages[own])
+    written = sorted(ranks.concatenate(list(rows.items()))[0], key=lambda item: item[0])
+    if ranks.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for _, row in written)
 
 
 def _row(sample: Sample, tokenizer: Tokenizer | None) -> dict:

@@ -69,7 +69,7 @@ def steps(ranks: Ranks, kinds: list[str]) -> dict[str, dict]:
         model = split(ranks, MTP)
         batches = pack(*texts(kind), 1000) if ranks.data.rank == 0 else []
         optimizer, balance = Optimizer(model, OptimizerConfig(lr=1e-3), ranks), RouterBalance(model, TrainConfig(balance_loss=0.5), ranks.data)
-        figures = cross_entropy_step(model, optimizer, batches, sum(c for _, c in LENGTHS[kind]), 1e-3, balance, 0.3)
+        figures = cross_entropy_step(model, optimizer, [batches], sum(c for _, c in LENGTHS[kind]), 1e-3, balance, 0.3)
         found[kind] = {"gradients": gradients_of(model), "figures": figures | balance.finish()}
     model = RewardModel(random_decoder(MODELS["qwen3, four heads"]))
     torch.nn.init.normal_(model.value_head.weight, generator=torch.Generator().manual_seed(0))
@@ -112,12 +112,13 @@ def updates(ranks: Ranks, names: list[str]) -> dict[str, dict]:
         groups = sample_groups(generator, TOKENIZER, problems, 4, config.sampling, ranks, 0)
         advantages = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
         advantages[0, 1] = advantages[1, :3] = 0.0
-        advantages = torch.from_numpy(advantages[ranks.share(list(range(6)))]).flatten()
+        places = ranks.share(list(range(6)))
+        advantages = torch.from_numpy(advantages[places]).flatten()
         reference = None if variant.kl == "none" else split(ranks, Decoder(shape).initialize_(1).requires_grad_(False), **parallel)
         split(ranks, model, **parallel)
         context = SimpleNamespace(name="zero", ranks=ranks, console=SimpleNamespace(warn=print))
         loop = SimpleNamespace(model=model, optimizer=Optimizer(model, config.optimizer, ranks), applied=lambda norm, *_: True)
-        figures = update_policy(context, config, variant, loop, reference, groups, advantages, 0)
+        figures = update_policy(context, config, variant, loop, reference, groups, places, advantages, 0)
         found[name] = {"gradients": gradients_of(model), "figures": figures}
     return found
 

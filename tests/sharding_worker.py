@@ -70,11 +70,11 @@ def train(ranks: Ranks, model, optimizer, steps, tokens: int) -> list[tuple[floa
     config, figures = TrainConfig(balance_loss=0.01), []
     for step in steps:
         prompts, completions = sequences(step, tokens)
-        mine = ranks.data.share(list(range(9)))
-        batches = packed_batches(model, ranks, [prompts[i] for i in mine], [completions[i] for i in mine], tokens)
-        num_targets = ranks.data.sum_int(sum(b.num_targets for b in batches))
+        pairs = ranks.data.parts(list(zip(prompts, completions, strict=True)))
+        parts = [packed_batches(model, ranks, [prompt for prompt, _ in part], [text for _, text in part], tokens) for part in pairs]
+        num_targets = ranks.data.sum_int(sum(b.num_targets for batches in parts for b in batches))
         balance = RouterBalance(model, config, ranks.data)
-        metrics = cross_entropy_step(model, optimizer, batches, num_targets, 1e-2, balance, 0.3 if model.mtp is not None else 0.0)
+        metrics = cross_entropy_step(model, optimizer, parts, num_targets, 1e-2, balance, 0.3 if model.mtp is not None else 0.0)
         figures.append((metrics["loss"] + metrics.get("mtp_loss", 0.0), metrics["grad_norm"]))
         balance.finish()
     return figures

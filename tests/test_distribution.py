@@ -28,16 +28,16 @@ def rollout(num_groups: int, G: int) -> tuple[list[list[Sample]], torch.Tensor]:
     return groups, advantages
 
 
-def spread_over(world: int, groups, advantages, updates: int, all_live: bool, context: int = 1, **options):
+def spread_over(world: int, groups, advantages, updates: int, all_live: bool, context: int = 1, num_parts: int = 1, **options):
     """Per rank its shares."""
     G = len(groups[0])
 
     def one(ranks):
         mine = list(range(len(groups)))[ranks.rank :: world]
         own = torch.cat([advantages[g * G : (g + 1) * G] for g in mine]) if mine else advantages[:0]
-        return shares([groups[g] for g in mine], own, updates, ranks, hidden_size=64, all_live=all_live, **options)
+        return shares([groups[g] for g in mine], mine, own, updates, ranks, hidden_size=64, all_live=all_live, **options)
 
-    return on_threads(world, one, peers=context)[0]
+    return on_threads(world, one, peers=context, num_parts=num_parts)[0]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])  # the last has a rank without a group
@@ -58,6 +58,21 @@ def test_an_update_has_the_same_samples_on_any_number_of_ranks(world, num_groups
         for part in parts:
             assert all(s.problem is None and s.text == "" for s in part.samples)
             assert [int(s.token_ids[0]) for s in part.samples] == sorted(int(s.token_ids[0]) for s in part.samples)
+
+
+@pytest.mark.parametrize("num_groups, shared", [(4, False), (8, True), (1, True)])  # of one group, some parts have nothing
+def test_a_part_has_the_same_samples_on_any_number_of_ranks(num_groups, shared):
+    groups, advantages = rollout(num_groups, 4)
+
+    def parts(world):
+        found = []
+        for share in (update[0] for update in spread_over(world, groups, advantages, 1, False, num_parts=8 // world, shared_prompts=shared)):
+            rows, sizes = [(s.token_ids.tolist(), a) for s, a in zip(share.samples, share.advantages.tolist(), strict=True)], share.sizes
+            assert len(sizes) == 8 // world and sum(sizes) == len(rows)
+            found += [rows[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
+        return found
+
+    assert parts(1) == parts(2) == parts(4) == parts(8) and sum(map(len, parts(1))) == int((advantages != 0).sum())
 
 
 def test_samples_that_share_a_prompt_stay_together_as_far_as_the_ranks_stay_even():

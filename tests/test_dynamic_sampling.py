@@ -1,5 +1,7 @@
 """T10: DAPO's dynamic sampling drops groups on the raw score, whole groups only, within a bound that it reports."""
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +11,9 @@ from athanor.parallel import Ranks
 from athanor.rewards import RewardService, make_table
 from athanor.samples import Problem, Sample
 from athanor.stages import grpo
+
+sys.path.append(str(Path(__file__).parent))  # tests/ is no package
+from thread_ranks import on_threads  # noqa: E402
 
 G, WANTED = 4, 3
 RIGHT, WRONG = "<answer> 4 </answer>", "<answer> 5 </answer>"
@@ -38,7 +43,8 @@ def rollout(monkeypatch, warnings):
         context = SimpleNamespace(recipe=SimpleNamespace(seed=0, max_rows=8), ranks=Ranks(threads=1), name="rl", tokenizer=None,
                                   console=SimpleNamespace(warn=warnings.append))  # fmt: skip
         config = SimpleNamespace(prompts_per_step=WANTED, group_size=G, sampling=None)
-        kept, scores, refills = grpo._rollout(context, config, RewardService(make_table(SHAPED)), None, stream, 5, attempts)
+        kept, places, scores, refills = grpo._rollout(context, config, RewardService(make_table(SHAPED)), None, stream, 5, attempts)
+        assert places == sorted(set(places)) and len(places) == len(kept)
         return kept, scores, refills, asked
 
     return run
@@ -74,6 +80,28 @@ def test_the_loop_ends_at_its_bound_with_what_it_has_and_says_so(rollout, warnin
     assert not warnings
     kept, scores, refills, _ = rollout([["1111"] * 3, ["0000"] * 3], attempts=2)
     assert kept == [] and refills == 1 and scores.total.shape == (0,) and "trains on nothing" in warnings[0]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_keep_the_groups_that_one_rank_keeps(monkeypatch, world):
+    draws = [["1111", "1000", "0000", "0100", "1111"], ["0010", "1111", "0001", "1100", "0111"], ["1011", "1101", "1110", "1010", "0101"]]
+
+    def drawn(*arguments, **options):
+        ranks, attempt = arguments[5], arguments[-1]
+        return [group(pattern, attempt * 10 + i) for i, pattern in enumerate(draws[attempt])][ranks.rank :: ranks.world]
+
+    monkeypatch.setattr(grpo, "sample_groups", drawn)
+    stream, config = SimpleNamespace(draw=lambda step: []), SimpleNamespace(prompts_per_step=5, group_size=G, sampling=None)
+
+    def one(ranks):
+        context = SimpleNamespace(recipe=SimpleNamespace(seed=0, max_rows=8), ranks=ranks, name="rl", tokenizer=None)
+        kept, places, _, refills = grpo._rollout(context, config, RewardService(make_table(SHAPED)), None, stream, 5, 3)
+        return dict(zip(places, patterns(kept), strict=True)), refills
+
+    found = on_threads(world, one)[0]
+    assert found[0][1] == 1
+    merged = {place: pattern for kept, _ in found for place, pattern in kept.items()}
+    assert [merged[place] for place in sorted(merged)] == ["1000", "0100", "0010", "0001", "1100"]
 
 
 def test_without_dynamic_sampling_every_group_is_kept(rollout):

@@ -133,7 +133,7 @@ def a_step(model, weight, micro_batch_tokens=10**6):
     optimizer = Optimizer(model, OptimizerConfig(lr=1e-2, grad_clip=0), RANKS)
     batches = pack(*texts(), micro_batch_tokens)
     balance = RouterBalance(model, config, RANKS)
-    metrics = cross_entropy_step(model, optimizer, batches, sum(b.num_targets for b in batches), 1e-2, balance, weight)
+    metrics = cross_entropy_step(model, optimizer, [batches], sum(b.num_targets for b in batches), 1e-2, balance, weight)
     return metrics | balance.finish()
 
 

@@ -15,6 +15,7 @@ import browser as chromium  # noqa: E402
 from made_run import make_run  # noqa: E402
 
 from athanor.evaluation_report import METRICS_NAME, write_results
+from athanor.parallel import Ranks
 from athanor.report import write_report
 from athanor.rewards import RewardScores
 from athanor.samples import Problem, Sample
@@ -52,8 +53,9 @@ def run_dir(tmp_path_factory):
     samples = [Sample(Problem(f"User: one {i} ?", "two", i, "chain"), text, ids, -np.arange(len(ids), dtype=np.float32)) for i in range(4)]
     total, applied = np.arange(4.0), np.ones(4, bool)
     scores = RewardScores(total, {"accuracy": list(total)}, total, applied, ~applied)
+    groups, config = [[sample] for sample in samples], TranscriptConfig(num=4, logps=True)
     for step in (1, 11):
-        write_transcripts(transcript_path(path, "zero"), step, samples, scores, [0.5] * 4, TranscriptConfig(num=4, logps=True), tokenizer)
+        write_transcripts(transcript_path(path, "zero"), step, groups, [0, 1, 2, 3], scores, [0.5] * 4, config, tokenizer, Ranks(threads=1))
     write_page(path)
     write_report(path)
     return path

@@ -70,8 +70,8 @@ def allocations():
         result.peak = max(result.peak, result.net)
 
 
-def measure(config: ModelConfig, again: bool, optimizer: str = "adamw") -> dict[str, int]:
-    """Two optimizer steps of two micro-batches each."""
+def measure(config: ModelConfig, again: bool, optimizer: str = "adamw", gradient_parts: int = 1) -> dict[str, int]:
+    """Two optimizer steps of two micro-batches, in each part."""
     rng = np.random.default_rng(0)
     draw = lambda n: [rng.integers(config.vocab_size, size=n) for _ in range(2 * SEQUENCES)]  # noqa: E731
     batches = pack(draw(PROMPT), draw(COMPLETION), SEQUENCES * (PROMPT + COMPLETION - 1))
@@ -79,28 +79,30 @@ def measure(config: ModelConfig, again: bool, optimizer: str = "adamw") -> dict[
     with allocations() as built:
         model = Decoder(config)
     model.initialize_(0)
-    ranks = Ranks(device="cpu", threads=1)
+    ranks = Ranks(device="cpu", threads=1, gradient_parts=gradient_parts)
     parallelize_(model, ParallelConfig(activation_checkpointing=again), ranks)
     with allocations() as state:
         steps = Optimizer(model, OptimizerConfig(name=optimizer), ranks)
 
     def loss_of(batch):
-        return -completion_logprobs(model, batch).logps.mean()
+        return -completion_logprobs(model, batch).logps.mean(), None
 
+    parts = ranks.parts(batches * gradient_parts)
     with allocations() as first:
-        optimizer_step(steps, batches, loss_of, 1e-4)
+        optimizer_step(steps, parts, loss_of, 1e-4)
     gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
     with allocations() as second:
-        optimizer_step(steps, batches, loss_of, 1e-4)
+        optimizer_step(steps, parts, loss_of, 1e-4)
     kept = state.net + first.net
     return {"parameters": built.net, "gradients and optimizer": kept, "activations": second.peak, "peak": built.net + kept + second.peak,
             "gradients": gradients}  # fmt: skip
 
 
-def predict(config: ModelConfig, again: bool, optimizer: str = "adamw") -> dict[str, float]:
+def predict(config: ModelConfig, again: bool, optimizer: str = "adamw", gradient_parts: int = 1) -> dict[str, float]:
     # as many prompts as make two micro-batches
     workload = dict(prompts_per_step=2, group_size=SEQUENCES, prompt_tokens=PROMPT, max_tokens=COMPLETION, mean_tokens=COMPLETION, reference=False,
-                    scoring_passes=0, micro_batch_tokens=SEQUENCES * (PROMPT + COMPLETION - 1), precision="float32", optimizer=optimizer)  # fmt: skip
+                    scoring_passes=0, micro_batch_tokens=SEQUENCES * (PROMPT + COMPLETION - 1), precision="float32", optimizer=optimizer,
+                    gradient_parts=gradient_parts)  # fmt: skip
     plan = make_plan(config, PlanConfig(workload=workload, layout=dict(activation_checkpointing=again)))
     m = plan.training.memory
     assert plan.cluster.world == 1 and not m["gathered"] and not m["reference"]
@@ -123,6 +125,19 @@ pytestmark = pytest.mark.usefixtures("threads")
 ])  # fmt: skip
 def test_a_training_step_takes_what_was_predicted(name, again):
     assert_close(predict(SMALL[name], again), measure(SMALL[name], again))
+
+
+def test_sums_of_gradients_wait_for_those_of_later_parts():
+    one, two, eight = (predict(SMALL["qwen3"], False, gradient_parts=n) for n in (1, 2, 8))
+    assert (two["gradients"], eight["gradients"]) == (2 * one["gradients"], 4 * one["gradients"])
+
+
+@pytest.mark.slow
+def test_a_sum_of_gradients_takes_what_was_predicted():
+    config = SMALL["qwen3"]
+    one, two = (predict(config, False, gradient_parts=n) for n in (1, 2))
+    measured = [measure(config, False, gradient_parts=n)["peak"] for n in (1, 2)]
+    assert_close({"more": two["peak"] - one["peak"]}, {"more": measured[1] - measured[0]}, within=0.01)
 
 
 @pytest.mark.slow

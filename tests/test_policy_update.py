@@ -42,7 +42,7 @@ def rollout(seed=0):
 def update(model, groups, advantages, variant=None, reference=None, **changes):
     config = grpo_config(**{"updates_per_rollout": 1, **changes})
     loop = SimpleNamespace(model=model, optimizer=Optimizer(model, config.optimizer, CONTEXT.ranks), applied=lambda norm, *_: math.isfinite(norm))
-    metrics = update_policy(CONTEXT, config, variant or LossVariant(), loop, reference, groups, advantages, 0)
+    metrics = update_policy(CONTEXT, config, variant or LossVariant(), loop, reference, groups, list(range(len(groups))), advantages, 0)
     return metrics, torch.cat([p.grad.reshape(-1).clone() for p in model.parameters()])
 
 
@@ -80,6 +80,16 @@ def test_micro_batches_do_not_change_the_gradient(tokens):
     model, groups, advantages = rollout()
     _, split = update(model, groups, advantages, micro_batch_tokens=tokens)
     torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max()) + 1e-8)
+
+
+@pytest.mark.parametrize("changes", [{}, {"variant": LossVariant(correction="tis", correction_high=2.0), "updates_per_rollout": 2}], ids=["", "tis"])
+def test_parts_do_not_change_the_gradient(monkeypatch, changes):
+    """Four of them, packed by themselves; of two updates of three groups each, some have few samples."""
+    metrics, whole = update(*rollout(), **changes)
+    monkeypatch.setattr(CONTEXT, "ranks", Ranks(threads=1, gradient_parts=4))
+    split_metrics, split = update(*rollout(), micro_batch_tokens=50, **changes)
+    torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max()) + 1e-8)
+    assert split_metrics["logp_gap_max"] == 0.0 and split_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
 
 
 def test_dropping_samples_without_advantage_does_not_change_the_gradient():
@@ -142,14 +152,14 @@ def test_truncated_sampling_starts_from_the_same_identities(sampling):
     generator = rollout_generator(model, TOKENIZER, 64, 4)
     groups = sample_groups(generator, TOKENIZER, [TASK.problem("train", i) for i in range(6)], 4, config.sampling, CONTEXT.ranks, 0)
     loop = SimpleNamespace(model=model, optimizer=Optimizer(model, config.optimizer, CONTEXT.ranks), applied=lambda norm, *_: math.isfinite(norm))
-    metrics = update_policy(CONTEXT, config, LossVariant(), loop, None, groups, advantages, 0)
+    metrics = update_policy(CONTEXT, config, LossVariant(), loop, None, groups, list(range(len(groups))), advantages, 0)
     assert metrics["logp_gap_max"] == metrics["logp_gap_mean"] == metrics["logp_gap_k3"] == 0.0
     assert metrics["ratio_mean"] == metrics["ratio_max"] == 1.0
     for group in groups:
         for sample in group:
             sample.support = None
     with pytest.raises(UserError, match="sampled log-probs differ"):
-        update_policy(CONTEXT, config, LossVariant(), loop, None, groups, advantages, 0)
+        update_policy(CONTEXT, config, LossVariant(), loop, None, groups, list(range(len(groups))), advantages, 0)
 
 
 def test_the_gap_is_a_mean_and_a_divergence_too(monkeypatch):

@@ -56,8 +56,8 @@ def test_scores_do_not_depend_on_the_batch():
     torch.nn.init.normal_(model.value_head.weight)
     sequences = [judged_tokens(TOKENIZER, TASK.problem("train", i), TASK.written(i)[1]) for i in range(9)]
     whole = model.score(sequences)
-    np.testing.assert_allclose(whole, np.concatenate([model.score([s]) for s in sequences]), atol=1e-5)
-    np.testing.assert_allclose(whole, model.score(sequences, batch_size=4), atol=1e-5)
+    np.testing.assert_array_equal(whole, np.concatenate([model.score([s]) for s in sequences]))  # which rank judges whom changes no bit
+    np.testing.assert_array_equal(whole, model.score(sequences, batch_size=4))
 
 
 def test_training_on_pairs_recovers_the_taste_and_a_folder_keeps_it(tmp_path):

@@ -67,7 +67,7 @@ def test_a_step_moves_the_biases_by_what_all_its_micro_batches_chose(rate):
     counts = sum(torch.stack([torch.bincount(layer.flatten(), minlength=8) for layer in choices(model, b)]) for b in split)
     optimizer, num_targets = Optimizer(model, sft_config().optimizer, RANKS), sum(b.num_targets for b in split)
     balance = RouterBalance(model, sft_config(router_bias_rate=rate), RANKS)
-    cross_entropy_step(model, optimizer, split, num_targets, 1e-3, balance)
+    cross_entropy_step(model, optimizer, [split], num_targets, 1e-3, balance)
     metrics = balance.finish()
     assert metrics["router_imbalance"] == pytest.approx(float((counts.amax(1) / counts.double().mean(1)).max()) - 1)
     for router, old, count in zip(routers(model), before, counts.double(), strict=True):
@@ -157,7 +157,7 @@ def test_a_policy_update_of_a_mixture_of_experts_starts_without_a_gap(replay):
     model, tokenizer, task = a_policy()
     before = [router.bias.clone() for router in routers(model)]
     config, loop, groups, advantages = an_update(model, tokenizer, task, replay)
-    metrics = update_policy(CONTEXT, config, LossVariant(), loop, None, groups, advantages, 0)
+    metrics = update_policy(CONTEXT, config, LossVariant(), loop, None, groups, list(range(len(groups))), advantages, 0)
     assert metrics["logp_gap_max"] == 0.0 and metrics["router_imbalance"] > 0
     assert ("route_disagreement" in metrics) == (replay != "off")
     assert replay == "off" or metrics["route_disagreement"] > 0  # of the second update: the first moved the routers
@@ -185,7 +185,7 @@ def test_a_trainer_whose_routers_differ_takes_the_samplers_experts(replay, monke
     monkeypatch.setattr(RouterBalance, "loss", watched)
     packed, routes_of = [], RouterBalance.routes
     monkeypatch.setattr(RouterBalance, "routes", lambda self, batch, replay=None: packed.append(batch) or routes_of(self, batch, replay))
-    metrics = update_policy(CONTEXT, config, LossVariant(), loop, None, groups, advantages, 0)
+    metrics = update_policy(CONTEXT, config, LossVariant(), loop, None, groups, list(range(len(groups))), advantages, 0)
     assert ("rollout_route_disagreement" in metrics) == (replay == "rollout")
     assert replay == "off" or 0.05 < metrics["rollout_route_disagreement"] < 0.9
     same = total = 0

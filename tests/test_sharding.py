@@ -181,7 +181,7 @@ def steps(ranks, model, optimizer, num_steps: int, lr: float) -> None:
         prompts, completions = sharding_worker.sequences(step, 48)
         batches = packed_batches(model, ranks, prompts, completions, 48)
         num_targets = sum(batch.num_targets for batch in batches)
-        cross_entropy_step(model, optimizer, batches, num_targets, lr, RouterBalance(model, TrainConfig(), ranks))
+        cross_entropy_step(model, optimizer, [batches], num_targets, lr, RouterBalance(model, TrainConfig(), ranks))
 
 
 @ON_BOTH

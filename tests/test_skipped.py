@@ -51,12 +51,12 @@ def test_a_loss_that_is_not_finite_is_skipped_counted_and_kept(tmp_path, monkeyp
     seen = []
     step = training.optimizer_step
 
-    def watched(optimizer, *rest):
+    def watched(optimizer, *rest, **options):
         def snapshot():
             return [p.detach().clone() for p in optimizer.parameters], [value.clone() for value in optimizer.state_tensors().values()]
 
         before = snapshot()
-        result = step(optimizer, *rest)
+        result = step(optimizer, *rest, **options)
         seen.append(tuple(not all(map(torch.equal, old, new)) for old, new in zip(before, snapshot(), strict=True)))
         return result
 

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from athanor.parallel import Ranks
 from athanor.rewards import RewardScores
 from athanor.samples import Problem, Sample
 from athanor.tokenizer import Tokenizer, symbol_tokenizer
@@ -43,7 +44,8 @@ def lines(path):
 
 def write(path, step, total, applied=None, **config):
     samples = [sample_of(i) for i in range(len(total))]
-    write_transcripts(path, step, samples, scores_of(total, applied), list(range(len(total))), TranscriptConfig(**config), SYMBOLS)
+    groups, places, advantages = [[sample] for sample in samples], list(range(len(total))), list(range(len(total)))
+    write_transcripts(path, step, groups, places, scores_of(total, applied), advantages, TranscriptConfig(**config), SYMBOLS, Ranks(threads=1))
 
 
 def test_the_best_and_the_worst_of_a_step_are_written(tmp_path):
@@ -64,7 +66,8 @@ def test_few_samples_are_written_once_each(tmp_path):
 def test_of_equal_samples_those_of_different_problems_come_first(tmp_path):
     samples = [sample_of(i // 4) for i in range(16)]  # four problems
     scores = scores_of([1.0, 1.0, 0.0, 0.0] * 4)
-    write_transcripts(tmp_path / "z.jsonl", 1, samples, scores, [0.0] * 16, TranscriptConfig(num=8), SYMBOLS)
+    groups = [samples[i : i + 4] for i in range(0, 16, 4)]
+    write_transcripts(tmp_path / "z.jsonl", 1, groups, [0, 1, 2, 3], scores, [0.0] * 16, TranscriptConfig(num=8), SYMBOLS, Ranks(threads=1))
     rows = lines(tmp_path / "z.jsonl")
     assert [row["place"] for row in rows] == ["best"] * 4 + ["worst"] * 4
     assert {row["id"] for row in rows[:4]} == {row["id"] for row in rows[4:]} == {0, 1, 2, 3}

@@ -80,9 +80,10 @@ class Store:
 class ThreadRanks:
     """`peers` neighbours train on the same samples."""
 
-    def __init__(self, rank: int, world: int, shared: SimpleNamespace, peers: int = 1, dispatch: str = "group"):
-        self.rank, self.world, self.shared, self.dispatch = rank, world, shared, dispatch
-        self.data, self.is_main, self.timeout = SimpleNamespace(world=world // peers), rank == 0, datetime.timedelta(seconds=60)
+    def __init__(self, rank: int, world: int, shared: SimpleNamespace, peers: int = 1, dispatch: str = "group", num_parts: int = 1):
+        self.rank, self.world, self.shared, self.dispatch, self.num_parts = rank, world, shared, dispatch, num_parts
+        self.data = SimpleNamespace(rank=rank // peers, world=world // peers)
+        self.is_main, self.timeout = rank == 0, datetime.timedelta(seconds=60)
         self._num_calls = 0
 
     def _all(self, value) -> list:

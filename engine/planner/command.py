@@ -89,7 +89,7 @@ def plan_of_recipe(recipe: _Recipe) -> Plan:
         config = config.model_copy(update={"vocab_size": tokenizer.vocab_size})
     stage = recipe.stages[name]
     values = dict(num_steps=stage.steps, micro_batch_tokens=stage.micro_batch_tokens, max_rows=recipe.max_rows, optimizer=stage.optimizer.name,
-                  precision=recipe.dtype)  # fmt: skip
+                  gradient_parts=recipe.parallel.gradient_parts, precision=recipe.dtype)  # fmt: skip
     if stage.kind == "grpo":
         variant = resolve_preset(stage.loss, **stage.loss_overrides).variant
         there = [entry for entry in stage.prompts if tokenizer and tasks[entry.task] is not None]

@@ -192,13 +192,18 @@ class _Planner:
         tied = head if self.config.tie_word_embeddings else 0
         return {
             "parameters": local * self.param_bytes,
-            "gradients": local * self.grad_bytes,
+            "gradients": local * self.grad_bytes * self._gradient_sums(layout),
             "optimizer": moments * self.moment_bytes,
             "reference": local * self.param_bytes if self.workload.reference else 0,
             "gathered": gathered,
             "activations": kept.layers + kept.top,
             "workspace": held + max(kept.head + call + head, kept.working + tied),  # the head's backward comes before that of the layers
         }
+
+    def _gradient_sums(self, layout: Layout) -> int:
+        """Gradients at once on a rank: of P parts log2 P sums and the one that is computed (`pairwise`), where the engine takes parts."""
+        whole = layout.shard == layout.tensor == layout.expert == layout.context == 1
+        return max(self.workload.gradient_parts // layout.replicate, 1).bit_length() if whole else 1
 
     def _training_phases(self, layout: Layout, count: int, mean: float, longest: float) -> dict[str, float]:
         m, w, model, size = self.machine, self.workload, self.model, self.compute_bytes

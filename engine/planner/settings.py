@@ -35,6 +35,8 @@ class WorkloadConfig(Config):
     """Whether a reference policy is in memory."""
     optimizer: Literal["adamw", "muon"] | None = None
     """adamw has two moments for each parameter, muon one for each matrix."""
+    gradient_parts: int | None = Field(None, ge=1)
+    """parallel.gradient_parts: of several on one rank, sums wait for others in memory."""
     precision: Literal["float32", "bfloat16", "mixed"] | None = None
     """float32 or bfloat16: all in that type.  mixed: computes in bf16, keeps parameters, gradients and moments in fp32."""
 
@@ -47,7 +49,7 @@ class WorkloadConfig(Config):
 
 # The hyper-parameters of R1-Zero where they are known (arXiv 2501.12948v2): 32 questions x 16, KL to a reference; math prompts of 122 tokens.
 BARE_SHAPE = dict(prompts_per_step=32, group_size=16, updates_per_rollout=1, num_steps=1, prompt_tokens=122, max_tokens=8192, micro_batch_tokens=0,
-                  max_rows=512, scoring_passes=1, reference=True, optimizer="adamw", precision="mixed")  # fmt: skip
+                  max_rows=512, scoring_passes=1, reference=True, optimizer="adamw", gradient_parts=1, precision="mixed")  # fmt: skip
 
 
 class Assumptions(Config):

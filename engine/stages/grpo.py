@@ -5,6 +5,7 @@ kernels are the same on both sides, and the gap between them is measured on ever
 or min-p both sides use the truncated distribution: the sampler hands out each token's support, the trainer rebuilds it.
 """
 
+import math
 import time
 
 import numpy as np
@@ -75,16 +76,16 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
         if trained is not None and weights_hash(generator.model) != trained:
             raise UserError(f"stage {context.name}, step {step + 1}: the sampler's weights are not those of the last optimizer step")
         before, drafted_before, dispatched_before = dict(generator.timings), dict(generator.drafting), dict(generator.dispatched)
-        groups, scores, refills = _rollout(context, config, rewards, generator, stream, step, attempts)
+        groups, places, scores, refills = _rollout(context, config, rewards, generator, stream, step, attempts)
         rollout_s = time.perf_counter() - start
         metrics |= _reward_figures(context, rewards, scores, loop)
         metrics |= {f"rollout_{name}": generator.timings[name] - before[name] for name in before}
         metrics |= _drafting(context, {name: generator.drafting[name] - drafted_before[name] for name in drafted_before})
         metrics |= _dispatching(context, {name: generator.dispatched[name] - dispatched_before[name] for name in dispatched_before})
-        advantages = _advantages(context, config, preset, groups, scores, step)
+        advantages = _advantages(context, config, preset, groups, places, scores, step)
         metrics |= _describe(context, groups, scores, advantages) | {"refills": refills}
         start = time.perf_counter()
-        metrics |= update_policy(context, config, preset.variant, loop, reference, groups, advantages, step)
+        metrics |= update_policy(context, config, preset.variant, loop, reference, groups, places, advantages, step)
         weights.refresh()
         train_s = time.perf_counter() - start
         if trained is not None:
@@ -95,8 +96,8 @@ def _train(context: StageContext, config: GRPOConfig, rewards: RewardService) ->
         for name, says in detectors.update(metrics).items():
             metrics[f"warning_{name}"] = 1
             context.console.warn(f"{context.name}, step {step + 1}: {says}")
-        if config.transcripts.every and step % config.transcripts.every == 0 and context.ranks.is_main:
-            write_transcripts(log, step + 1, sum(groups, []), scores, advantages.tolist(), config.transcripts, context.tokenizer)
+        if config.transcripts.every and step % config.transcripts.every == 0:
+            write_transcripts(log, step + 1, groups, places, scores, advantages.tolist(), config.transcripts, context.tokenizer, context.ranks)
         loop.stopped = config.stop_at_accuracy is not None and max(metrics.get(name, 0.0) for name in VERIFIERS) >= config.stop_at_accuracy
         gap = loop.extra["logp_gap_max"] = max(gap, metrics["logp_gap_max"])
         if reference is not None and preset.reference_interval and (step + 1) % preset.reference_interval == 0:
@@ -158,10 +159,11 @@ def _reference(context: StageContext, preset: Preset, loop: TrainingLoop, config
 
 def _rollout(
     context: StageContext, config: GRPOConfig, rewards: RewardService, generator: Generator, stream: ProblemStream, step: int, attempts: int
-) -> tuple[list[list[Sample]], RewardScores, int]:
-    """Groups of this rank, their scores, and the refills it took: dynamic sampling replaces groups whose raw scores are all equal."""
-    seed, ranks, wanted = context.recipe.seed, context.ranks, len(context.ranks.share(list(range(config.prompts_per_step))))
-    kept: list[list[Sample]] = []
+) -> tuple[list[list[Sample]], list[int], RewardScores, int]:
+    """Groups of this rank, their places in the order of all draws and prompts, their scores, and the refills it took: dynamic sampling replaces
+    groups whose raw scores are all equal."""
+    seed, ranks, total = context.recipe.seed, context.ranks, 0
+    kept: dict[int, list[Sample]] = {}  # by place
     for attempt in range(attempts):
         problems = stream.draw(step * attempts + attempt)
         key = (seed, context.name, step, attempt)
@@ -172,41 +174,42 @@ def _rollout(
             with watchdog.phase("reward"):
                 raw = torch.from_numpy(rewards.score([s for group in groups for s in group], step).raw)
             contrast = groups_with_contrast(raw, torch.arange(len(groups)).repeat_interleave(config.group_size)).view(len(groups), -1)[:, 0]
-            groups = [group for group, keep in zip(groups, contrast.tolist(), strict=True) if keep]
-        kept = (kept + groups)[:wanted]
-        total = ranks.sum_int(len(kept))
+        else:
+            contrast = torch.ones(len(groups), dtype=torch.bool)
+        places = [attempt * config.prompts_per_step + i * ranks.world + ranks.rank for i in range(len(groups))]
+        found = {place: group for place, group, keep in zip(places, groups, contrast.tolist(), strict=True) if keep}
+        first = sorted(ranks.concatenate(list(found))[0])[: config.prompts_per_step - total]
+        kept |= {place: found[place] for place in first if place in found}
+        total += len(first)
         if total == config.prompts_per_step:
             break
     if total == 0:
         context.console.warn(f"{context.name}: a step trains on nothing, no group in {attempts} draws had rewards that differ")
     with watchdog.phase("reward"):
-        return kept, rewards.score([sample for group in kept for sample in group], step), attempt
+        return list(kept.values()), list(kept), rewards.score([sample for group in kept.values() for sample in group], step), attempt
 
 
-def _advantages(context: StageContext, config: GRPOConfig, preset: Preset, groups: list[list[Sample]], scores: RewardScores, step: int) -> Tensor:
+def _advantages(
+    context: StageContext, config: GRPOConfig, preset: Preset, groups: list[list[Sample]], places: list[int], scores: RewardScores, step: int
+) -> Tensor:
     """Advantages (S,) fp32 of this rank's samples, with statistics over all ranks' where the preset wants the batch."""
-    G = config.group_size
-    if config.reward_scaling == "gdpo":
-        return _gdpo(context, config, scores, step)
     rewards = np.where(scores.applied, scores.total, np.nan)
-    mine = [(reward, s.num_tokens) for reward, s in zip(rewards.tolist(), sum(groups, []), strict=True)]
-    everyone, first = context.ranks.concatenate(mine)
-    rewards = torch.tensor([reward for reward, _ in everyone], dtype=torch.float32)
-    lengths = torch.tensor([float(n) for _, n in everyone])
-    advantages = advantages_of(rewards, torch.arange(len(everyone)) // G, preset, num_tokens=lengths)
-    return _controlled(context, config, advantages, step)[first : first + len(mine)]
-
-
-def _gdpo(context: StageContext, config: GRPOConfig, scores: RewardScores, step: int) -> Tensor:
-    """The same with each reward normalised by itself."""
-    names = list(scores.parts)
-    mine = np.array([[np.nan if part is None else part for part in scores.parts[name]] for name in names], np.float64).T.reshape(-1, len(names))
-    mine[~scores.applied] = np.nan
-    everyone, first = context.ranks.concatenate(mine.tolist())
-    weights = torch.tensor([next(entry.weight for entry in config.rewards if entry.reward == name) for name in names])
+    names = list(scores.parts) if config.reward_scaling == "gdpo" else []
+    parts = np.array([scores.parts[name] for name in names], np.float64).reshape(len(names), len(rewards))  # None becomes NaN
+    parts[:, ~scores.applied] = np.nan
+    own = np.repeat(np.array(places, np.int64), config.group_size)  # the same order whatever the number of ranks
+    rows = zip(own.tolist(), rewards.tolist(), (s.num_tokens for group in groups for s in group), parts.T.tolist(), strict=True)
+    everyone = sorted(context.ranks.concatenate(list(rows))[0], key=lambda row: row[0])
     group_ids = torch.arange(len(everyone)) // config.group_size
-    advantages = gdpo_advantages(torch.tensor(everyone, dtype=torch.float64).reshape(-1, len(names)), weights, group_ids).float()
-    return _controlled(context, config, advantages, step)[first : first + len(mine)]
+    if names:
+        weights = torch.tensor([next(entry.weight for entry in config.rewards if entry.reward == name) for name in names])
+        table = torch.tensor([row[3] for row in everyone], dtype=torch.float64).reshape(-1, len(names))
+        advantages = gdpo_advantages(table, weights, group_ids).float()
+    else:
+        totals, lengths = (torch.tensor([float(row[i]) for row in everyone], dtype=torch.float32) for i in (1, 2))
+        advantages = advantages_of(totals, group_ids, preset, num_tokens=lengths)
+    mine = np.isin([row[0] for row in everyone], places)
+    return _controlled(context, config, advantages, step)[torch.from_numpy(mine)]
 
 
 def _controlled(context: StageContext, config: GRPOConfig, advantages: Tensor, step: int) -> Tensor:
@@ -269,6 +272,7 @@ def _describe(context: StageContext, groups: list[list[Sample]], scores: RewardS
     columns["language_consistency"] = [language_consistency(s.text, s.problem.language, prompt=s.problem.prompt) for s in firsts]
     columns["no_verdict_rate"] = (~scores.applied).tolist()  # samples that no reward applied to: they take no part in their group's statistics
     columns["zero_advantage_rate"] = (advantages == 0).float().tolist()
-    sums = torch.tensor([[float(np.sum(np.asarray(c, np.float64))), len(c)] for c in columns.values()], dtype=torch.float64)
-    context.ranks.sum_(sums)
-    return {name: float(total / count) for name, (total, count) in zip(columns, sums, strict=True) if count}
+    # Rounded once, whatever the order: the means of one rank.
+    everyone = context.ranks.concatenate([{name: np.asarray(column, np.float64).tolist() for name, column in columns.items()}])[0]
+    whole = {name: [value for rank in everyone for value in rank[name]] for name in columns}
+    return {name: math.fsum(values) / len(values) for name, values in whole.items() if values}

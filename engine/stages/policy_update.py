@@ -10,6 +10,8 @@ The old log-probs are the sampler's own.  A loss with an off-policy correction t
 and weighs their distance from the sampler's.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ from athanor.stages.routing import RouterBalance
 from athanor.stages.training import TrainingLoop, completion_logprobs, optimizer_step, packed_batches
 
 ROUNDING_GAP, EXACT_LIMIT = 1e-5, 1e-3  # nats; fp32 rounding in another order is about the first
+NUM_GAP_SUMS = 3  # |trainer - sampler|, the k3 estimate of their KL divergence, tokens
 SUMS = ("num_tokens", "ratio_sum", "clip_low", "clip_high", "old_kl_sum", "ref_kl_sum", "entropy_sum", "weight_sum", "rollout_kl_sum")
 
 
@@ -40,32 +43,36 @@ def update_policy(
     loop: TrainingLoop,
     reference: Decoder | None,
     groups: list[list[Sample]],
+    places: list[int],
     advantages: Tensor,
     step: int,
 ) -> dict:
     """Take `updates_per_rollout` optimizer steps on the groups of all ranks; return means over the trained tokens and the on-policy log-prob gap.
 
-    groups, advantages: this rank's; (S,) fp32, one per sample in their order.  Raises UserError when the gap is above max_logp_gap.
+    groups, advantages: this rank's; (S,) fp32, one per sample in their order.  places: of its groups among those of all ranks.  Raises UserError when
+    the gap is above max_logp_gap.
     """
     ranks = context.ranks.data
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=ranks.device)
+    sums, gap_sums = torch.zeros(len(SUMS), dtype=torch.float64, device=ranks.device), None
     norms, ratio_max = [], torch.zeros((), dtype=torch.float64, device=ranks.device)
     options = {"hidden_size": loop.model.config.hidden_size, "all_live": reference is not None, "shared_prompts": shares_prompts(loop.model)}
-    spread = shares(groups, advantages, config.updates_per_rollout, context.ranks, **options)
+    spread = shares(groups, places, advantages, config.updates_per_rollout, context.ranks, **options)
     with watchdog.phase("update", "scores before the first"):
-        parts = [_Part(context, config, variant, loop.model, reference, share, moved=i > 0) for i, share in enumerate(spread)]
+        updates = [_Update(context, config, variant, loop.model, reference, share, moved=i > 0) for i, share in enumerate(spread)]
     balanced: dict = {}  # of the last update, which is the farthest from the sampler
     sampled: dict = {}
-    for part in parts:
-        loss, norm = optimizer_step(loop.optimizer, part.batches, part.loss, learning_rate(config.optimizer, step, config.steps))
+    for update in updates:
+        rate = learning_rate(config.optimizer, step, config.steps)
+        found, norm = optimizer_step(loop.optimizer, update.parts, update.loss, rate, num_figures=len(SUMS) + NUM_GAP_SUMS)
         norms.append(norm)
-        balanced = part.balance.finish(loop.applied(norm, loss, part.replay))
-        if part is parts[0] and config.routing_replay == "rollout":  # the same weights: what is left is the difference between sampler and trainer
-            sampled = {"rollout_route_disagreement": balanced.get("route_disagreement", 0.0)}
-        sums += part.sums
-        ratio_max = torch.maximum(ratio_max, part.ratio_max)
-    gap, gap_sums = parts[0].gap, parts[0].gap_sums  # later parts are scored by other weights than those that sampled them
-    ranks.sum_(sums, gap_sums)
+        balanced = update.balance.finish(loop.applied(norm, float(found[0]), update.replay))
+        sums += found[1 : 1 + len(SUMS)]
+        if update is updates[0]:  # later ones are scored by other weights than those that sampled them
+            gap_sums = found[1 + len(SUMS) :]
+            if config.routing_replay == "rollout":  # the same weights: what is left is the difference between sampler and trainer
+                sampled = {"rollout_route_disagreement": balanced.get("route_disagreement", 0.0)}
+        ratio_max = torch.maximum(ratio_max, update.ratio_max)
+    gap = updates[0].gap
     ranks.max_(gap)
     ranks.max_(ratio_max)
     # Of a split layer's products each rank has a part, summed in another order than the sampler's.
@@ -111,7 +118,7 @@ def check_experts(name: str, config: GRPOConfig, model: Decoder) -> None:
         raise UserError(f"stage {name}: routing_replay is {config.routing_replay}, but the model has no experts; wanted off")
 
 
-class _Part:
+class _Update:
     """The samples of one optimizer step on this rank, and the loss of each of their micro-batches."""
 
     def __init__(self, context, config: GRPOConfig, variant: LossVariant, model: Decoder, reference, share: Share, *, moved: bool):
@@ -120,12 +127,16 @@ class _Part:
         self.num_tokens, self.num_sequences = share.num_tokens, share.num_sequences
         self.balance = RouterBalance(model, config, context.ranks.data)
         self.samples, self.advantages = share.samples, share.advantages.to(context.ranks.device)
-        prompts, completions = [s.prompt_ids for s in self.samples], [s.token_ids for s in self.samples]
-        self.batches = packed_batches(model, context.ranks, prompts, completions, config.micro_batch_tokens, share_prompts=shares_prompts(model))
+        self.parts, first = [], 0  # micro-batches of each part
+        for size in share.sizes:
+            own = self.samples[first : first + size]
+            prompts, completions = [s.prompt_ids for s in own], [s.token_ids for s in own]
+            batches = packed_batches(model, context.ranks, prompts, completions, config.micro_batch_tokens, share_prompts=shares_prompts(model))
+            self.parts.append([replace(batch, sequences=batch.sequences + first) for batch in batches])
+            first += size
+        self.batches = sum(self.parts, [])
         # On the device, so that no micro-batch waits for it
-        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=context.ranks.device)
-        self.gap, self.ratio_max = self.sums.new_zeros(()), self.sums.new_zeros(())
-        self.gap_sums = self.sums.new_zeros(3)  # |trainer - sampler|, the k3 estimate of their KL divergence, tokens
+        self.gap, self.ratio_max = torch.zeros(2, dtype=torch.float64, device=context.ranks.device)
         self.old: dict[int, Tensor] = {}  # the trainer's log-probs before the first update, by batch
         # the experts of the sampler or of before the first update, by batch
         self.recorded = {id(batch): self._sampled_routes(batch) for batch in self.batches} if config.routing_replay == "rollout" else {}
@@ -164,8 +175,8 @@ class _Part:
         columns = {name: [getattr(s, name) for s in self.samples] for name in ("prompt_ids", "token_ids", "logps", "support", "text", "finish")}
         return {"batches": self.batches, "advantages": self.advantages, "num_tokens": self.num_tokens, "num_sequences": self.num_sequences, **columns}
 
-    def loss(self, batch: PackedBatch) -> Tensor:
-        """Loss of one micro-batch, already divided by the denominators of the whole optimizer step."""
+    def loss(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        """Loss of one micro-batch, already divided by the denominators of the whole optimizer step, and its SUMS and sums of the gap."""
         rollout = self._column(batch, "logps")
         routes = self.balance.routes(batch, self.recorded.get(id(batch)))
         scored = self._score(self.model, batch, routes)
@@ -174,16 +185,16 @@ class _Part:
             with torch.no_grad():
                 ref_logps = self._score(self.reference, batch).logps
         if not batch.num_targets:  # nothing but the calls that other ranks wait for
-            return scored.logps.sum() + self.balance.loss(routes, 0.0)
+            return scored.logps.sum() + self.balance.loss(routes, 0.0), None
         advantages = self.advantages[torch.from_numpy(batch.sequences).to(rollout.device)]
         loss, stats = policy_loss(
             scored.logps, self.old[id(batch)] if self.corrected else rollout, advantages, batch.loss_cu_seqlens, ref_logps=ref_logps,
             rollout_logps=rollout if self.corrected else None, variant=self.variant, num_tokens=self.num_tokens, num_sequences=self.num_sequences,
         )  # fmt: skip
         stats = {**stats, "entropy_sum": scored.entropy.sum()}
-        self.sums += torch.stack([stats[name].detach().double() for name in SUMS])
         self.ratio_max = torch.maximum(self.ratio_max, stats["ratio_max"].double())
         difference = (scored.logps.detach() - rollout).double()
         self.gap = torch.maximum(self.gap, difference.abs().max())
-        self.gap_sums += torch.stack((difference.abs().sum(), (difference.expm1() - difference).sum(), difference.new_full((), len(rollout))))
-        return loss + self.balance.loss(routes, batch.num_targets / max(self.num_tokens, 1))
+        gap_sums = difference.abs().sum(), (difference.expm1() - difference).sum(), difference.new_full((), len(rollout))
+        figures = torch.stack([*(stats[name].detach().double() for name in SUMS), *gap_sums])
+        return loss + self.balance.loss(routes, batch.num_targets / max(self.num_tokens, 1)), figures

@@ -56,27 +56,29 @@ def _train(context: StageContext, config: PretrainConfig, loop: TrainingLoop, ro
     end = config.steps + rounds * config.gate.extra_steps if rounds else config.steps
     peak = config.optimizer.lr / 2 if rounds else config.optimizer.lr
     for step, metrics in loop.steps(end, ("loss", "grad_norm")):
-        prompts, texts = _documents(context, config, step)
-        batches = packed_batches(loop.model, context.ranks, prompts, texts, config.micro_batch_tokens)
+        parts = [packed_batches(loop.model, context.ranks, *part, config.micro_batch_tokens) for part in _documents(context, config, step)]
+        batches = sum(parts, [])
         num_targets = context.ranks.data.sum_int(sum(b.num_targets for b in batches))
         lr = learning_rate(config.optimizer, step - start, end - start, peak)
         balance = RouterBalance(loop.model, config, context.ranks.data)
-        metrics |= cross_entropy_step(loop.model, loop.optimizer, batches, num_targets, lr, balance, config.mtp_loss)
+        metrics |= cross_entropy_step(loop.model, loop.optimizer, parts, num_targets, lr, balance, config.mtp_loss)
         applied = loop.applied(metrics["grad_norm"], metrics["loss"], lambda batches=batches: {"batches": batches})
         metrics |= {"lr": lr, "tokens": num_targets, **balance.finish(applied)}
 
 
-def _documents(context: StageContext, config: PretrainConfig, step: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """This rank's share of the documents of a step, as (prompt, text) token ids; tasks are drawn by weight, per document."""
+def _documents(context: StageContext, config: PretrainConfig, step: int) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
+    """The documents of this rank's parts of a step, as (prompts, texts) token ids; tasks are drawn by weight, per document."""
     rng = np.random.default_rng(derive_seed(context.recipe.seed, context.name, step))
     weights = np.array([entry.weight for entry in config.corpus])
     chosen = rng.choice(len(weights), size=config.docs_per_step, p=weights / weights.sum())
     pairs = [context.tasks[config.corpus[c].task].corpus(step * config.docs_per_step + i) for i, c in enumerate(chosen)]
-    pairs = context.ranks.data.share(pairs)
-    eos = [context.tokenizer.eos_id]
-    texts = [np.array(ids + eos, np.int64) for ids in context.tokenizer.encode_batch([text for _, text in pairs])]
-    prompts = [np.array(context.tokenizer.encode_prompt(prompt), np.int64) for prompt, _ in pairs]
-    return prompts, texts
+    return [_encoded(context.tokenizer, part) for part in context.ranks.data.parts(pairs)]
+
+
+def _encoded(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    eos = [tokenizer.eos_id]
+    texts = [np.array(ids + eos, np.int64) for ids in tokenizer.encode_batch([text for _, text in pairs])]
+    return [np.array(tokenizer.encode_prompt(prompt), np.int64) for prompt, _ in pairs], texts
 
 
 def competence(model: Decoder, tokenizer: Tokenizer, task, gate: GateConfig, max_rows: int) -> float:

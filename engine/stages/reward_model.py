@@ -56,34 +56,30 @@ def run(context: StageContext, config: RewardModelConfig) -> dict:
     for step, metrics in loop.steps(config.steps, ("loss", right)):
         chosen = np.random.default_rng(derive_seed(context.recipe.seed, context.name, step)).choice(len(training), size, replace=False)
         drawn = [training[i] for i in chosen.tolist()]
-        mine = context.ranks.data.share(drawn, [example.num_tokens for example in drawn])
-        shares = []  # of this rank's parts in the accuracy
-
+        mine = context.ranks.data.parts(drawn, [example.num_tokens for example in drawn])
         balance = RouterBalance(model.decoder, config, context.ranks.data)
 
-        def loss_of(part: list[Example], shares=shares, balance=balance) -> Tensor:
-            inputs = _packed(part or training[:1], context.ranks.device)
+        def loss_of(batch: list[Example], balance=balance) -> tuple[Tensor, Tensor]:
+            inputs = _packed(batch or training[:1], context.ranks.device)
             each = torch.arange(len(inputs[2]), device=context.ranks.device)  # a sequence has one score
-            routes = balance.routes_over(len(inputs[0]), inputs[2], each) if part else None
-            margin = _margins(model(*inputs, routes), part or training[:1])[: len(part)]
-            shares.append(float((margin > 0).sum()) / size)
-            return -logsigmoid(margin).sum() / size + balance.loss(routes, len(part) / size)
+            routes = balance.routes_over(len(inputs[0]), inputs[2], each) if batch else None
+            margin = _margins(model(*inputs, routes), batch or training[:1])[: len(batch)]
+            return -logsigmoid(margin).sum() / size + balance.loss(routes, len(batch) / size), (margin > 0).sum()
 
-        parts = [mine[first:end] for first, end in batches([example.num_tokens for example in mine], config.micro_batch_tokens)]
-        parts += [[]] * missing_forwards(model, context.ranks, len(parts))
+        parts = [_micro_batches(part, config.micro_batch_tokens) for part in mine]
+        parts[-1] += [[]] * missing_forwards(model, context.ranks, len(parts[-1]))
         lr = learning_rate(config.optimizer, step, config.steps)
-        loss, norm = optimizer_step(loop.optimizer, parts, loss_of, lr)
-        totals = torch.tensor([loss, sum(shares)], dtype=torch.float64)
-        context.ranks.data.sum_(totals)
-        applied = loop.applied(norm, float(totals[0]), lambda mine=mine: {"examples": mine})
-        metrics |= {"loss": float(totals[0]), right: float(totals[1]), "grad_norm": norm, "lr": lr, **balance.finish(applied)}
+        sums, norm = optimizer_step(loop.optimizer, parts, loss_of, lr, num_figures=1)
+        loss, num_right = sums.tolist()
+        applied = loop.applied(norm, loss, lambda mine=mine: {"examples": sum(mine, [])})
+        metrics |= {"loss": loss, right: num_right / size, "grad_norm": norm, "lr": lr, **balance.finish(applied)}
     model.eval()
     if config.objective == "pairwise":
         raw = model.score([ids for example in training for ids in example.sequences])
         model.mean, model.std = float(raw.mean()), float(raw.std()) or 1.0
     with torch.no_grad():
-        parts = batches([example.num_tokens for example in held_out], config.micro_batch_tokens)
-        margins = torch.cat([_margins(model(*_packed(part, context.ranks.device)), part) for part in (held_out[a:b] for a, b in parts)])
+        parts = _micro_batches(held_out, config.micro_batch_tokens)
+        margins = torch.cat([_margins(model(*_packed(part, context.ranks.device)), part) for part in parts])
     head = WholeParameters(model)["value_head.weight"]
     # The folder appears whole: decoder and head are written under another name first.
     staging = context.checkpoint_dir.with_name(context.checkpoint_dir.name + ".staging")
@@ -97,6 +93,10 @@ def run(context: StageContext, config: RewardModelConfig) -> dict:
     if config.objective == "pointwise":
         measured["unsafe_share"] = float(np.mean([not example.safe for example in examples]))
     return {"metrics": measured, "outputs": {"checkpoint": context.checkpoint_dir}}
+
+
+def _micro_batches(examples: list[Example], max_tokens: int) -> list[list[Example]]:
+    return [examples[first:end] for first, end in batches([example.num_tokens for example in examples], max_tokens)]
 
 
 def _packed(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

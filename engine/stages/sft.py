@@ -41,13 +41,14 @@ def fit(context: StageContext, config: SFTConfig | DistillConfig, model: Decoder
             if epoch not in orders:
                 orders = {epoch: np.random.default_rng(derive_seed(context.recipe.seed, context.name, epoch)).permutation(n)}
             chosen.append(int(orders[epoch][at]))
-        chosen = context.ranks.data.share(chosen, [work_of(len(prompts[i]) + len(completions[i]), model.config.hidden_size) for i in chosen])
-        texts = [prompts[i] for i in chosen], [completions[i] for i in chosen]
-        batches = packed_batches(model, context.ranks, *texts, config.micro_batch_tokens)
+        work = [work_of(len(prompts[i]) + len(completions[i]), model.config.hidden_size) for i in chosen]
+        texts = [([prompts[i] for i in part], [completions[i] for i in part]) for part in context.ranks.data.parts(chosen, work)]
+        parts = [packed_batches(model, context.ranks, *part, config.micro_batch_tokens) for part in texts]
+        batches = sum(parts, [])
         num_targets = context.ranks.data.sum_int(sum(b.num_targets for b in batches))
         lr = learning_rate(config.optimizer, step, config.steps)
         balance = RouterBalance(model, config, context.ranks.data)
-        measured = cross_entropy_step(model, loop.optimizer, batches, num_targets, lr, balance, config.mtp_loss)
+        measured = cross_entropy_step(model, loop.optimizer, parts, num_targets, lr, balance, config.mtp_loss)
         applied = loop.applied(measured["grad_norm"], measured["loss"], lambda batches=batches: {"batches": batches})
         loss = measured["loss"] if applied else loss
         metrics |= {**measured, "lr": lr, "tokens": num_targets, "epoch": step * size / n, **balance.finish(applied)}

@@ -22,7 +22,7 @@ from athanor.kernels.logprob import IGNORE
 from athanor.model.moe import Routes
 from athanor.model.transformer import Decoder, PackedAttention, fill_rows, fill_tokens
 from athanor.optim import Optimizer
-from athanor.parallel import Ranks
+from athanor.parallel import Ranks, pairwise
 from athanor.sharding import FullWeights, missing_forwards, parallelize_
 from athanor.stages.context import StageContext
 from athanor.stages.routing import RouterBalance
@@ -218,47 +218,64 @@ def mtp_logprobs(model: Decoder, batch: PackedBatch, hidden: Tensor, routes: Rou
     return part.joined(logps[: len(rows)], own, len(before))
 
 
-def optimizer_step(optimizer: Optimizer, batches: list, loss_of: Callable[..., Tensor], lr: float) -> tuple[float, float]:
-    """Accumulate the gradients of `loss_of(batch)` over micro-batches and apply them; return (summed loss of this rank, gradient norm).
+def optimizer_step(
+    optimizer: Optimizer, parts: list[list], loss_of: Callable[..., tuple[Tensor, Tensor | None]], lr: float, num_figures: int = 0
+) -> tuple[Tensor, float]:
+    """Accumulate the gradients of `loss_of(batch)` over micro-batches, add those of the parts and apply the sum.
 
-    `loss_of` divides by denominators of the whole optimizer step, so the split into micro-batches does not change the gradient.
-    When a rank's loss or the gradient is not finite, the norm is not either, on all ranks, and nothing is applied.
+    parts: the micro-batches of each of this rank's parts (`Ranks.parts`).  loss_of: gives a loss, divided by denominators of the whole step, so that
+    the split into parts and micro-batches does not change the gradient, and (num_figures,) to be summed, too (None = zeros).
+    Returns (1 + num_figures,) fp64, the loss and these figures summed over all ranks, and the gradient norm.  When the loss or the gradient is not
+    finite, the norm is not either, on all ranks, and nothing is applied.
     """
+    ranks, rows = optimizer.ranks.data, []
+
+    def backward(batches: list) -> None:
+        row = torch.zeros(1 + num_figures, dtype=torch.float64, device=ranks.device)
+        for batch in batches:
+            loss, figures = loss_of(batch)
+            loss.backward()
+            row[0] += loss.detach()
+            if figures is not None:
+                row[1:] += figures
+            del loss  # its graph holds what linear_logprob keeps on a CPU, which the next forward would find beside its own
+        rows.append(row)
+
+    def gradients() -> Iterator[list[Tensor]]:
+        for batches in parts:
+            backward(batches)
+            yield optimizer.take_gradients()
+
     with watchdog.phase("update"):
         optimizer.zero_grad()
-        total = 0.0
-        for batch in batches:
-            loss = loss_of(batch)
-            loss.backward()
-            total += float(loss.detach())
-            del loss  # its graph holds what linear_logprob keeps on a CPU, which the next forward would find beside its own
-        if optimizer.ranks.sum_int(int(not math.isfinite(total))):
-            return total, math.nan
-        return total, optimizer.step(lr)
+        if len(parts) > 1:
+            optimizer.set_gradients(pairwise(gradients()))
+        else:
+            backward(parts[0])
+        sums = ranks.sum_parts(torch.stack(rows))
+        if optimizer.ranks.sum_int(int(not math.isfinite(sums[0]))):
+            return sums, math.nan
+        return sums, optimizer.step(lr)
 
 
 def cross_entropy_step(
-    model: Decoder, optimizer: Optimizer, batches: list[PackedBatch], num_targets: int, lr: float, balance: RouterBalance, mtp_loss: float = 0.0
+    model: Decoder, optimizer: Optimizer, parts: list[list[PackedBatch]], num_targets: int, lr: float, balance: RouterBalance, mtp_loss: float = 0.0
 ) -> dict[str, float]:
     """One step of mean negative log-likelihood over `num_targets` tokens (all ranks); return its metrics.
 
     mtp_loss: factor of the same mean of multi-token prediction (DeepSeek-V3, eqs. 24-25), which is `mtp_loss` of the metrics, and is not in `loss`.
     """
-    ahead = torch.zeros((), dtype=torch.float64, device=optimizer.ranks.device)
 
-    def loss_of(batch: PackedBatch) -> Tensor:
-        nonlocal ahead
-        routes = balance.routes(batch)
+    def loss_of(batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        routes, ahead = balance.routes(batch), None
         hidden = _hidden(model, batch, routes)
         loss = -_scored(model, batch, hidden, entropy=False).logps.sum() / num_targets
         if mtp_loss:
-            mtp = -mtp_logprobs(model, batch, hidden, routes).sum() / num_targets
-            ahead = ahead + mtp.detach()
-            loss = loss + mtp_loss * mtp
-        return loss + balance.loss(routes, batch.num_targets / num_targets)
+            ahead = -mtp_logprobs(model, batch, hidden, routes).sum() / num_targets
+            loss = loss + mtp_loss * ahead
+        return loss + balance.loss(routes, batch.num_targets / num_targets), None if ahead is None else ahead.detach()
 
-    loss, norm = optimizer_step(optimizer, batches, loss_of, lr)
-    values = torch.stack((torch.tensor(loss, dtype=torch.float64, device=ahead.device) - mtp_loss * ahead, ahead))
-    optimizer.ranks.data.sum_(values)
-    metrics = {"loss": float(values[0]), "grad_norm": norm}
-    return metrics | {"mtp_loss": float(values[1])} if mtp_loss else metrics
+    sums, norm = optimizer_step(optimizer, parts, loss_of, lr, num_figures=1)
+    loss, ahead = sums.tolist()
+    metrics = {"loss": loss - mtp_loss * ahead, "grad_norm": norm}
+    return metrics | {"mtp_loss": ahead} if mtp_loss else metrics
