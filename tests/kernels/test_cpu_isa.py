@@ -11,7 +11,7 @@ from athanor.kernels._cpu import native
 
 TESTS = Path(__file__).parent
 FILES = ("test_rmsnorm_cpu.py", "test_rope_cpu.py", "test_linear_cpu.py", "test_logprob_cpu.py", "test_sample_cpu.py", "test_linear_logprob_cpu.py",
-         "test_swiglu.py", "test_attention_cpu.py", "test_paged_attention_cpu.py", "test_sliding_window.py")  # fmt: skip
+         "test_swiglu.py", "test_mlp_cpu.py", "test_attention_cpu.py", "test_paged_attention_cpu.py", "test_sliding_window.py")  # fmt: skip
 
 
 @pytest.mark.parametrize("isa", ["avx2", "base"])
