@@ -50,18 +50,18 @@ class Captured:
 
 
 class CpuSteps:
-    """The steps of `rows`, by rows and whatever else a captured step depends on."""
+    """The steps of `Rows`, by rows and whatever else a captured step depends on.  It does not keep them: they keep it, and are to be freed at once."""
 
-    def __init__(self, rows: Rows):
-        self.rows, self.captured_bytes = rows, 0
+    def __init__(self, model: Decoder):
+        self.captured_bytes = 0
         self.steps: dict[tuple, Captured] = {}
-        size = sum(p.numel() * p.element_size() for p in rows.model.parameters())
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
         self.splits = native_there() and size <= SHARED_BYTES
 
-    def run(self, n: int, limit: int, width: int, key: tuple) -> None:
-        """One step of rows 0..n-1.  key: what it depends on besides these numbers."""
+    def run(self, owner: Rows, n: int, limit: int, width: int, key: tuple) -> None:
+        """One step of rows 0..n-1 of the owner.  key: what it depends on besides these numbers."""
         threads = torch.get_num_threads()
-        split = self.splits and width == 1 and self.rows.shared is None
+        split = self.splits and width == 1 and owner.shared is None
         shares = shares_of(n, threads) if split else [slice(0, n)]
         split, captured = len(shares) > 1, []
         for rows in shares:
@@ -71,29 +71,25 @@ class CpuSteps:
                 continue
             try:
                 torch.set_num_threads(1 if split else threads)  # what a captured call is made with
-                self.steps[name] = self._capture(rows, limit, width)
+                self.steps[name] = self._capture(owner, rows, limit, width)
             finally:
                 torch.set_num_threads(threads)
         if captured and all(step.calls for step in captured):
-            self._took(*side_by_side([step.calls for step in captured]))
+            _took(owner, *side_by_side([step.calls for step in captured]))
         else:
             for step in captured:
-                self._replay(step, limit, width)
+                _replay(owner, step, limit, width)
         if split and not all(self.steps[rows.start, rows.stop, limit, width, split, key].calls for rows in shares):
             # Its threads would have to wait for Python: from now on they go through a step together.
             self.splits, self.captured_bytes = False, 0
             self.steps.clear()
 
-    def _took(self, forward_s: float, sample_s: float) -> None:
-        self.rows.seconds["forward_s"] += forward_s
-        self.rows.seconds["sample_s"] += sample_s
-
-    def _capture(self, rows: slice, limit: int, width: int) -> Captured:
+    def _capture(self, owner: Rows, rows: slice, limit: int, width: int) -> Captured:
         start, forward, append = perf_counter(), CpuGraph(), CpuGraph()
-        hidden = forward.capture(partial(self.rows.forward, rows, limit, width))
+        hidden = forward.capture(partial(owner.forward, rows, limit, width))
         middle = perf_counter()
-        append.capture(partial(self.rows.append, hidden, rows, width, limit=limit))
-        self._took(middle - start, perf_counter() - middle)
+        append.capture(partial(owner.append, hidden, rows, width, limit=limit))
+        _took(owner, middle - start, perf_counter() - middle)
         self.captured_bytes += forward.bytes + append.bytes
         if self.captured_bytes > CAPTURED_BYTES:
             self.captured_bytes -= forward.bytes + append.bytes
@@ -101,19 +97,25 @@ class CpuSteps:
             append.drop()
         return Captured(rows, forward, hidden, append)
 
-    def _replay(self, step: Captured, limit: int, width: int) -> None:
-        """Part by part; one whose course depends on the data, in which ranks wait for each other, or for which there was no memory, as it is."""
-        start = perf_counter()
-        if step.forward.valid:
-            step.forward.replay()
-        else:
-            step.hidden.copy_(self.rows.forward(step.rows, limit, width))  # where the captured rest reads it
-        middle = perf_counter()
-        if step.append.valid:
-            step.append.replay()
-        else:
-            self.rows.append(step.hidden, step.rows, width, limit=limit)
-        self._took(middle - start, perf_counter() - middle)
+
+def _replay(owner: Rows, step: Captured, limit: int, width: int) -> None:
+    """Part by part; one whose course depends on the data, in which ranks wait for each other, or for which there was no memory, as it is."""
+    start = perf_counter()
+    if step.forward.valid:
+        step.forward.replay()
+    else:
+        step.hidden.copy_(owner.forward(step.rows, limit, width))  # where the captured rest reads it
+    middle = perf_counter()
+    if step.append.valid:
+        step.append.replay()
+    else:
+        owner.append(step.hidden, step.rows, width, limit=limit)
+    _took(owner, middle - start, perf_counter() - middle)
+
+
+def _took(owner: Rows, forward_s: float, sample_s: float) -> None:
+    owner.seconds["forward_s"] += forward_s
+    owner.seconds["sample_s"] += sample_s
 
 
 def shares_of(n: int, threads: int) -> list[slice]:

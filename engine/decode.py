@@ -121,7 +121,7 @@ class DecodeRows:
         self.buffers = SharedPrefix(zeros(R), zeros(R), zeros(R + 1, dtype=torch.int32), zeros(R, dtype=torch.int32))
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self.graph_pool = None
-        self.cpu = CpuSteps(self) if self.on_cpu else None
+        self.cpu = CpuSteps(model) if self.on_cpu else None
 
     def holds(self, num_rows: int, max_blocks: int, num_eos: int, records: tuple[str, ...], texts: tuple[int, int]) -> bool:
         """Whether it is large enough for that."""
@@ -181,7 +181,7 @@ class DecodeRows:
                 self.runs[n_run] = Runs.of(n_run, width, self.device)
         holds, most = self.table.shape[1] * self.cache.block_size, self.window * width
         if self.on_cpu:
-            step = partial(self.cpu.run, n_run, holds, width, self._key(n_run, holds, width))
+            step = partial(self.cpu.run, self, n_run, holds, width, self._key(n_run, holds, width))
         else:
             step = self._graph(n_run, length_bucket(longest + most, holds), width).replay
         for _ in range(self.window):

@@ -1,5 +1,8 @@
 """The generator against the trainer's own forward: same log-probs, same tokens whatever the neighbours."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -308,6 +311,20 @@ def test_threads_take_shares_of_the_rows(sampling):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert a.token_ids.tolist() == b.token_ids.tolist() and np.array_equal(a.logps, b.logps)
+
+
+def test_a_generator_is_freed_at_once():
+    """With its cache and all that captured steps keep: a stage makes several, and Python's collector comes late."""
+    generator = Generator(make_model(), {EOS}, max_rows=64)
+    generator.generate(requests(num=10, samples=4), SamplingConfig(max_tokens=20))
+    assert generator.rows.cpu.steps
+    kept = [weakref.ref(generator.rows), weakref.ref(generator.cache), *(weakref.ref(step) for step in generator.rows.cpu.steps.values())]
+    gc.disable()
+    try:
+        del generator
+        assert not [ref for ref in kept if ref() is not None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("rows, threads, bounds", [(64, 2, [32, 64]), (64, 5, [16, 32, 48, 64]), (48, 2, [16, 48]), (16, 4, [16]),
