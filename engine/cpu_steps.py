@@ -50,7 +50,7 @@ class Captured:
 
 
 class CpuSteps:
-    """The steps of `Rows`, by rows and whatever else a captured step depends on.  It does not keep them: they keep it, and are to be freed at once."""
+    """The steps of `Rows`, by rows and whatever else a captured step depends on.  They keep it, not it them: they are to be freed at once."""
 
     def __init__(self, model: Decoder):
         self.captured_bytes = 0
