@@ -28,7 +28,7 @@ from athanor.samples import Problem, Sample
 from athanor.stages.policy_update import ROUNDING_GAP, update_policy
 from athanor.stages.training import completion_logprobs
 
-MICRO_BATCH_TOKENS = 4096
+MICRO_BATCH_TOKENS = 16384  # a step at once, as TRL takes it
 
 
 def random_model(config: dict, device: str, dtype: torch.dtype) -> Decoder:
