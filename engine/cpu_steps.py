@@ -43,6 +43,10 @@ class Captured:
     append: CpuGraph
 
     @property
+    def bytes(self) -> int:
+        return self.forward.bytes + self.append.bytes
+
+    @property
     def calls(self) -> list | None:
         """What a thread can make by itself, if that is all of it."""
         parts = [self.forward.native, self.append.native]
@@ -53,19 +57,23 @@ class CpuSteps:
     """The steps of `Rows`, by rows and whatever else a captured step depends on.  They keep it, not it them: they are to be freed at once."""
 
     def __init__(self, model: Decoder):
-        self.captured_bytes = 0
         self.steps: dict[tuple, Captured] = {}
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         self.splits = native_there() and size <= SHARED_BYTES
+        self.together: set[tuple] = set()  # steps whose shares no thread can take by itself, or which there is no memory to capture
+
+    @property
+    def captured_bytes(self) -> int:
+        return sum(step.bytes for step in self.steps.values())
 
     def run(self, owner: Rows, n: int, limit: int, width: int, key: tuple) -> None:
         """One step of rows 0..n-1 of the owner.  key: what it depends on besides these numbers."""
-        threads = torch.get_num_threads()
-        split = self.splits and width == 1 and owner.shared is None
+        threads, whole = torch.get_num_threads(), (n, limit, width, key)
+        split = self.splits and width == 1 and owner.shared is None and whole not in self.together
         shares = shares_of(n, threads) if split else [slice(0, n)]
         split, captured = len(shares) > 1, []
-        for rows in shares:
-            name = rows.start, rows.stop, limit, width, split, key
+        names = [(rows.start, rows.stop, limit, width, split, key) for rows in shares]
+        for name, rows in zip(names, shares, strict=True):
             if name in self.steps:
                 captured.append(self.steps[name])
                 continue
@@ -79,10 +87,11 @@ class CpuSteps:
         else:
             for step in captured:
                 _replay(owner, step, limit, width)
-        if split and not all(self.steps[rows.start, rows.stop, limit, width, split, key].calls for rows in shares):
-            # Its threads would have to wait for Python: from now on they go through a step together.
-            self.splits, self.captured_bytes = False, 0
-            self.steps.clear()
+        alone = [name for name in names if self.steps[name].calls]
+        if split and len(alone) < len(names):  # from now on threads go through this step together
+            self.together.add(whole)
+            for name in set(names) - set(alone):
+                del self.steps[name]
 
     def _capture(self, owner: Rows, rows: slice, limit: int, width: int) -> Captured:
         start, forward, append = perf_counter(), CpuGraph(), CpuGraph()
@@ -90,9 +99,7 @@ class CpuSteps:
         middle = perf_counter()
         append.capture(partial(owner.append, hidden, rows, width, limit=limit))
         _took(owner, middle - start, perf_counter() - middle)
-        self.captured_bytes += forward.bytes + append.bytes
-        if self.captured_bytes > CAPTURED_BYTES:
-            self.captured_bytes -= forward.bytes + append.bytes
+        if self.captured_bytes + forward.bytes + append.bytes > CAPTURED_BYTES:
             forward.drop()
             append.drop()
         return Captured(rows, forward, hidden, append)

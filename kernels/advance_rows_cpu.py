@@ -17,12 +17,3 @@ def row_positions_cpu(status: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     status, lengths = status.contiguous(), lengths.contiguous()
     native().row_positions(*(x.data_ptr() for x in (status, lengths, positions, ends)), len(positions))
     return positions, ends
-
-
-def take_rows_cpu(table: Tensor, indices: Tensor) -> Tensor:
-    """(n, D) rows of table (V, D) fp32 at indices (n,) int64.  Raises IndexError where there is none."""
-    table, indices = table.detach().contiguous(), indices.contiguous()
-    out = table.new_empty(len(indices), table.shape[1])
-    if not native().take_rows(table.data_ptr(), *table.shape, indices.data_ptr(), len(indices), out.data_ptr()):
-        raise IndexError(f"take_rows_cpu: indices are {int(indices.min())} to {int(indices.max())}, wanted 0 to {len(table) - 1}")
-    return out

@@ -313,6 +313,26 @@ def test_threads_take_shares_of_the_rows(sampling):
             assert a.token_ids.tolist() == b.token_ids.tolist() and np.array_equal(a.logps, b.logps)
 
 
+def test_a_step_without_memory_leaves_the_others_split(monkeypatch):
+    """A budget for some of the buckets: their threads still take shares, those of the others go together, and the samples are the same."""
+    model, asked, threads = make_model(), requests(num=30, samples=4), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        plenty = Generator(model, {EOS}, max_rows=64)
+        want = sum(plenty.generate(asked, SamplingConfig(max_tokens=20)), [])
+        assert len(plenty.rows.cpu.steps) > 2 and not plenty.rows.cpu.together
+        monkeypatch.setattr("athanor.cpu_steps.CAPTURED_BYTES", plenty.rows.cpu.captured_bytes // 2)
+        generator = Generator(model, {EOS}, max_rows=64)
+        for _ in range(2):
+            got = sum(generator.generate(asked, SamplingConfig(max_tokens=20)), [])
+            assert all(a.token_ids.tolist() == b.token_ids.tolist() and np.array_equal(a.logps, b.logps) for a, b in zip(want, got, strict=True))
+        steps = generator.rows.cpu
+        assert steps.together and any(step.rows.start and step.calls for step in steps.steps.values())
+        assert 0 < steps.captured_bytes <= plenty.rows.cpu.captured_bytes // 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_generator_is_freed_at_once():
     """With its cache and all that captured steps keep: a stage makes several, and Python's collector comes late."""
     generator = Generator(make_model(), {EOS}, max_rows=64)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from athanor.kernels import linear, rmsnorm, swiglu
 from athanor.kernels._cpu import native_there
 from athanor.kernels._dispatch import requested_backend
-from athanor.kernels.advance_rows_cpu import take_rows_cpu
+from athanor.kernels.embedding_cpu import embedding_cpu
 from athanor.kernels.mlp_cpu import mlp_cpu
 
 # Products of few rows, or of an odd number of rows per CPU thread, take other paths in BLAS and round differently (seen with 5-27 rows on AMD and
@@ -41,7 +41,7 @@ class Embedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         if not torch.is_grad_enabled() and self.weight.is_cpu and ids.ndim == 1 and rows_of_their_own(self.weight):
-            return take_rows_cpu(self.weight, ids)
+            return embedding_cpu(self.weight, ids)
         return super().forward(ids)
 
 

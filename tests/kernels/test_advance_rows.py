@@ -7,7 +7,6 @@ import torch
 
 from athanor.kernels import advance_rows, row_positions
 from athanor.kernels.advance_rows import ERROR, HELD, LENGTH, REPETITION, RUNNING, STOP, Streaks
-from athanor.kernels.advance_rows_cpu import take_rows_cpu
 
 R, SLOTS, E = 300, 5, 3  # more rows than one program of the Triton kernel takes
 
@@ -127,12 +126,3 @@ def test_mismatches_are_refused(name, value, message):
         advance_rows(**call, streaks=streaks)
     with pytest.raises(ValueError, match=r"row_positions: status is \(4,\) torch.int64, lengths is \(4,\) torch.int64; wanted"):
         row_positions(long, long)
-
-
-def test_rows_of_a_table(generator):
-    table = torch.randn(9, 12, generator=generator)[:, :5]
-    indices = torch.tensor([8, 0, 3, 3])
-    assert torch.equal(take_rows_cpu(table, indices), table[indices]) and take_rows_cpu(table, indices[:0]).shape == (0, 5)
-    for bad in (-1, 9):
-        with pytest.raises(IndexError, match=f"indices are {min(bad, 2)} to {max(bad, 2)}, wanted 0 to 8"):
-            take_rows_cpu(table, torch.tensor([2, bad]))
