@@ -49,7 +49,9 @@ void bind_attention(py::module_& m) {
         };
     });
     define(m, "kv_append", [](const PagedCache& cache, Address k, Address v, Sizes<3> k_strides, Sizes<3> v_strides, Address positions, int threads) {
-        return [=] { return kv_append(cache, at(k), at(v), {k_strides[0], k_strides[1]}, {v_strides[0], v_strides[1]}, at<std::int32_t>(positions), threads); };
+        return [=] {
+            return kv_append(cache, at(k), at(v), {k_strides[0], k_strides[1]}, {v_strides[0], v_strides[1]}, at<std::int32_t>(positions), threads);
+        };
     });
 }
 

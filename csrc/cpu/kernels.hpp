@@ -15,7 +15,8 @@ struct Kernels {
     const char* isa;
     void (*swiglu_fwd)(const float* gate_up, float* y, std::int64_t T, std::int64_t F, std::int64_t stride, int threads);
     // y may be null
-    void (*swiglu_bwd)(const float* gate_up, const float* dy, float* dgate_up, float* y, std::int64_t T, std::int64_t F, std::int64_t stride, int threads);
+    void (*swiglu_bwd)(const float* gate_up, const float* dy, float* dgate_up, float* y, std::int64_t T, std::int64_t F, std::int64_t stride,
+                       int threads);
     // linear.inl: x (T, K), w (N, K), dy (T, N); bias may be null; add: to what dw has
     void (*linear_fwd)(Matrix x, Matrix w, const float* bias, float* y, std::int64_t T, std::int64_t N, std::int64_t K, int threads);
     void (*linear_dx)(Matrix dy, Matrix w, float* dx, std::int64_t T, std::int64_t N, std::int64_t K, int threads);
@@ -30,8 +31,8 @@ struct Kernels {
     void (*rmsnorm_bwd)(Rows s, Rows dy, Rows ds, const float* weight, const float* rstd, float* dx, float* dweight, std::int64_t N, std::int64_t D,
                         int threads);
     // rope.inl; rotation: positions int64 if wide, else int32, cos and sin (T, half)
-    void (*rotation)(const void* positions, bool wide, const float* frequencies, float factor, float* cos, float* sin, std::int64_t T, std::int64_t half,
-                     int threads);
+    void (*rotation)(const void* positions, bool wide, const float* frequencies, float factor, float* cos, float* sin, std::int64_t T,
+                     std::int64_t half, int threads);
     void (*rope)(const Heads& q, const Heads& k, const Angles& angles, std::int64_t T, std::int64_t d, float eps, bool inverse, int threads);
     void (*rope_norm_bwd)(const Heads& x, Rows dy, const Angles& angles, float* dweight, std::int64_t T, std::int64_t d, float eps, int threads);
     // logprob.inl: argmax may be null

@@ -1,6 +1,6 @@
 // Products of matrices: y = x w^T + bias, dx = dy w, dw = dy^T x.  All three are out[j, l] = sum over s of scalar(j, s) * panel(s, l), where a panel
-// has 64 of the lanes l, packed in a thread's own memory (for y: rows of w, transposed; else columns of w or x).  Few rows of x go the other way round:
-// then they are the lanes, transposed, and w is read where it lies.
+// has 64 of the lanes l, packed in a thread's own memory (for y: rows of w, transposed; else columns of w or x).  Few rows of x go the other way
+// round: then they are the lanes, transposed, and w is read where it lies.
 //
 // A sum starts anew every kDepth terms, each run in ascending order, and the runs are added in theirs: its bits depend neither on which of these ways
 // it goes, nor on where in a panel the lane is, nor on the other rows, nor on the number of threads.
@@ -24,11 +24,12 @@ struct Scalars {
     Scalars from(std::int64_t j, std::int64_t s) const { return {at + j * j_stride + s * s_stride, j_stride, s_stride}; }
 };
 
-// Where sums go: at[j * stride + l], of `lanes` lanes; the first run of a sum replaces what is there unless `add`.
+// Where sums go: at[j * stride + l], of `lanes` lanes; the first run of a sum replaces what is there unless `add`, the last one adds bias[l] (null: 0).
 struct Sums {
     float* at;
     std::int64_t stride, lanes;
     bool add;
+    const float* bias = nullptr;
 };
 
 // The sums of `depth` terms, for J rows and V vectors.
@@ -73,14 +74,16 @@ inline void product_tile(const float* panel, Scalars scalars, std::int64_t depth
         if (out.lanes >= V * kLanes) {
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) {
-                store(row + v * kLanes, out.add ? load(row + v * kLanes) + sum[j][v] : sum[j][v]);
+                const v16 whole = out.add ? load(row + v * kLanes) + sum[j][v] : sum[j][v];
+                store(row + v * kLanes, out.bias ? whole + load(out.bias + v * kLanes) : whole);
             }
         } else {
             v16 left[V];  // in memory: which of them is the last is not known before
             std::memcpy(left, sum[j], sizeof left);
             for (std::int64_t v = 0; v < V; ++v) {
                 const std::int64_t n = std::min(kLanes, out.lanes - v * kLanes);
-                store_first(row + v * kLanes, n, out.add ? load_first(row + v * kLanes, n) + left[v] : left[v]);
+                const v16 whole = out.add ? load_first(row + v * kLanes, n) + left[v] : left[v];
+                store_first(row + v * kLanes, n, out.bias ? whole + load_first(out.bias + v * kLanes, n) : whole);
             }
         }
     }
@@ -99,6 +102,7 @@ inline void product_tiles(const float* panel, Scalars scalars, std::int64_t dept
         panel += now * kLanes;
         out.at += now * kLanes;
         out.lanes -= now * kLanes;
+        out.bias = out.bias ? out.bias + now * kLanes : nullptr;
     }
 }
 
@@ -108,7 +112,7 @@ inline void product_rows(const float* panel, Scalars scalars, std::int64_t num_j
         const std::int64_t run = std::min(kDepth, depth - s);
         const bool add = out.add || s > 0;
         for (std::int64_t j = 0; j < num_j;) {
-            const Sums here{out.at + j * out.stride, out.stride, out.lanes, add};
+            const Sums here{out.at + j * out.stride, out.stride, out.lanes, add, s + run == depth ? out.bias : nullptr};
             if (num_j - j >= kTileJ) {
                 product_tiles<kTileJ>(panel + s * kPanel, scalars.from(j, s), run, here);
                 j += kTileJ;
@@ -139,8 +143,9 @@ inline void product(Scalars scalars, std::int64_t num_j, std::int64_t num_l, std
                 for (std::int64_t j = first; j < last; j += kGroup) {
                     for (std::int64_t p = 0; p < lanes; p += kPanel) {
                         float* at = out.at + j * out.stride + l + p;
+                        const float* bias = out.bias && s + terms == depth ? out.bias + l + p : nullptr;
                         product_rows(packed + p * slab, scalars.from(j, s), std::min(kGroup, last - j), terms,
-                                     {at, out.stride, std::min(kPanel, lanes - p), out.add || s > 0});
+                                     {at, out.stride, std::min(kPanel, lanes - p), out.add || s > 0, bias});
                     }
                 }
             }
@@ -194,7 +199,8 @@ inline void linear_few(Matrix x, Matrix w, const float* bias, float* y, std::int
                 if (unit == begin || n == 0) {
                     pack_transposed(x, panel, 0, t, num_rows, s, terms);
                 }
-                product_rows(panel, Scalars{w.at, w.stride, 1}.from(n, s), num_columns, terms, {sums, kPanel, (num_rows + kLanes - 1) / kLanes * kLanes, false});
+                const std::int64_t lanes = (num_rows + kLanes - 1) / kLanes * kLanes;
+                product_rows(panel, Scalars{w.at, w.stride, 1}.from(n, s), num_columns, terms, {sums, kPanel, lanes, false});
                 for (std::int64_t c = 0; c < num_columns; c += kLanes) {
                     const std::int64_t columns = std::min(kLanes, num_columns - c);
                     const v16 added = bias && s + terms == K ? load_first(bias + n + c, columns) : v16{};
@@ -219,17 +225,10 @@ inline void linear_fwd(Matrix x, Matrix w, const float* bias, float* y, std::int
         linear_few(x, w, bias, y, T, N, K, threads);
         return;
     }
-    product({x.at, x.stride, 1}, T, N, K, {y, N, N, false}, threads,
+    product({x.at, x.stride, 1}, T, N, K, {y, N, N, false, bias}, threads,
             [=](float* panels, std::int64_t distance, std::int64_t n, std::int64_t num_columns, std::int64_t from, std::int64_t terms) {
                 pack_transposed(w, panels, distance, n, num_columns, from, terms);
             });
-    if (bias) {
-        parallel_for(T, 16384 / (N + 1) + 1, threads, [=](std::int64_t begin, std::int64_t end) {
-            for (std::int64_t t = begin; t < end; ++t) {
-                over_lanes(N, [&](std::int64_t i, auto n) { n.store(y + t * N + i, n.load(y + t * N + i) + n.load(bias + i)); });
-            }
-        });
-    }
 }
 
 // Lanes are columns of `columns` (depth, num_l), out is (num_j, num_l): dx from w, dw from x.
@@ -239,7 +238,9 @@ inline void product_of_columns(Scalars scalars, Matrix columns, float* out, std:
             [=](float* panels, std::int64_t distance, std::int64_t l, std::int64_t num_lanes, std::int64_t from, std::int64_t terms) {
                 for (std::int64_t s = 0; s < terms; ++s) {
                     const float* row = columns.at + (from + s) * columns.stride + l;
-                    over_lanes(num_lanes, [&](std::int64_t i, auto n) { store(panels + i / kPanel * distance + s * kPanel + i % kPanel, n.load(row + i)); });
+                    over_lanes(num_lanes, [&](std::int64_t i, auto n) {
+                        store(panels + i / kPanel * distance + s * kPanel + i % kPanel, n.load(row + i));
+                    });
                 }
             });
 }

@@ -1,13 +1,14 @@
 // A head of two halves (a, b), turned by the angle of its token:  a' = a cos - b sin,  b' = b cos + a sin;  normed first where there is a weight.
 // Compare kernels/rope.py.  Other kernels take normed_head and rotate_head from here: a head has the same bits wherever it is normed and turned.
 
-// factor cos a and factor sin a of a = position * frequency, an fp32 product, for |a| < 2^30: in fp64 by the nearest multiple of pi / 2 and Taylor's series
-// up to r^11 and r^10, so right to the last bit of fp32 but for ties.
-inline void rotation(const void* positions, bool wide, const float* frequencies, float factor, float* cos, float* sin, std::int64_t T, std::int64_t half,
-                     int threads) {
+// factor cos a and factor sin a of a = position * frequency, an fp32 product, for |a| < 2^30: in fp64 by the nearest multiple of pi / 2 and Taylor's
+// series up to r^11 and r^10, so right to the last bit of fp32 but for ties.
+inline void rotation(const void* positions, bool wide, const float* frequencies, float factor, float* cos, float* sin, std::int64_t T,
+                     std::int64_t half, int threads) {
     parallel_for(T, 2048 / (half + 1) + 1, threads, [=](std::int64_t begin, std::int64_t end) {
         for (std::int64_t t = begin; t < end; ++t) {
-            const auto position = static_cast<float>(wide ? static_cast<const std::int64_t*>(positions)[t] : static_cast<const std::int32_t*>(positions)[t]);
+            const std::int64_t at = wide ? static_cast<const std::int64_t*>(positions)[t] : static_cast<const std::int32_t*>(positions)[t];
+            const auto position = static_cast<float>(at);
             for (std::int64_t i = 0; i < half; ++i) {
                 const double angle = position * frequencies[i], magic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
                 const double n = (angle * 0.63661977236758134308 + magic) - magic;

@@ -25,52 +25,56 @@ void bind_rows(py::module_& m) {
         return [=] { kernels().linear_dw({at(dy), dy_stride}, {at(x), x_stride}, at(dw), T, N, K, add, threads); };
     });
     define(m, "grouped_fwd", [](Address x, Size x_stride, Address w, Address y, Address offsets, bool wide, bool led, Size E, Size T, Size N, Size K,
-                            int threads) {
+                                int threads) {
         return [=] { kernels().grouped_fwd({at(x), x_stride}, at(w), at(y), {at<void>(offsets), wide, led, E, T}, N, K, threads); };
     });
     define(m, "grouped_dx", [](Address dy, Size dy_stride, Address w, Address dx, Address offsets, bool wide, bool led, Size E, Size T, Size N, Size K,
-                           int threads) {
+                               int threads) {
         return [=] { kernels().grouped_dx({at(dy), dy_stride}, at(w), at(dx), {at<void>(offsets), wide, led, E, T}, N, K, threads); };
     });
     define(m, "grouped_dw", [](Address dy, Size dy_stride, Address x, Size x_stride, Address dw, Address offsets, bool wide, bool led, Size E, Size T,
-                           Size N, Size K, int threads) {
+                               Size N, Size K, int threads) {
         return [=] { kernels().grouped_dw({at(dy), dy_stride}, {at(x), x_stride}, at(dw), {at<void>(offsets), wide, led, E, T}, N, K, threads); };
     });
     define(m, "rmsnorm_fwd", [](py::tuple x, py::tuple residual, Address weight, Address s, Address y, Address rstd, Size N, Size D, float eps,
-                            int threads) {
+                                int threads) {
         const Rows a = rows(x), b = rows(residual);
         return [=] { kernels().rmsnorm_fwd(a, b, at(weight), at(s), at(y), at(rstd), N, D, eps, threads); };
     });
     define(m, "rmsnorm_bwd", [](py::tuple s, py::tuple dy, py::tuple ds, Address weight, Address rstd, Address dx, Address dweight, Size N, Size D,
-                            int threads) {
+                                int threads) {
         const Rows a = rows(s), b = rows(dy), c = rows(ds);
         return [=] { kernels().rmsnorm_bwd(a, b, c, at(weight), at(rstd), at(dx), at(dweight), N, D, threads); };
     });
     define(m, "rope", [](py::tuple q, py::tuple k, Size num_q, Size num_k, Address q_weight, Address k_weight, Address q_out, Address k_out, Address cos,
-                     Address sin, Size cos_stride, Size sin_stride, Size T, Size d, float eps, bool inverse, int threads) {
+                         Address sin, Size cos_stride, Size sin_stride, Size T, Size d, float eps, bool inverse, int threads) {
         const Heads a = heads(q, num_q, q_weight, q_out), b = heads(k, num_k, k_weight, k_out);
         return [=] { kernels().rope(a, b, {at(cos), at(sin), cos_stride, sin_stride}, T, d, eps, inverse, threads); };
     });
     define(m, "rope_norm_bwd", [](py::tuple x, py::tuple dy, Size num_heads, Address weight, Address dx, Address dweight, Address cos, Address sin,
-                              Size cos_stride, Size sin_stride, Size T, Size d, float eps, int threads) {
+                                  Size cos_stride, Size sin_stride, Size T, Size d, float eps, int threads) {
         const Heads a = heads(x, num_heads, weight, dx);
         const Rows b = rows(dy);
         return [=] { kernels().rope_norm_bwd(a, b, {at(cos), at(sin), cos_stride, sin_stride}, at(dweight), T, d, eps, threads); };
     });
     define(m, "logprob_fwd", [](Address x, Size stride, Size T, Size V, Address targets, Address thresholds, Address last_kept, float inverse_temperature,
-                            Address logps, Address entropy, Address largest, Address inverse_sum, Address argmax, int threads) {
-        return [=] { kernels().logprob_fwd(logits(x, stride, T, V, targets, thresholds, last_kept, inverse_temperature), at(logps), at(entropy), at(largest),
-                              at(inverse_sum), at<Size>(argmax), threads); };
+                                Address logps, Address entropy, Address largest, Address inverse_sum, Address argmax, int threads) {
+        return [=] {
+            kernels().logprob_fwd(logits(x, stride, T, V, targets, thresholds, last_kept, inverse_temperature), at(logps), at(entropy), at(largest),
+                                  at(inverse_sum), at<Size>(argmax), threads);
+        };
     });
     define(m, "logprob_bwd", [](Address x, Size stride, Size T, Size V, Address targets, Address thresholds, Address last_kept, float inverse_temperature,
-                            Address dlogps, Address largest, Address inverse_sum, Address dlogits, Size dlogits_stride, int threads) {
-        return [=] { kernels().logprob_bwd(logits(x, stride, T, V, targets, thresholds, last_kept, inverse_temperature), at(dlogps), at(largest), at(inverse_sum),
-                              at(dlogits), dlogits_stride, threads); };
+                                Address dlogps, Address largest, Address inverse_sum, Address dlogits, Size dlogits_stride, int threads) {
+        return [=] {
+            kernels().logprob_bwd(logits(x, stride, T, V, targets, thresholds, last_kept, inverse_temperature), at(dlogps), at(largest),
+                                  at(inverse_sum), at(dlogits), dlogits_stride, threads);
+        };
     });
     // Each parameter is a number and the address of (B,) numbers that count instead, or 0.
     define(m, "sample", [](Address x, Size stride, Size B, Size V, float temperature, Address temperatures, Size top_k, Address top_ks, double top_p,
-                       Address top_ps, double min_p, Address min_ps, Address uniforms, Address tokens, Address last_kept, Address logps,
-                       Address full_logps, Address entropy, Address thresholds, int threads) {
+                           Address top_ps, double min_p, Address min_ps, Address uniforms, Address tokens, Address last_kept, Address logps,
+                           Address full_logps, Address entropy, Address thresholds, int threads) {
         const Sampling sampling{{temperature, at(temperatures)}, {top_k, at<Size>(top_ks)}, {top_p, at<double>(top_ps)}, {min_p, at<double>(min_ps)}};
         const Sampled out{at<Size>(tokens), at<Size>(last_kept), at(logps), at(full_logps), at(entropy), at(thresholds)};
         return [=] { kernels().sample(at(x), stride, B, V, sampling, at<double>(uniforms), out, threads); };
@@ -85,11 +89,12 @@ void bind_rows(py::module_& m) {
         return [=] { kernels().rotation(at<void>(positions), wide, at(frequencies), factor, at(cos), at(sin), T, half, threads); };
     });
     define(m, "advance_rows", [](Address status, Address generated, Address slots, Address last, Address lengths, Address max_lengths, Address eos,
-                             Size num_eos, Address drawing, Address streaks, Address streak_limits, Address streak_logps, Address full_logps,
-                             Address tokens, Address logps, Address token_ring, Address logp_ring, Size ring_stride, Size count) {
-        return [=] { advance_rows({at<Size>(status), at<Size>(generated), at<Size>(slots), at<Size>(last), at<std::int32_t>(lengths), at<std::int32_t>(max_lengths),
-                      at<Size>(eos), num_eos, at<bool>(drawing), at<Size>(streaks), at<Size>(streak_limits), at(streak_logps), at(full_logps),
-                      at<Size>(tokens), at(logps), at<Size>(token_ring), at(logp_ring), ring_stride}, count); };
+                                 Size num_eos, Address drawing, Address streaks, Address streak_limits, Address streak_logps, Address full_logps,
+                                 Address tokens, Address logps, Address token_ring, Address logp_ring, Size ring_stride, Size count) {
+        const DecodeRows rows{at<Size>(status), at<Size>(generated), at<Size>(slots), at<Size>(last), at<std::int32_t>(lengths),
+                              at<std::int32_t>(max_lengths), at<Size>(eos), num_eos, at<bool>(drawing), at<Size>(streaks), at<Size>(streak_limits),
+                              at(streak_logps), at(full_logps), at<Size>(tokens), at(logps), at<Size>(token_ring), at(logp_ring), ring_stride};
+        return [=] { advance_rows(rows, count); };
     });
     define(m, "philox_uniform", [](Address seeds, Address positions, Address uniforms, Size count) {
         return [=] { kernels().philox_uniform(at<Size>(seeds), at<Size>(positions), at<double>(uniforms), count); };
